@@ -1,0 +1,34 @@
+# Everything a newcomer needs: `make demo`, `make test`, `make quality`, `make style`.
+# Each target builds .venv by itself when it is missing or older than the files that describe it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pytest workers: each holds transformers and torch in memory (about 1 GB).
+TEST_WORKERS ?= 2
+
+.PHONY: demo test quality style clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/chess_demo/run_demo.py $(ARGS)
+
+# One thread a worker: tiny models gain nothing from more, and workers stop fighting over the cores.
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,230 @@
+"""The two models that Jnana joins: which ones it can hold exactly, how they are built, how they are loaded.
+
+"Exactly" is a promise: without an image, the logits are the bare language model's, bit for bit. So a language model family
+is accepted only when its head is known to be one Linear layer over the last hidden states, and the table says whether that
+layer has a bias (Phi's has; stock LLaVA drops it). Every other family is refused by name when the model is built.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .configuration_jnana import JnanaConfig
+
+
+# Whether the family's head, one Linear layer, has a bias.
+HEAD_HAS_BIAS = {
+    "gpt_neox": False,
+    "llama": False,
+    "mistral": False,
+    "phi": True,
+    "phi3": False,
+    "qwen2": False,
+    "qwen3": False,
+}
+
+# Config fields by which other families change logits after the Linear layer, with the value that leaves them alone.
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "lm_head_multiplier": 1.0,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def check_text_family(text_config: PreTrainedConfig) -> None:
+    """
+    Refuse a language model whose head cannot be held exactly.
+
+    Args:
+        text_config (`PreTrainedConfig`): The language model's config.
+
+    Raises:
+        ValueError: With the family's name and the reason.
+    """
+    family = text_config.model_type
+    changes = [
+        f"{field}={getattr(text_config, field)}"
+        for field, neutral in LOGIT_CHANGES.items()
+        if getattr(text_config, field, neutral) not in (neutral, None)
+    ]
+    if changes:
+        reason = f"its head does more than one Linear layer ({', '.join(changes)})"
+    elif family not in HEAD_HAS_BIAS:
+        reason = "its head has not been shown to be one Linear layer over the last hidden states"
+    else:
+        return
+    raise ValueError(
+        f"`text_config.model_type` is {family!r}, which Jnana cannot hold exactly: {reason}, so its text-only logits would "
+        f"differ from the bare model's. Choose a language model of one of these families: {', '.join(HEAD_HAS_BIAS)}."
+    )
+
+
+def build_head(text_config: PreTrainedConfig) -> nn.Linear:
+    """
+    The family's head, with random weights.
+
+    Args:
+        text_config (`PreTrainedConfig`): The language model's config.
+
+    Returns:
+        `torch.nn.Linear`: Maps `(..., hidden_size)` to `(..., vocab_size)`.
+
+    Raises:
+        ValueError: If the family is not one that can be held exactly.
+    """
+    check_text_family(text_config)
+    bias = HEAD_HAS_BIAS[text_config.model_type]
+    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=bias)
+
+
+def build_vision_tower(config: JnanaConfig) -> PreTrainedModel:
+    """The image encoder with random weights: for `pooled` CLIP the one that ends in CLIP's projection."""
+    if _needs_clip_projection(config):
+        return CLIPVisionModelWithProjection._from_config(config.vision_config)
+    return AutoModel.from_config(config.vision_config)
+
+
+def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrainedModel:
+    """
+    The image encoder of a checkpoint: of the encoder alone, or of a full CLIP or SigLIP with its text half left out.
+
+    Args:
+        name (`str`): Hub id or folder.
+        config ([`JnanaConfig`]): Says which part is read; see [`build_vision_tower`].
+        **kwargs: For `from_pretrained` (`dtype`, `revision`, `cache_dir`, ...).
+
+    Returns:
+        `PreTrainedModel`: The tower, holding the checkpoint's weights and nothing random.
+
+    Raises:
+        ValueError: If the checkpoint lacks some of the tower's weights.
+    """
+    loader = CLIPVisionModelWithProjection if _needs_clip_projection(config) else AutoModel
+    vision_config = copy.deepcopy(config.vision_config)
+    tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
+    _refuse_missing(name, "vision", info["missing_keys"])
+    return tower
+
+
+def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    A causal language model with its head, as `AutoModelForCausalLM` loads it.
+
+    Args:
+        name (`str`): Hub id or folder.
+        **kwargs: For `from_pretrained` (`config`, `dtype`, `revision`, `cache_dir`, ...).
+
+    Returns:
+        `PreTrainedModel`: The language model, holding the checkpoint's weights and nothing random.
+
+    Raises:
+        ValueError: If the checkpoint lacks some of the model's weights.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    _refuse_missing(name, "text", info["missing_keys"])
+    return model
+
+
+def select_image_features(
+    tower: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    layers: int | list[int],
+    strategy: str,
+    num_prefix_tokens: int,
+    **kwargs: Any,
+) -> tuple[Any, torch.Tensor]:
+    """
+    Run the tower and pick what the projector reads.
+
+    Args:
+        tower (`PreTrainedModel`): The image encoder.
+        pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The images.
+        layers (`int` or `list[int]`): Hidden states to read; several are joined along their width.
+        strategy (`str`): `"default"`, `"full"` or `"pooled"`.
+        num_prefix_tokens (`int`): How many vectors `"default"` drops from the front.
+
+    Returns:
+        `tuple`: The tower's own output, and features of shape `(num_images, num_image_tokens, vision_feature_size)`.
+    """
+    if strategy == "pooled":
+        outputs = tower(pixel_values, return_dict=True, **kwargs)
+        # SigLIP's and DINOv2's own image embedding is `pooler_output`; CLIP's is its projection.
+        pooled = outputs["image_embeds"] if "image_embeds" in outputs else outputs["pooler_output"]
+        return outputs, pooled.unsqueeze(1)  # => [num_images, 1, width]
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    kwargs.setdefault("output_hidden_states", layers)  # only these are kept, not all of the tower's
+    outputs = tower(pixel_values, return_dict=True, **kwargs)
+    start = num_prefix_tokens if strategy == "default" else 0
+    features = [outputs.hidden_states[layer][:, start:] for layer in layers]
+    return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+
+
+def image_shape(config: JnanaConfig) -> tuple[int, int, int, int]:
+    """`pixel_values`' shape for one image at the tower's own resolution."""
+    size = config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return (1, config.vision_config.num_channels, height, width)
+
+
+def find_unused_parameters(tower: PreTrainedModel, config: JnanaConfig) -> list[str]:
+    """
+    Parameters of the tower on which the selected features do not depend: CLIP's `post_layernorm`, layers behind the selected
+    one. Asked of autograd itself, on the meta device, where shapes alone tell what depends on what.
+
+    Args:
+        tower (`PreTrainedModel`): The image encoder.
+        config ([`JnanaConfig`]): Says which features are selected.
+
+    Returns:
+        `list[str]`: Names as in `tower.named_parameters()`.
+    """
+    tensors = {
+        f"tower.{name}": torch.empty_like(tensor, device="meta").requires_grad_(tensor.is_floating_point())
+        for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]
+    }
+    pixel_values = torch.empty(image_shape(config), device="meta", dtype=tower.dtype)
+    names = [name for name, _ in tower.named_parameters() if tensors[f"tower.{name}"].requires_grad]
+    with torch.enable_grad():
+        features = torch.func.functional_call(_FeatureSelection(tower, config), tensors, (pixel_values,))
+        gradients = torch.autograd.grad(
+            features.sum(), [tensors[f"tower.{name}"] for name in names], allow_unused=True
+        )
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+
+class _FeatureSelection(nn.Module):
+    """[`select_image_features`] as a module, for `torch.func.functional_call`."""
+
+    def __init__(self, tower: PreTrainedModel, config: JnanaConfig):
+        super().__init__()
+        self.tower, self.config = tower, config
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        layers, strategy = self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+        return select_image_features(self.tower, pixel_values, layers, strategy, self.config.num_prefix_tokens)[1]
+
+
+def _needs_clip_projection(config: JnanaConfig) -> bool:
+    pooled = config.vision_feature_select_strategy == "pooled"
+    return pooled and config.vision_config.model_type == "clip_vision_model"
+
+
+def _refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
+    """A frozen backbone with random weights in it raises no error and never learns; so it must not be made."""
+    if missing_keys:
+        shown = ", ".join(sorted(missing_keys)[:3])
+        raise ValueError(
+            f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model that is asked of it ({shown}, ...)."
+            " For `vision_feature_select_strategy: pooled` it must hold CLIP's projection (a full CLIP or a "
+            "`CLIPVisionModelWithProjection`)."
+        )

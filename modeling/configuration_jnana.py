@@ -1,0 +1,235 @@
+"""The configuration of a Jnana model: an image encoder, a causal language model and the projector that joins them.
+
+This file holds facts and arithmetic only (how many tokens an image takes, which fields fit together), so that configs can
+be read, written and counted without building a model. It is copied into every saved checkpoint, hence it imports nothing
+but transformers.
+"""
+
+import copy
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+PROJECTOR_TYPES = ("linear", "mlp", "resblock")
+SELECT_STRATEGIES = ("default", "full", "pooled")
+
+# Vectors that stand before the patches in a tower's output (CLS), by model type. Registers are counted by
+# `num_register_tokens`, which the configs of the towers that have them carry.
+TOWER_CLS_TOKENS = {
+    "clip_vision_model": 1,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "siglip_vision_model": 0,
+    "vit": 1,
+}
+
+# Where the Auto classes find the code in a saved folder; files lie flat there.
+AUTO_MAP = {
+    "AutoConfig": "configuration_jnana.JnanaConfig",
+    "AutoModel": "modeling_jnana.JnanaModel",
+    "AutoModelForImageTextToText": "modeling_jnana.JnanaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_jnana.JnanaForConditionalGeneration",
+}
+
+
+class JnanaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`JnanaForConditionalGeneration`]. Names follow transformers' `LlavaConfig`.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `CLIPVisionConfig`):
+            The image encoder (CLIP, SigLIP, DINOv2, ViT; the vision part only).
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `PhiConfig`):
+            The causal language model.
+        image_token_id (`int`, *optional*, defaults to 50295):
+            The token that marks the place of one image vector. The default is the first free row of Phi-2's embedding.
+        projector_type (`str`, *optional*, defaults to `"mlp"`):
+            `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5) or `"resblock"` (Linear, then residual blocks).
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation inside `mlp` and `resblock`.
+        projector_num_blocks (`int`, *optional*, defaults to 1):
+            Residual blocks of `resblock`.
+        projector_layer_norm (`bool`, *optional*, defaults to `False`):
+            Whether `mlp` starts with a LayerNorm over the vision features.
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
+            Whether the projector's Linear layers have a bias.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
+            Which of the tower's hidden states to read (0 is the embedding); several are concatenated. Not used by `pooled`.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image embedding, one
+            vector an image; CLIP's is the projected one).
+        image_seq_length (`int`, *optional*):
+            Tokens an image takes. Derived from the tower; when given it must agree.
+        num_prefix_tokens (`int`, *optional*):
+            Vectors before the patches in the tower's output (CLS, registers). Derived for known towers.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Follows `text_config` when that ties them.
+        tokenizer_fingerprint (`str`, *optional*):
+            Which tokenizer the language model was trained with; written and read by the training code only.
+
+    Raises:
+        ValueError: If a field has a value that no model can be built from; the message names field, value and remedy.
+    """
+
+    model_type = "jnana"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 50295
+    projector_type: str = "mlp"
+    projector_hidden_act: str = "gelu"
+    projector_num_blocks: int = 1
+    projector_layer_norm: bool = False
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int | list[int] = -1
+    vision_feature_select_strategy: str = "default"
+    image_seq_length: int | None = None
+    num_prefix_tokens: int | None = None
+    tie_word_embeddings: bool = False
+    tokenizer_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(self.vision_config, "vision_config", "clip_vision_model")
+        self.text_config = _sub_config(self.text_config, "text_config", "phi")
+        if self.num_prefix_tokens is None:
+            self.num_prefix_tokens = _count_prefix_tokens(self.vision_config)
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(
+            getattr(self.text_config, "tie_word_embeddings", False)
+        )
+        self._check_choices()
+        if self.image_seq_length is None:
+            self.image_seq_length = self.num_image_tokens
+
+    @classmethod
+    def from_vision_text_configs(
+        cls,
+        vision_config: PreTrainedConfig,
+        text_config: PreTrainedConfig,
+        **fields: Any,
+    ) -> "JnanaConfig":
+        """
+        The config of a pair of backbones. A full `CLIPConfig` or `SiglipConfig` gives its vision part, with the width of
+        its projection; the language model's `tokenizer_fingerprint` is carried over where it has one.
+
+        Args:
+            vision_config (`PreTrainedConfig`): Config of the image encoder's checkpoint.
+            text_config (`PreTrainedConfig`): Config of the language model's checkpoint.
+            **fields: Any field of [`JnanaConfig`].
+
+        Returns:
+            `JnanaConfig`: A config that shares nothing with the two given ones.
+        """
+        vision_part = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
+        if vision_config.model_type == "clip":
+            vision_part.projection_dim = (
+                vision_config.projection_dim
+            )  # a CLIPConfig's own field is the one that counts
+        fields.setdefault("tokenizer_fingerprint", getattr(text_config, "tokenizer_fingerprint", None))
+        return cls(vision_config=vision_part, text_config=copy.deepcopy(text_config), **fields)
+
+    @property
+    def num_patches(self) -> int:
+        """`int`: Patches of one image at the tower's own resolution."""
+        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        return (height // patch_height) * (width // patch_width)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """`int`: Tokens one image takes in the text: 49 for ViT-B/32 by `default`, 50 by `full`, 1 by `pooled`."""
+        if self.vision_feature_select_strategy == "pooled":
+            return 1
+        prefix = self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0
+        return self.num_patches + prefix
+
+    @property
+    def vision_feature_size(self) -> int:
+        """`int`: Width of the features that enter the projector."""
+        if self.vision_feature_select_strategy == "pooled":
+            is_clip = self.vision_config.model_type == "clip_vision_model"
+            return self.vision_config.projection_dim if is_clip else self.vision_config.hidden_size
+        num_layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return self.vision_config.hidden_size * num_layers
+
+    def _check_choices(self) -> None:
+        """Raise `ValueError` on a value that no model can be built from."""
+        for field, choices in (
+            ("projector_type", PROJECTOR_TYPES),
+            ("vision_feature_select_strategy", SELECT_STRATEGIES),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"`{field}` is {getattr(self, field)!r}; choose one of {', '.join(choices)}.")
+        if self.projector_num_blocks < 1:
+            raise ValueError(
+                f"`projector_num_blocks` is {self.projector_num_blocks}; a `resblock` projector has at least 1 block. "
+                "For none choose `projector_type: linear`."
+            )
+        if self.image_token_id < 0:
+            raise ValueError(f"`image_token_id` is {self.image_token_id}; it must be a token id of the tokenizer.")
+        layers = (
+            [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
+        )
+        states = self.vision_config.num_hidden_layers + 1
+        if not layers or any(not -states <= layer < states for layer in layers):
+            raise ValueError(
+                f"`vision_feature_layer` is {self.vision_feature_layer}; the tower has {states} hidden states, so choose "
+                f"from {-states} to {states - 1}, or a list of such."
+            )
+
+    def check_image_seq_length(self) -> None:
+        """
+        Compare `image_seq_length` with what the tower gives. Separate from construction, because `from_pretrained` sets
+        overridden fields one by one afterwards.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        self._check_choices()
+        if self.image_seq_length != self.num_image_tokens:
+            raise ValueError(
+                f"`image_seq_length` is {self.image_seq_length}, but this tower gives {self.num_image_tokens} vectors an "
+                f"image with `vision_feature_select_strategy: {self.vision_feature_select_strategy}`. Leave "
+                "`image_seq_length` out, or set both together."
+            )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        # Complete for every Auto class, whichever object is being saved, and free of the "user/repo--" that loading from
+        # the Hub puts in front: the folder carries its own code.
+        self.auto_map = {**getattr(self, "auto_map", {}), **AUTO_MAP}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _sub_config(value: dict | PreTrainedConfig | None, field: str, default_type: str) -> PreTrainedConfig:
+    """The config object for `field`, which a JSON file holds as a dict with its `model_type`."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if value is not None and not isinstance(value, dict):
+        raise TypeError(
+            f"`{field}` is a {type(value).__name__}; give a config object or a dict with its `model_type`."
+        )
+    fields = dict(value or {})
+    model_type = fields.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"`{field}.model_type` is {model_type!r}, which this version of transformers does not know.")
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+def _count_prefix_tokens(vision_config: PreTrainedConfig) -> int:
+    """CLS and register vectors before the patches."""
+    model_type = vision_config.model_type
+    if model_type not in TOWER_CLS_TOKENS:
+        raise ValueError(
+            f"`vision_config.model_type` is {model_type!r}: it is not known how many vectors (CLS, registers) stand before "
+            f"its patches. Set `num_prefix_tokens`, or choose one of {', '.join(TOWER_CLS_TOKENS)}."
+        )
+    return TOWER_CLS_TOKENS[model_type] + getattr(vision_config, "num_register_tokens", 0)
+
+
+JnanaConfig.register_for_auto_class()
+
+__all__ = ["JnanaConfig"]

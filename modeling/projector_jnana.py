@@ -1,0 +1,100 @@
+"""The projector: the only part of a Jnana model that starts from random weights.
+
+It carries the image encoder's features into the language model's embedding space. Three forms, one for each kind of system
+the field has built: a plain Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled), and a Linear
+followed by residual blocks (jnana, visualize_this).
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_jnana import JnanaConfig
+
+
+class JnanaLinearProjector(nn.Module):
+    """One Linear layer."""
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__()
+        self.linear = nn.Linear(
+            config.vision_feature_size, config.text_config.hidden_size, bias=config.multimodal_projector_bias
+        )
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear(image_features)
+
+
+class JnanaMlpProjector(nn.Module):
+    """Linear, activation, Linear; with `projector_layer_norm` a LayerNorm in front. Weight names are stock LLaVA's."""
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__()
+        width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.layer_norm = nn.LayerNorm(config.vision_feature_size) if config.projector_layer_norm else nn.Identity()
+        self.linear_1 = nn.Linear(config.vision_feature_size, width, bias=bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width, bias=bias)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(self.layer_norm(image_features))))
+
+
+class JnanaResidualBlock(nn.Module):
+    """`x = LayerNorm(x); x + Linear(act(Linear(x)))`, all of the language model's width."""
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__()
+        width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.layer_norm = nn.LayerNorm(width)
+        self.linear_1 = nn.Linear(width, width, bias=bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.layer_norm(hidden_states)
+        return hidden_states + self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class JnanaResblockProjector(nn.Module):
+    """One Linear layer, then `projector_num_blocks` residual blocks."""
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__()
+        self.linear = nn.Linear(
+            config.vision_feature_size, config.text_config.hidden_size, bias=config.multimodal_projector_bias
+        )
+        self.blocks = nn.ModuleList([JnanaResidualBlock(config) for _ in range(config.projector_num_blocks)])
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.linear(image_features)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "linear": JnanaLinearProjector,
+    "mlp": JnanaMlpProjector,
+    "resblock": JnanaResblockProjector,
+}
+
+
+def build_projector(config: JnanaConfig) -> nn.Module:
+    """
+    The projector that `config.projector_type` names.
+
+    Args:
+        config ([`JnanaConfig`]): Its widths are `config.vision_feature_size` and `config.text_config.hidden_size`.
+
+    Returns:
+        `torch.nn.Module`: Maps `(..., vision_feature_size)` to `(..., text_hidden_size)`.
+
+    Raises:
+        ValueError: If `projector_hidden_act` is not an activation that transformers knows.
+    """
+    if config.projector_hidden_act not in ACT2FN:
+        raise ValueError(
+            f"`projector_hidden_act` is {config.projector_hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}."
+        )
+    return PROJECTORS[config.projector_type](config)

@@ -1,6 +1,8 @@
-"""The model: an image encoder, a projector and a causal language model. Torch modules and configs only, no file formats.
+"""The model: an image encoder, a projector and a causal language model. Torch modules and configs only, no file
+formats.
 
-Importing it registers Jnana with transformers' Auto classes in this process; saved folders carry their own code instead.
+Importing it registers Jnana with transformers' Auto classes in this process; saved folders carry their own code
+instead.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM

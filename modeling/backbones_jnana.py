@@ -1,16 +1,19 @@
 """The two models that Jnana joins: which ones it can hold exactly, how they are built, how they are loaded.
 
-"Exactly" is a promise: without an image, the logits are the bare language model's, bit for bit. So a language model family
-is accepted only when its head is known to be one Linear layer over the last hidden states, and the table says whether that
-layer has a bias (Phi's has; stock LLaVA drops it). Every other family is refused by name when the model is built.
+"Exactly" is a promise: without an image, the logits are the bare language model's, bit for bit. So a language model
+family is accepted only when its head is known to be one Linear layer over the last hidden states, and the table says
+whether that layer has a bias (Phi's has; stock LLaVA drops it). Every other family is refused by name when the model
+is built.
 """
 
 import copy
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     CLIPVisionModelWithProjection,
@@ -19,6 +22,7 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
+from .projector_jnana import build_projector
 
 
 # Whether the family's head, one Linear layer, has a bias.
@@ -64,8 +68,9 @@ def check_text_family(text_config: PreTrainedConfig) -> None:
     else:
         return
     raise ValueError(
-        f"`text_config.model_type` is {family!r}, which Jnana cannot hold exactly: {reason}, so its text-only logits would "
-        f"differ from the bare model's. Choose a language model of one of these families: {', '.join(HEAD_HAS_BIAS)}."
+        f"`text_config.model_type` is {family!r}, which Jnana cannot hold exactly: {reason}, so its text-only logits "
+        f"would differ from the bare model's. Choose a language model of one of these families: "
+        f"{', '.join(HEAD_HAS_BIAS)}."
     )
 
 
@@ -109,7 +114,7 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
     Raises:
         ValueError: If the checkpoint lacks some of the tower's weights.
     """
-    loader = CLIPVisionModelWithProjection if _needs_clip_projection(config) else AutoModel
+    loader: Any = CLIPVisionModelWithProjection if _needs_clip_projection(config) else AutoModel
     vision_config = copy.deepcopy(config.vision_config)
     tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
     _refuse_missing(name, "vision", info["missing_keys"])
@@ -130,9 +135,50 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: If the checkpoint lacks some of the model's weights.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
     _refuse_missing(name, "text", info["missing_keys"])
     return model
+
+
+def join_pretrained(
+    model_class: type[PreTrainedModel],
+    vision: str,
+    text: str,
+    dtype: str | torch.dtype,
+    attn_implementation: str | dict[str, str] | None,
+    vision_kwargs: dict[str, Any],
+    text_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The work behind [`JnanaForConditionalGeneration.from_vision_text_pretrained`]; `model_class` is that class."""
+    names = {field.name for field in fields(JnanaConfig)}
+    config_fields = {key: value for key, value in kwargs.items() if key in names}
+    shared = {key: value for key, value in kwargs.items() if key not in names}
+    vision_kwargs, text_kwargs = {**shared, **vision_kwargs}, {**shared, **text_kwargs}
+    config = JnanaConfig.from_vision_text_configs(
+        AutoConfig.from_pretrained(vision, **vision_kwargs),
+        AutoConfig.from_pretrained(text, **text_kwargs),
+        **config_fields,
+    )
+    check_text_family(config.text_config)  # before gigabytes are read
+    language_model = load_language_model(text, dtype=dtype, **text_kwargs)
+    tower = load_vision_tower(vision, config, dtype=language_model.dtype, **vision_kwargs)
+    config.vision_config, config.text_config = tower.config, language_model.config
+
+    with torch.device("meta"):
+        model = model_class(config)
+    projector = build_projector(config)
+    projector.apply(model._init_weights)
+    model.model.vision_tower = tower
+    model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    model.generation_config = copy.deepcopy(language_model.generation_config)
+    model.generation_config.suppress_tokens = [config.image_token_id]
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    return model.eval()
 
 
 def select_image_features(
@@ -178,8 +224,8 @@ def image_shape(config: JnanaConfig) -> tuple[int, int, int, int]:
 
 def find_unused_parameters(tower: PreTrainedModel, config: JnanaConfig) -> list[str]:
     """
-    Parameters of the tower on which the selected features do not depend: CLIP's `post_layernorm`, layers behind the selected
-    one. Asked of autograd itself, on the meta device, where shapes alone tell what depends on what.
+    Parameters of the tower on which the selected features do not depend: CLIP's `post_layernorm`, layers behind the
+    selected one. Asked of autograd itself, on the meta device, where shapes alone tell what depends on what.
 
     Args:
         tower (`PreTrainedModel`): The image encoder.
@@ -224,7 +270,7 @@ def _refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
     if missing_keys:
         shown = ", ".join(sorted(missing_keys)[:3])
         raise ValueError(
-            f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model that is asked of it ({shown}, ...)."
-            " For `vision_feature_select_strategy: pooled` it must hold CLIP's projection (a full CLIP or a "
-            "`CLIPVisionModelWithProjection`)."
+            f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model that is asked of it "
+            f"({shown}, ...). For `vision_feature_select_strategy: pooled` it must hold CLIP's projection (a full CLIP "
+            "or a `CLIPVisionModelWithProjection`)."
         )

@@ -1,8 +1,8 @@
 """The configuration of a Jnana model: an image encoder, a causal language model and the projector that joins them.
 
-This file holds facts and arithmetic only (how many tokens an image takes, which fields fit together), so that configs can
-be read, written and counted without building a model. It is copied into every saved checkpoint, hence it imports nothing
-but transformers.
+This file holds facts and arithmetic only (how many tokens an image takes, which fields fit together), so that configs
+can be read, written and counted without building a model. It is copied into every saved checkpoint, hence it imports
+nothing but transformers.
 """
 
 import copy
@@ -56,10 +56,11 @@ class JnanaConfig(PreTrainedConfig):
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
             Whether the projector's Linear layers have a bias.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
-            Which of the tower's hidden states to read (0 is the embedding); several are concatenated. Not used by `pooled`.
+            Which of the tower's hidden states to read (0 is the embedding); several are concatenated. Not used by
+            `pooled`.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image embedding, one
-            vector an image; CLIP's is the projected one).
+            `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image
+            embedding, one vector an image; CLIP's is the projected one).
         image_seq_length (`int`, *optional*):
             Tokens an image takes. Derived from the tower; when given it must agree.
         num_prefix_tokens (`int`, *optional*):
@@ -76,8 +77,9 @@ class JnanaConfig(PreTrainedConfig):
     model_type = "jnana"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # Objects once constructed; dicts and None are made into objects by `__post_init__`.
+    vision_config: PreTrainedConfig = None  # type: ignore[assignment]
+    text_config: PreTrainedConfig = None  # type: ignore[assignment]
     image_token_id: int = 50295
     projector_type: str = "mlp"
     projector_hidden_act: str = "gelu"
@@ -87,7 +89,7 @@ class JnanaConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
     image_seq_length: int | None = None
-    num_prefix_tokens: int | None = None
+    num_prefix_tokens: int = None  # type: ignore[assignment]
     tie_word_embeddings: bool = False
     tokenizer_fingerprint: str | None = None
 
@@ -112,8 +114,8 @@ class JnanaConfig(PreTrainedConfig):
         **fields: Any,
     ) -> "JnanaConfig":
         """
-        The config of a pair of backbones. A full `CLIPConfig` or `SiglipConfig` gives its vision part, with the width of
-        its projection; the language model's `tokenizer_fingerprint` is carried over where it has one.
+        The config of a pair of backbones. A full `CLIPConfig` or `SiglipConfig` gives its vision part, with the width
+        of its projection; the language model's `tokenizer_fingerprint` is carried over where it has one.
 
         Args:
             vision_config (`PreTrainedConfig`): Config of the image encoder's checkpoint.
@@ -177,14 +179,14 @@ class JnanaConfig(PreTrainedConfig):
         states = self.vision_config.num_hidden_layers + 1
         if not layers or any(not -states <= layer < states for layer in layers):
             raise ValueError(
-                f"`vision_feature_layer` is {self.vision_feature_layer}; the tower has {states} hidden states, so choose "
-                f"from {-states} to {states - 1}, or a list of such."
+                f"`vision_feature_layer` is {self.vision_feature_layer}; the tower has {states} hidden states, so "
+                f"choose from {-states} to {states - 1}, or a list of such."
             )
 
     def check_image_seq_length(self) -> None:
         """
-        Compare `image_seq_length` with what the tower gives. Separate from construction, because `from_pretrained` sets
-        overridden fields one by one afterwards.
+        Compare `image_seq_length` with what the tower gives. Separate from construction, because `from_pretrained`
+        sets overridden fields one by one afterwards.
 
         Raises:
             ValueError: If they differ.
@@ -192,14 +194,14 @@ class JnanaConfig(PreTrainedConfig):
         self._check_choices()
         if self.image_seq_length != self.num_image_tokens:
             raise ValueError(
-                f"`image_seq_length` is {self.image_seq_length}, but this tower gives {self.num_image_tokens} vectors an "
-                f"image with `vision_feature_select_strategy: {self.vision_feature_select_strategy}`. Leave "
+                f"`image_seq_length` is {self.image_seq_length}, but this tower gives {self.num_image_tokens} vectors "
+                f"an image with `vision_feature_select_strategy: {self.vision_feature_select_strategy}`. Leave "
                 "`image_seq_length` out, or set both together."
             )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # Complete for every Auto class, whichever object is being saved, and free of the "user/repo--" that loading from
-        # the Hub puts in front: the folder carries its own code.
+        # Complete for every Auto class, whichever object is being saved, and free of the "user/repo--" that loading
+        # from the Hub puts in front: the folder carries its own code.
         self.auto_map = {**getattr(self, "auto_map", {}), **AUTO_MAP}
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -224,8 +226,8 @@ def _count_prefix_tokens(vision_config: PreTrainedConfig) -> int:
     model_type = vision_config.model_type
     if model_type not in TOWER_CLS_TOKENS:
         raise ValueError(
-            f"`vision_config.model_type` is {model_type!r}: it is not known how many vectors (CLS, registers) stand before "
-            f"its patches. Set `num_prefix_tokens`, or choose one of {', '.join(TOWER_CLS_TOKENS)}."
+            f"`vision_config.model_type` is {model_type!r}: it is not known how many vectors (CLS, registers) stand "
+            f"before its patches. Set `num_prefix_tokens`, or choose one of {', '.join(TOWER_CLS_TOKENS)}."
         )
     return TOWER_CLS_TOKENS[model_type] + getattr(vision_config, "num_register_tokens", 0)
 

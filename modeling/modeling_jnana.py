@@ -1,19 +1,18 @@
 """Jnana: an image encoder, a projector and a causal language model behind one `forward`.
 
-The ladder is transformers' own (config -> PreTrainedModel -> Model -> ForConditionalGeneration) and names are those of its
-LLaVA, so that Trainer, pipelines, TRL and servers find what they look for. No class here inherits from LLaVA: transformers
-renames weights by class name and model type, and a checkpoint must hold the names the model has in memory.
+The ladder is transformers' own (config -> PreTrainedModel -> Model -> ForConditionalGeneration) and names are those of
+its LLaVA, so that Trainer, pipelines, TRL and servers find what they look for. No class here inherits from LLaVA:
+transformers renames weights by class name and model type, and a checkpoint must hold the names the model has in
+memory.
 """
 
-import copy
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -24,75 +23,17 @@ from .backbones_jnana import (
     check_text_family,
     find_unused_parameters,
     image_shape,
-    load_language_model,
-    load_vision_tower,
+    join_pretrained,
     select_image_features,
 )
 from .configuration_jnana import JnanaConfig
+from .pretrained_jnana import (
+    JnanaCausalLMOutputWithPast,
+    JnanaGenerationMixin,
+    JnanaModelOutputWithPast,
+    JnanaPreTrainedModel,
+)
 from .projector_jnana import build_projector
-
-
-@dataclass
-class JnanaModelOutputWithPast(BaseModelOutputWithPast):
-    r"""
-    Outputs of [`JnanaModel`]: those of a language model, and
-
-    image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*):
-        The projected image features that took the places of the image tokens.
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class JnanaCausalLMOutputWithPast(ModelOutput):
-    r"""
-    Outputs of [`JnanaForConditionalGeneration`].
-
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Next-token cross-entropy, when labels are given.
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-    past_key_values (`Cache`, *optional*): Keys and values of what has been read.
-    hidden_states, attentions (`tuple`, *optional*): The language model's, when asked for.
-    image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_image_tokens, hidden_size)`, *optional*): Projected
-        image features.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-
-
-class JnanaPreTrainedModel(PreTrainedModel):
-    """What [`JnanaModel`] and [`JnanaForConditionalGeneration`] share: saving, and what transformers may do with them."""
-
-    config: JnanaConfig
-    config_class = JnanaConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # For custom code transformers skips the `_init_weights` of every module without parameters of its own, so that
-        # weights of CLIP's attention and MLP that a checkpoint lacks would silently start from torch's defaults.
-        return False
-
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
-        """
-        As `PreTrainedModel.save_pretrained`, but weights keep the names they have in memory: transformers would otherwise
-        write the towers under their legacy names, which the Trainer's resume (`load_state_dict(strict=False)`) misses.
-        """
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
 class JnanaModel(JnanaPreTrainedModel):
@@ -128,8 +69,8 @@ class JnanaModel(JnanaPreTrainedModel):
         What the projector reads. A tower without any trainable parameter runs without building a graph.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The images of the whole
-                batch, in the order in which its rows name them.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The images of the
+                whole batch, in the order in which its rows name them.
             vision_feature_layer (`int` or `list[int]`, *optional*): Instead of the config's.
             vision_feature_select_strategy (`str`, *optional*): Instead of the config's.
 
@@ -141,8 +82,8 @@ class JnanaModel(JnanaPreTrainedModel):
         """
         if pixel_values.ndim != 4:
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}; give (num_images, channels, height, width), the "
-                "images of all rows one after the other."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; give (num_images, channels, height, width), "
+                "the images of all rows one after the other."
             )
         config = self.config
         trainable = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
@@ -190,24 +131,41 @@ class JnanaModel(JnanaPreTrainedModel):
         )
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.project_vision_features(features),
+            pooler_output=self.project_vision_features(features),  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.BoolTensor:
-        """The places of image tokens, `(batch_size, sequence_length)`; from embeddings where ids are not given."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The places that image features take; found from embeddings where ids are not given.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Embeddings.
+            image_features (`torch.FloatTensor` of shape `(num_image_vectors, hidden_size)`): Projected features.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+
+        Raises:
+            ValueError: Unless there are as many image tokens as image vectors.
+        """
+        image_token_id = self.config.image_token_id
+        if input_ids is None:
+            image_token = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            image_mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        else:
+            image_mask = input_ids == image_token_id
+        self._check_counts(image_mask, image_features.shape[0])
+        return image_mask.unsqueeze(-1)
 
     def unused_vision_parameters(self) -> list[str]:
         """
-        Parameters of the tower on which the selected features do not depend: CLIP's `post_layernorm`, layers behind the
-        selected one. They never get a gradient, so freeze them, or DistributedDataParallel has to search for them.
+        Parameters of the tower on which the selected features do not depend: CLIP's `post_layernorm`, layers behind
+        the selected one. They never get a gradient, so freeze them, or DistributedDataParallel has to search for them.
 
         Returns:
             `list[str]`: Their names, as in `named_parameters()` of this model.
@@ -215,17 +173,17 @@ class JnanaModel(JnanaPreTrainedModel):
         return [f"vision_tower.{name}" for name in find_unused_parameters(self.vision_tower, self.config)]
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        image_features: torch.FloatTensor | None = None,
+        image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | JnanaModelOutputWithPast:
@@ -233,10 +191,10 @@ class JnanaModel(JnanaPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids, with
                 `config.num_image_tokens` image tokens for each image.
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): The images of
-                all rows one after the other. Rows may have none, one or many.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*): Instead
-                of `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): The images
+                of all rows one after the other. Rows may have none, one or many.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Instead of `input_ids`.
             image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, vision_feature_size)`,
                 *optional*): Instead of `pixel_values`: features before the projector, computed earlier.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what
@@ -247,26 +205,21 @@ class JnanaModel(JnanaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        given = self._read_images(
+        image_hidden_states = self._read_images(
             pixel_values, image_features, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy
         )
-        # A single new token is never an image: `suppress_tokens` sees to that.
-        is_decoding = given is None and input_ids is not None and input_ids.shape[1] == 1
-        image_mask = None if is_decoding else self.get_placeholder_mask(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            embeddings = self.get_input_embeddings()
+        if input_ids is not None:
+            image_mask = input_ids == self.config.image_token_id
+            if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
+                self._check_counts(image_mask, 0)
             # The image token needs no row in the embedding: its vector is never used.
-            in_table = self.config.image_token_id < embeddings.num_embeddings
-            inputs_embeds = embeddings(
-                input_ids if in_table or image_mask is None else input_ids.masked_fill(image_mask, 0)
-            )
-        if given is not None:
-            image_hidden_states = torch.cat(list(given)).to(inputs_embeds.device, inputs_embeds.dtype)
-            self._check_counts(image_mask, len(given), image_hidden_states.shape[0])
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), image_hidden_states)
-        elif image_mask is not None and input_ids is not None:
-            self._check_counts(image_mask, 0, 0)
-        if given is None and self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+        assert inputs_embeds is not None  # for mypy; the first check has seen to it
+        if image_hidden_states is not None:
+            image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_hidden_states)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
+        elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             inputs_embeds = self._touch_image_path(inputs_embeds)
 
         outputs = self.language_model(
@@ -281,7 +234,7 @@ class JnanaModel(JnanaPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if given is None else torch.stack(list(given)),
+            image_hidden_states=image_hidden_states,
         )
 
     def _read_images(
@@ -291,8 +244,8 @@ class JnanaModel(JnanaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         vision_feature_layer: int | list[int] | None,
         vision_feature_select_strategy: str | None,
-    ) -> list[torch.Tensor] | torch.Tensor | None:
-        """Projected features, one `(num_image_tokens, hidden_size)` an image, from whichever way they were given."""
+    ) -> torch.Tensor | None:
+        """Projected features of shape `(num_image_vectors, hidden_size)`, from whichever way images were given."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(value is not None for value in (pixel_values, image_features, encoded)) > 1:
             raise ValueError(
@@ -302,33 +255,36 @@ class JnanaModel(JnanaPreTrainedModel):
             encoded = self.get_image_features(
                 pixel_values, vision_feature_layer, vision_feature_select_strategy, return_dict=True
             )
-        if encoded is not None:
-            return encoded.pooler_output
-        return None if image_features is None else self.project_vision_features(image_features)
+        if image_features is not None:
+            return torch.cat(self.project_vision_features(image_features))
+        # A list of (tokens, hidden_size) or a tensor (images, tokens, hidden_size).
+        return None if encoded is None else torch.cat(list(encoded.pooler_output))
 
-    def _check_counts(self, image_mask: torch.Tensor, num_images: int, num_vectors: int) -> None:
+    def _check_counts(self, image_mask: torch.Tensor, num_vectors: int) -> None:
         """Raise `ValueError` unless there are as many image tokens as image vectors."""
-        num_tokens = image_mask.sum()
+        num_tokens, size = image_mask.sum(), self.config.num_image_tokens
         torch_compilable_check(
             num_tokens == num_vectors,
             lambda: (
                 f"The text has {int(num_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), but "
-                f"{num_images} images give {num_vectors} vectors. An image takes {self.config.num_image_tokens} tokens: let "
-                "the processor write them, pass every image that the text names, and load model and processor from one folder."
+                f"the images give {num_vectors} vectors, {size} an image ({num_vectors // size} images). Let the "
+                "processor write the image tokens, pass every image that the text names, and load model and processor "
+                "from one folder."
             ),
         )
 
     def _touch_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """
-        Run tower and projector on a black image and add nothing. When processes train together and one has a batch without
-        images, its parameters must take part all the same: DDP waits for their gradients, FSDP and ZeRO-3 for their shards.
+        Run tower and projector on a black image and add nothing. When processes train together and one has a batch
+        without images, its parameters must take part all the same: DDP waits for their gradients, FSDP and ZeRO-3 for
+        their shards.
         """
         black = torch.zeros(image_shape(self.config), device=inputs_embeds.device, dtype=self.vision_tower.dtype)
         features = self.get_image_features(black, return_dict=True).pooler_output[0]
         return inputs_embeds + 0.0 * features.sum().to(inputs_embeds.dtype)
 
 
-class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
+class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
     """
     The pair with the language model's own head.
 
@@ -372,10 +328,10 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
         Args:
             vision (`str`): Hub id or folder of an image encoder, alone or inside a full CLIP or SigLIP.
             text (`str`): Hub id or folder of a causal language model.
-            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of the whole model; `"auto"` is the language
-                model's.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of the whole model; `"auto"` is the
+                language model's.
             attn_implementation (`str` or `dict`, *optional*): For both, or a dict with `vision_config`, `text_config`.
-            vision_kwargs, text_kwargs (`dict`, *optional*): `from_pretrained` arguments of one of the two (`revision`, ...).
+            vision_kwargs, text_kwargs (`dict`, *optional*): `from_pretrained` arguments for one of the two only.
             **kwargs: Fields of [`JnanaConfig`] (`image_token_id`, `projector_type`, ...); any other goes to both
                 `from_pretrained` (`cache_dir`, `token`, `trust_remote_code`, ...).
 
@@ -385,55 +341,9 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If the language model's family is refused, or a checkpoint lacks weights.
         """
-        names = {field.name for field in fields(JnanaConfig)}
-        config_fields = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
-        vision_kwargs = {**kwargs, **(vision_kwargs or {})}
-        text_kwargs = {**kwargs, **(text_kwargs or {})}
-        config = JnanaConfig.from_vision_text_configs(
-            AutoConfig.from_pretrained(vision, **vision_kwargs),
-            AutoConfig.from_pretrained(text, **text_kwargs),
-            **config_fields,
+        return join_pretrained(
+            cls, vision, text, dtype, attn_implementation, vision_kwargs or {}, text_kwargs or {}, kwargs
         )
-        check_text_family(config.text_config)  # before gigabytes are read
-        language_model = load_language_model(text, dtype=dtype, **text_kwargs)
-        tower = load_vision_tower(vision, config, dtype=language_model.dtype, **vision_kwargs)
-        return cls.from_backbones(tower, language_model, config, attn_implementation)
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vision_tower: PreTrainedModel,
-        language_model: PreTrainedModel,
-        config: JnanaConfig,
-        attn_implementation: str | dict[str, str] | None = None,
-    ) -> "JnanaForConditionalGeneration":
-        """
-        Join two models that are already in memory; their modules are taken over, not copied.
-
-        Args:
-            vision_tower (`PreTrainedModel`): The image encoder, as `config` builds it.
-            language_model (`PreTrainedModel`): The causal language model with its head.
-            config ([`JnanaConfig`]): Its projector fields count; the two models bring their own configs.
-            attn_implementation (`str` or `dict`, *optional*): As in [`~from_vision_text_pretrained`].
-
-        Returns:
-            [`JnanaForConditionalGeneration`]: In evaluation mode; the projector is of the language model's dtype.
-        """
-        config = copy.deepcopy(config)
-        config.vision_config, config.text_config = vision_tower.config, language_model.config
-        with torch.device("meta"):
-            model = cls(config)
-        projector = build_projector(config)
-        projector.apply(model._init_weights)
-        model.model.vision_tower = vision_tower
-        model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
-        model.model.language_model = language_model.base_model
-        model.lm_head = language_model.get_output_embeddings()
-        model.generation_config = copy.deepcopy(language_model.generation_config)
-        model.generation_config.suppress_tokens = [config.image_token_id]
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
-        return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -443,7 +353,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
 
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -454,20 +364,20 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
         )
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         labels: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        image_features: torch.FloatTensor | None = None,
+        image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | JnanaCausalLMOutputWithPast:
@@ -475,12 +385,12 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
         Inputs as in [`JnanaModel.forward`], and
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens to predict, -100
-                where nothing is; position i holds the token of position i.
-            shift_labels (`torch.LongTensor`, *optional*): Instead of `labels`: position i holds the token that position i
-                must predict. Shaped as the logits without their last dimension.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Positions to compute logits for: the last
-                n (0 for all), or indices, or a boolean mask `(batch_size, sequence_length)`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens to predict,
+                -100 where nothing is; position i holds the token of position i.
+            shift_labels (`torch.LongTensor`, *optional*): Instead of `labels`: position i holds the token that
+                position i must predict. Shaped as the logits without their last dimension.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Positions to compute logits for: the
+                last n (0 for all), or indices, or a boolean mask `(batch_size, sequence_length)`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -512,37 +422,6 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
-        )
-
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """
-        As `GenerationMixin.generate`; images are encoded once, before the first token. Takes `image_features` as
-        [`JnanaModel.forward`] does.
-        """
-        if kwargs.get("pixel_values") is None:
-            kwargs.pop("pixel_values", None)
-        image_features = kwargs.pop("image_features", None)
-        if image_features is not None:
-            # `mm_encoder_outputs` is what generation repeats for beams and leaves out once the cache is filled.
-            with torch.no_grad():
-                projected = self.model.project_vision_features(image_features)
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
-        return super().generate(inputs, *args, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, is_first_iteration=False, **kwargs
-    ) -> dict[str, Any]:
-        """
-        As `GenerationMixin.prepare_inputs_for_generation`, which passes images with the first step only. Phi-3 reads all
-        anew when it passes the length at which its rotary embedding changes (LongRoPE), images included.
-        """
-        text_config = self.config.text_config
-        if text_config.model_type == "phi3" and past_key_values and kwargs.get("inputs_embeds") is None:
-            limit = text_config.original_max_position_embeddings
-            if input_ids.shape[1] > limit and past_key_values.get_seq_length() <= limit:
-                past_key_values, is_first_iteration, kwargs["next_sequence_length"] = None, True, None
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
         )
 
 

@@ -1,8 +1,8 @@
 """The projector: the only part of a Jnana model that starts from random weights.
 
-It carries the image encoder's features into the language model's embedding space. Three forms, one for each kind of system
-the field has built: a plain Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled), and a Linear
-followed by residual blocks (jnana, visualize_this).
+It carries the image encoder's features into the language model's embedding space. Three forms, one for each kind of
+system the field has built: a plain Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled),
+and a Linear followed by residual blocks (jnana, visualize_this).
 """
 
 import torch

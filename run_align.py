@@ -1,0 +1,88 @@
+"""Stage 1: join a frozen image encoder and a frozen language model by training the projector between them.
+
+    accelerate launch run_align.py recipes/jnana/align.yaml
+    accelerate launch run_align.py recipes/era_capstone/align.yaml --learning_rate 1e-4 --output_dir outputs/mine
+    accelerate launch --num_processes 8 run_align.py recipes/llava_chess/align.yaml --bf16 true
+
+Two processes on a machine without a GPU:
+
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_align.py recipes/...
+
+A run that was cut off goes on from its last whole checkpoint when it is started again.
+`python run_align.py --help` lists all options.
+"""
+
+import sys
+
+from transformers import Trainer, TrainingArguments
+
+from processing import JnanaCollator
+from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from training.callbacks import LossCurveCallback, SamplesCallback
+from training.checkpoints import checkpoint_to_resume, delete_checkpoints
+from training.checks import check_run
+from training.data import collator_options, load_conversations
+from training.loading import is_adapter, prepare_model, prepare_processor
+from training.model_card import use_our_card
+from training.optimizers import trainer_optimizer
+from training.runs import finish_run, start_run, train
+from training.samples import samples_from_rows
+from training.stages import apply_stage
+
+
+def main(argv: list[str]) -> None:
+    # 1. Arguments, logging, seed
+    classes = (ModelArguments, DataArguments, RunArguments, TrainingArguments)
+    model_args, data_args, run_args, training_args = parse_arguments(classes, argv)
+    start_run(training_args)
+
+    # 2. Everything that can be refused before a model is loaded
+    check_run(training_args, data_args, run_args)
+    if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
+        raise ValueError(
+            f"model_name_or_path {model_args.model_name_or_path!r} is an adapter; align from a full checkpoint "
+            "(run_sft writes one with merge_adapter: true)"
+        )
+
+    # 3. Where to start
+    checkpoint = checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
+    )
+
+    # 4. Processor and data: the first process prepares, the others read what it cached
+    with training_args.main_process_first(desc="processor and data"):
+        if run_args.overwrite_output_dir and training_args.should_save:
+            delete_checkpoints(training_args.output_dir)
+        processor = prepare_processor(model_args)
+        train_rows = load_conversations(data_args, processor, training_args.output_dir)
+        eval_rows = load_conversations(data_args, processor, training_args.output_dir, evaluation=True)
+
+    # 5. Model: only the projector trains
+    model = apply_stage(prepare_model(model_args, processor), "align")
+
+    # 6. Trainer
+    callbacks = [LossCurveCallback()]
+    if run_args.sample_steps > 0:
+        samples = samples_from_rows(eval_rows, processor, run_args.sample_count)
+        callbacks.append(
+            SamplesCallback(samples, processor.decode, run_args.sample_steps, run_args.sample_max_new_tokens)
+        )
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=JnanaCollator(processor, **collator_options(data_args, training_args.output_dir)),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+    )
+    use_our_card(trainer, "align", model_args, data_args, recipe=argv[0])
+
+    # 7. Train, save, share
+    train(trainer, checkpoint)
+    finish_run(trainer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

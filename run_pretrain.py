@@ -1,0 +1,83 @@
+"""Stage 0: train a causal language model from random weights (or go on with one) on a text corpus.
+
+    accelerate launch run_pretrain.py recipes/jnana/pretrain.yaml
+    accelerate launch run_pretrain.py recipes/era_capstone/pretrain.yaml --max_steps 400 --output_dir outputs/pythia
+    accelerate launch --num_processes 4 run_pretrain.py recipes/jnana/pretrain.yaml --learning_rate 3e-4
+
+Two processes on a machine without a GPU:
+
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_pretrain.py recipes/...
+
+A run that was cut off goes on from its last whole checkpoint when it is started again.
+`python run_pretrain.py --help` lists all options.
+"""
+
+import sys
+
+from transformers import Trainer, TrainingArguments
+
+from training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments
+from training.callbacks import LossCurveCallback, SamplesCallback
+from training.checkpoints import checkpoint_to_resume, delete_checkpoints
+from training.checks import check_run
+from training.data import collate_blocks, load_blocks, load_documents
+from training.model_card import use_our_card
+from training.optimizers import trainer_optimizer
+from training.runs import finish_run, start_run, train
+from training.samples import samples_from_blocks
+from training.stages import apply_stage
+from training.text_models import check_text_arguments, prepare_text_model, prepare_tokenizer
+
+
+def main(argv: list[str]) -> None:
+    # 1. Arguments, logging, seed
+    classes = (TextModelArguments, TextDataArguments, RunArguments, TrainingArguments)
+    model_args, data_args, run_args, training_args = parse_arguments(classes, argv)
+    start_run(training_args)
+
+    # 2. Everything that can be refused before a model is loaded
+    check_text_arguments(model_args)
+    check_run(training_args, data_args, run_args)
+
+    # 3. Where to start
+    checkpoint = checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
+    )
+
+    # 4. Tokenizer and data: the first process prepares, the others read what it cached
+    with training_args.main_process_first(desc="tokenizer and data"):
+        if run_args.overwrite_output_dir and training_args.should_save:
+            delete_checkpoints(training_args.output_dir)
+        tokenizer = prepare_tokenizer(model_args, load_documents(data_args), checkpoint)
+        train_blocks = load_blocks(data_args, tokenizer)
+        eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)
+
+    # 5. Model
+    model = apply_stage(prepare_text_model(model_args, tokenizer), "pretrain")
+
+    # 6. Trainer
+    callbacks = [LossCurveCallback()]
+    if run_args.sample_steps > 0:
+        samples = samples_from_blocks(eval_blocks, tokenizer, run_args.sample_count, run_args.sample_max_new_tokens)
+        callbacks.append(
+            SamplesCallback(samples, tokenizer.decode, run_args.sample_steps, run_args.sample_max_new_tokens)
+        )
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=collate_blocks,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+    )
+    use_our_card(trainer, "pretrain", model_args, data_args, recipe=argv[0])
+
+    # 7. Train, save, share
+    train(trainer, checkpoint)
+    finish_run(trainer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Stage 2: fine-tune on questions and answers about pictures; the projector goes on training, the image encoder is frozen.
+
+The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). With an adapter, `output_dir` holds
+the adapter and the trained projector, the processor, and what they rest on; `merge_adapter: true` also writes
+`output_dir/merged`, an ordinary checkpoint. An adapter folder as `model_name_or_path` is trained for a further round.
+
+    accelerate launch run_sft.py recipes/jnana/sft.yaml
+    accelerate launch run_sft.py recipes/phi35_pooled/sft.yaml --learning_rate 5e-5 --merge_adapter true
+    accelerate launch run_sft.py recipes/llava_chess/sft.yaml --train_data my_photos/metadata.csv --output_dir outputs/mine
+
+Two processes on a machine without a GPU:
+
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_sft.py recipes/...
+
+A run that was cut off goes on from its last whole checkpoint when it is started again.
+`python run_sft.py --help` lists all options.
+"""
+
+import sys
+
+from transformers import Trainer, TrainingArguments
+
+from processing import JnanaCollator
+from training.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, parse_arguments
+from training.callbacks import BaseReferenceCallback, LossCurveCallback, SamplesCallback
+from training.checkpoints import checkpoint_to_resume, delete_checkpoints
+from training.checks import check_lora, check_run
+from training.data import collator_options, load_conversations
+from training.loading import (
+    base_reference,
+    is_adapter,
+    merge_adapter,
+    prepare_model,
+    prepare_processor,
+    write_base_reference,
+)
+from training.model_card import use_our_card
+from training.optimizers import trainer_optimizer
+from training.runs import finish_run, start_run, train
+from training.samples import samples_from_rows
+from training.stages import apply_stage
+
+
+def main(argv: list[str]) -> None:
+    # 1. Arguments, logging, seed
+    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments, TrainingArguments)
+    model_args, data_args, lora_args, run_args, training_args = parse_arguments(classes, argv)
+    start_run(training_args)
+
+    # 2. Everything that can be refused before a model is loaded
+    check_run(training_args, data_args, run_args)
+    continues_adapter = model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path)
+    check_lora(lora_args, model_args.model_name_or_path if continues_adapter else None)
+    with_adapter = continues_adapter or lora_args.lora_r > 0
+
+    # 3. Where to start
+    checkpoint = checkpoint_to_resume(
+        training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
+    )
+
+    # 4. Processor and data: the first process prepares, the others read what it cached
+    with training_args.main_process_first(desc="processor and data"):
+        if run_args.overwrite_output_dir and training_args.should_save:
+            delete_checkpoints(training_args.output_dir)
+        processor = prepare_processor(model_args)
+        train_rows = load_conversations(data_args, processor, training_args.output_dir)
+        eval_rows = load_conversations(data_args, processor, training_args.output_dir, evaluation=True)
+
+    # 5. Model: the projector trains, and the language model by an adapter or whole
+    model = apply_stage(prepare_model(model_args, processor), "sft", lora_args)
+
+    # 6. Trainer
+    callbacks = [LossCurveCallback()]
+    if with_adapter:
+        callbacks.append(BaseReferenceCallback(base_reference(model_args)))
+    if run_args.sample_steps > 0:
+        samples = samples_from_rows(eval_rows, processor, run_args.sample_count)
+        callbacks.append(
+            SamplesCallback(samples, processor.decode, run_args.sample_steps, run_args.sample_max_new_tokens)
+        )
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=JnanaCollator(processor, **collator_options(data_args, training_args.output_dir)),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+    )
+    use_our_card(trainer, "sft", model_args, data_args, recipe=argv[0])
+
+    # 7. Train, save, share
+    train(trainer, checkpoint)
+    if with_adapter and training_args.should_save:
+        write_base_reference(base_reference(model_args), training_args.output_dir)
+    finish_run(trainer)
+    if with_adapter and lora_args.merge_adapter and training_args.should_save:
+        merge_adapter(trainer.model, processor, f"{training_args.output_dir}/merged")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

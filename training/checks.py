@@ -1,0 +1,85 @@
+"""Errors that would otherwise come after the model is loaded, or after an hour: found first, from the arguments alone."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from .arguments import DataArguments, LoraArguments, RunArguments, TextDataArguments
+
+
+FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow", ".gz"}
+
+
+def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArguments, run_args: RunArguments) -> None:
+    """Check every path and every pair of options that must agree.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+    check_output_dir(args.output_dir)
+    if data_args.train_data is None:
+        raise ValueError("train_data is not set; give a file, a folder or a Hub data set")
+    check_source("train_data", data_args.train_data)
+    if data_args.eval_data is not None:
+        check_source("eval_data", data_args.eval_data)
+    if isinstance(data_args, DataArguments):
+        for name in ("image_folder", "eval_image_folder"):
+            folder = getattr(data_args, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"{name} {folder!r} is not a folder; give the folder that holds the images")
+    if data_args.eval_data is None:
+        if args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy is {str(args.eval_strategy)!r} but eval_data is not set; give it, or `no`"
+            )
+        if run_args.sample_steps > 0:
+            raise ValueError(f"sample_steps is {run_args.sample_steps} but eval_data is not set; give it, or 0")
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError(
+            f"streaming is true but max_steps is {args.max_steps}; a stream has no length, so give max_steps"
+        )
+
+
+def check_output_dir(folder: str) -> None:
+    """Create the folder and write a file in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {folder!r} cannot be written to ({error.strerror}); choose another") from error
+
+
+def check_source(name: str, source: str) -> None:
+    """Refuse what looks like a path and does not exist; anything else may be a Hub id."""
+    path = Path(source)
+    looks_local = path.is_absolute() or source.startswith(".") or path.suffix in FILE_SUFFIXES or len(path.parts) > 2
+    if looks_local and not path.exists() and not any(mark in source for mark in "*?["):
+        raise ValueError(f"{name} {source!r} does not exist; give a file, a folder or a Hub data set")
+
+
+def check_lora(args: LoraArguments, adapter: str | None) -> None:
+    """Check the options of an adapter.
+
+    Args:
+        args (`LoraArguments`): The options.
+        adapter (`str`, *optional*): The adapter folder that is continued, if one is.
+
+    Raises:
+        ValueError: if `lora_r` contradicts the adapter to continue, or `merge_adapter` has nothing to merge.
+    """
+    if args.lora_r < 0 or not 0 <= args.lora_dropout < 1:
+        raise ValueError(
+            f"lora_r is {args.lora_r} and lora_dropout {args.lora_dropout}; give a rank >= 0 and 0 <= p < 1"
+        )
+    if adapter is not None:
+        rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        if args.lora_r not in (0, rank):
+            raise ValueError(
+                f"lora_r is {args.lora_r}, but the adapter {adapter!r} to continue has rank {rank}; leave it out, or merge "
+                "that adapter and start from the merged checkpoint"
+            )
+    elif args.merge_adapter and args.lora_r == 0:
+        raise ValueError("merge_adapter is true but lora_r is 0, so there is no adapter; set lora_r, or leave it out")

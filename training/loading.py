@@ -1,0 +1,315 @@
+"""The one place that loads or builds a model with its processor, whatever kind of folder it is given.
+
+It also refuses a language model with a tokenizer that is not its own: the ids would mean other words than the weights
+learnt, nothing would raise, and up to half of the answers would be lost.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling import JnanaForConditionalGeneration
+from processing import JnanaProcessor, check_tokenizer, tokenizer_fingerprint
+from processing.processing_jnana import read_chat_template
+
+from .arguments import ModelArguments
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+BASE_REFERENCE = "jnana_base.json"  # beside an adapter: what it was trained on
+
+
+def load_model_and_processor(
+    path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    trainable_adapter: bool = False,
+    **loading_kwargs,
+) -> tuple[nn.Module, JnanaProcessor]:
+    """Load a Jnana checkpoint: a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft.
+
+    Args:
+        path (`str`): Folder or Hub id.
+        dtype (`str` or `torch.dtype`, *optional*): Of the weights; default: as the checkpoint says.
+        trainable_adapter (`bool`, defaults to `False`): Leave an adapter's weights trainable, to go on training.
+        loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code`, ...).
+
+    Returns:
+        `tuple[nn.Module, JnanaProcessor]`: a `JnanaForConditionalGeneration`, or the `PeftModel` around one.
+
+    Raises:
+        ValueError: if the folder is none of these kinds, the base of an adapter cannot be found, or the tokenizer is
+            not the one that the language model was trained with.
+    """
+    processor = load_processor(path)
+    if dtype is not None:
+        loading_kwargs["dtype"] = dtype
+    if is_adapter(path):
+        from peft import PeftModel
+
+        model = load_base(path, processor, **loading_kwargs)
+        model = PeftModel.from_pretrained(model, path, is_trainable=trainable_adapter)
+    else:
+        model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
+        fingerprint = model.config.tokenizer_fingerprint
+        if fingerprint is not None:
+            check_tokenizer(fingerprint, processor.tokenizer, model_name=path, tokenizer_name=path)
+    return model, processor
+
+
+def load_processor(path: str) -> JnanaProcessor:
+    """The processor of a Jnana checkpoint.
+
+    Raises:
+        ValueError: if `path` is a folder without one.
+    """
+    if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
+        raise ValueError(
+            f"{path!r} is not a Jnana checkpoint: it has no processor_config.json. Give a folder written by run_align "
+            "or run_sft, or name two backbones as vision_model and text_model"
+        )
+    return JnanaProcessor.from_pretrained(path)
+
+
+def prepare_processor(args: ModelArguments) -> JnanaProcessor:
+    """The processor that the arguments ask for, checked against the language model; no weights are read.
+
+    Raises:
+        ValueError: if the arguments name neither a checkpoint nor a pair or name both, or the tokenizer is refused.
+    """
+    check_model_arguments(args)
+    if args.model_name_or_path is not None:
+        if args.chat_template is None:
+            return load_processor(args.model_name_or_path)
+        return JnanaProcessor.from_pretrained(
+            args.model_name_or_path, chat_template=read_chat_template(args.chat_template)
+        )
+    tokenizer_name = args.tokenizer_name_or_path or args.text_model
+    processor = JnanaProcessor.from_vision_text_pretrained(
+        args.vision_model,
+        tokenizer_name,
+        chat_template=args.chat_template or "jnana",
+        vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
+    )
+    check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name)
+    return processor
+
+
+def prepare_model(args: ModelArguments, processor: JnanaProcessor) -> nn.Module:
+    """The model that the arguments ask for; `processor` is what [`prepare_processor`] made of the same arguments.
+
+    Raises:
+        ValueError: if a projector field contradicts the checkpoint to continue.
+    """
+    loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation is not None:
+        loading["attn_implementation"] = args.attn_implementation
+    if args.model_name_or_path is None:
+        return build_pair(
+            args.vision_model,
+            args.text_model,
+            processor,
+            tokenizer_name=args.tokenizer_name_or_path or args.text_model,
+            **args.projector_fields,
+            **loading,
+        )
+    model, _ = load_model_and_processor(args.model_name_or_path, trainable_adapter=True, **loading)
+    for name, value in args.projector_fields.items():
+        present = getattr(model.config, name)
+        if present != value:
+            raise ValueError(
+                f"{name} is {value!r}, but the checkpoint {args.model_name_or_path!r} has {present!r}; leave it out, or "
+                "build a new pair from vision_model and text_model"
+            )
+    return model
+
+
+def build_pair(
+    vision: str, text: str, processor: JnanaProcessor, *, tokenizer_name: str | None = None, **fields
+) -> JnanaForConditionalGeneration:
+    """Join two backbones by a fresh projector.
+
+    Args:
+        vision (`str`): Vision tower, Hub id or folder.
+        text (`str`): Causal language model, Hub id or folder.
+        processor (`JnanaProcessor`): Made for the same two; its tokenizer holds the image and the pad token.
+        tokenizer_name (`str`, *optional*): How errors call the tokenizer; default: `text`.
+        fields: `JnanaConfig`'s projector fields, and what `from_pretrained` takes (`dtype`, ...).
+
+    Raises:
+        ValueError: if the tokenizer is not the one that the language model was trained with.
+    """
+    tokenizer = processor.tokenizer
+    fingerprint = check_text_tokenizer(text, tokenizer, tokenizer_name or text)
+    model = JnanaForConditionalGeneration.from_vision_text_pretrained(
+        vision, text, image_token_id=processor.image_token_id, **fields
+    )
+    model.config.tokenizer_fingerprint = fingerprint
+    grow_embeddings(model, len(tokenizer))
+    set_special_tokens(model, processor)
+    return model
+
+
+def check_text_tokenizer(text: str, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str) -> str | None:
+    """Compare a tokenizer with the one that the language model `text` was trained with.
+
+    That is the fingerprint in the model's config where run_pretrain wrote one, else the tokenizer the checkpoint ships.
+
+    Returns:
+        `str` or `None`: the fingerprint, `None` when the checkpoint says nothing about its tokenizer (a warning is logged).
+
+    Raises:
+        ValueError: if they differ; the message names both.
+    """
+    fingerprint = getattr(AutoConfig.from_pretrained(text), "tokenizer_fingerprint", None)
+    if fingerprint is None:
+        try:
+            fingerprint = tokenizer_fingerprint(AutoTokenizer.from_pretrained(text))
+        except (OSError, ValueError):
+            logger.warning(f"{text!r} ships no tokenizer, so {tokenizer_name!r} cannot be compared with it")
+            return None
+    check_tokenizer(fingerprint, tokenizer, model_name=text, tokenizer_name=tokenizer_name)
+    return fingerprint
+
+
+def grow_embeddings(model: nn.Module, rows: int) -> None:
+    """Give the embedding at least `rows` rows; a larger one (Phi-2: 51,200 for 50,295 tokens) is left as it is.
+
+    New rows are the mean of the old ones, so that an adapter's base can be built again exactly.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    old = embedding.weight.shape[0]
+    if rows <= old:
+        return
+    with torch.no_grad():
+        mean_in, mean_out = embedding.weight.mean(0), head.weight.mean(0)
+        mean_bias = None if head.bias is None else head.bias.mean()
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.get_input_embeddings().weight[old:] = mean_in
+        model.get_output_embeddings().weight[old:] = mean_out
+        if mean_bias is not None:
+            model.get_output_embeddings().bias[old:] = mean_bias
+    logger.info(f"the embedding grew from {old:,} to {rows:,} rows for the tokenizer's new tokens")
+
+
+def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
+    """Tell `generate` how to pad, where to stop, and never to write an image token (it would break the next turn)."""
+    generation, tokenizer = model.generation_config, processor.tokenizer
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.suppress_tokens = [processor.image_token_id]
+
+
+def check_model_arguments(args: ModelArguments) -> None:
+    pair = (args.vision_model, args.text_model)
+    if args.model_name_or_path is not None and any(pair):
+        raise ValueError(
+            f"model_name_or_path ({args.model_name_or_path!r}) and vision_model/text_model ({pair}) exclude each other; "
+            "give the checkpoint to continue, or the two backbones to join"
+        )
+    if args.model_name_or_path is None and not all(pair):
+        raise ValueError(
+            f"vision_model is {args.vision_model!r} and text_model is {args.text_model!r}; give both, or a Jnana "
+            "checkpoint as model_name_or_path"
+        )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is an adapter folder (or an adapter repository on the Hub)."""
+    if Path(path).is_dir():
+        return (Path(path) / ADAPTER_CONFIG).is_file()
+    from huggingface_hub import file_exists
+
+    return file_exists(path, ADAPTER_CONFIG)
+
+
+def base_reference(args: ModelArguments) -> dict[str, Any]:
+    """What an adapter trained with these arguments rests on: `{"names": ..., "projector_fields": ...}`.
+
+    Either one Jnana checkpoint (`model`), or a pair built on the spot (`vision_model`, `text_model`), whose projector
+    needs no checkpoint of its own as the adapter folder holds the trained one.
+    """
+    if args.model_name_or_path is None:
+        names = {"vision_model": args.vision_model, "text_model": args.text_model}
+        return {"names": names, "projector_fields": args.projector_fields}
+    if is_adapter(args.model_name_or_path):  # a further round on the same adapter: its base is the old one's
+        return read_base_reference(args.model_name_or_path)
+    return {"names": {"model": args.model_name_or_path}, "projector_fields": {}}
+
+
+def write_base_reference(reference: dict[str, Any], folder: str | Path) -> None:
+    """Write `reference` beside an adapter, with the way from the adapter's folder to a local base."""
+    names = reference["names"]
+    relative = {key: os.path.relpath(name, folder) for key, name in names.items() if Path(name).is_dir()}
+    text = json.dumps({**reference, "relative_paths": relative}, indent=2, sort_keys=True)
+    (Path(folder) / BASE_REFERENCE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_base_reference(path: str) -> dict[str, Any]:
+    """The base of the adapter `path`, local names resolved to folders that exist.
+
+    Raises:
+        ValueError: if the adapter was not written by run_sft.
+    """
+    if Path(path).is_dir():
+        file = Path(path) / BASE_REFERENCE
+        if not file.is_file():
+            raise ValueError(
+                f"the adapter {path!r} has no {BASE_REFERENCE}, so its base is unknown; run_sft writes one"
+            )
+    else:
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(path, BASE_REFERENCE))
+    reference = json.loads(file.read_text(encoding="utf-8"))
+    relative = reference.pop("relative_paths")
+    for key, way in relative.items():
+        beside = Path(path) / way
+        if beside.is_dir():
+            reference["names"][key] = str(beside)
+    return reference
+
+
+def load_base(path: str, processor: JnanaProcessor, **loading_kwargs) -> nn.Module:
+    """The model that the adapter `path` was trained on.
+
+    Raises:
+        ValueError: if its folder is not there any more.
+    """
+    reference = read_base_reference(path)
+    names = reference["names"]
+    for key, name in names.items():
+        local = name.startswith((".", "/")) or name.count("/") != 1
+        if local and not Path(name).is_dir():
+            raise ValueError(
+                f"the adapter {path!r} was trained on {key} {name!r}, which is no folder here; bring it back, or "
+                f"correct {BASE_REFERENCE} in the adapter's folder"
+            )
+    if "model" in names:
+        model, _ = load_model_and_processor(names["model"], **loading_kwargs)
+        return model
+    pair = (names["vision_model"], names["text_model"])
+    return build_pair(*pair, processor, **reference["projector_fields"], **loading_kwargs)
+
+
+def merge_adapter(model: nn.Module, processor: JnanaProcessor, folder: str | Path) -> None:
+    """Add an adapter's product to the weights it adapts and write an ordinary full checkpoint, code included.
+
+    Args:
+        model (`PeftModel`): The trained model; it is merged in place and not to be used as an adapter afterwards.
+        processor (`JnanaProcessor`): Saved beside it.
+        folder (`str` or `Path`): Where to.
+    """
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder)
+    processor.save_pretrained(folder)

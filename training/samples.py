@@ -1,0 +1,96 @@
+"""Validation samples as prompts: what a model is asked while it trains, and what it should say."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from transformers import PreTrainedTokenizerBase
+
+from processing import JnanaProcessor, load_image
+
+
+@dataclass
+class Sample:
+    """A prompt and the text that should follow.
+
+    Args:
+        source (`str`): File and record it comes from.
+        prompt (`str`): The question, as people read it.
+        truth (`str`): The reference answer.
+        inputs (`dict[str, torch.Tensor]`): Model inputs of batch size 1, up to where the answer begins.
+        images (`list[Image]`): The pictures asked about.
+    """
+
+    source: str
+    prompt: str
+    truth: str
+    inputs: dict[str, torch.Tensor]
+    images: list[Image] = field(default_factory=list)
+
+
+def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor, count: int) -> list[Sample]:
+    """The first question of the first `count` rows (one conversation a row, as training sees them)."""
+    samples = []
+    for row in first(rows, count):
+        messages = [{"role": m["role"], "content": [clean(c) for c in m["content"]]} for m in row["conversations"][0]]
+        answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        images = [load_image(reference) for reference in row["images"]]
+        inputs = processor.apply_chat_template(
+            with_images(messages[:answer], images),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        question = " ".join(text_of(message) for message in messages[:answer])
+        samples.append(Sample(row["source"], question.strip(), text_of(messages[answer]), dict(inputs), images))
+    return samples
+
+
+def samples_from_blocks(
+    blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int
+) -> list[Sample]:
+    """The first half of the first `count` blocks of a packed corpus as prompts, what follows as truth."""
+    samples = []
+    for number, block in enumerate(first(blocks, count)):
+        ids = torch.as_tensor(block["input_ids"])
+        half = len(ids) // 2
+        inputs = {"input_ids": ids[None, :half], "attention_mask": torch.ones(1, half, dtype=torch.long)}
+        truth = tokenizer.decode(ids[half : half + max_new_tokens])
+        samples.append(Sample(f"validation block {number}", tokenizer.decode(ids[:half]), truth, inputs))
+    return samples
+
+
+def first(rows: Iterable, count: int) -> list:
+    chosen = []
+    for row in rows:
+        if len(chosen) == count:
+            break
+        chosen.append(row)
+    return chosen
+
+
+def clean(part: dict[str, Any]) -> dict[str, Any]:
+    """A content part without the empty `text` that Arrow adds to an image part."""
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def text_of(message: dict[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def with_images(messages: list[dict[str, Any]], images: list[Image]) -> list[dict[str, Any]]:
+    """The messages with the pictures put into their image parts, in reading order."""
+    pending = iter(images)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(pending)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]

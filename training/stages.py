@@ -1,0 +1,146 @@
+"""Which part trains in which stage: the one place that sets `requires_grad` and puts LoRA on the language model.
+
+| stage    | vision_tower | multi_modal_projector | language_model        | lm_head               |
+|----------|--------------|-----------------------|-----------------------|-----------------------|
+| pretrain | -            | -                     | trains                | trains                |
+| align    | frozen       | trains                | frozen                | frozen                |
+| sft      | frozen       | trains                | LoRA, or all of it    | frozen with LoRA, or trains |
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .arguments import LoraArguments
+
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+
+# What trains in which stage. `pretrain` knows a bare language model only; there everything trains.
+STAGES: dict[str, dict[str, bool]] = {
+    "pretrain": {"language_model": True, "lm_head": True},
+    "align": {"vision_tower": False, "multi_modal_projector": True, "language_model": False, "lm_head": False},
+    "sft": {"vision_tower": False, "multi_modal_projector": True, "language_model": True, "lm_head": True},
+}
+
+
+@dataclass
+class PartCount:
+    """Parameters of one part of the model."""
+
+    trainable: int = 0
+    total: int = 0
+
+
+def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None) -> nn.Module:
+    """Freeze and unfreeze the parts of `model` as the table says, and print what trains.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            A bare language model (`pretrain`), a `JnanaForConditionalGeneration`, or (`sft` only) a `PeftModel` loaded
+            with a trainable adapter, which is then continued.
+        stage (`str`): `pretrain`, `align` or `sft`.
+        lora (`LoraArguments`, *optional*): With `lora_r > 0` the language model gets an adapter and stays frozen itself.
+
+    Returns:
+        `nn.Module`: the model, or the `PeftModel` around it. What trains is float32, whatever the rest is.
+
+    Raises:
+        ValueError: if the stage is unknown, or the adapter's targets match no linear layer of the language model.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is unknown; it must be one of {list(STAGES)}")
+    continued = "peft_config" in vars(model)
+    if continued and stage != "sft":
+        raise ValueError(f"stage {stage!r} cannot continue an adapter; merge it first (run_sft --merge_adapter true)")
+    with_lora = continued or (lora is not None and lora.lora_r > 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad = STAGES[stage][part] and not (with_lora and part in ("language_model", "lm_head"))
+    if continued:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "lora_" in name or "modules_to_save." in name
+    elif with_lora:
+        model = add_lora(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()  # AdamW's small steps vanish in bfloat16's 8 bits
+    logger.info(describe_parameters(model, stage))
+    return model
+
+
+def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
+    """Wrap `model` in a `PeftModel` that adapts the language model only and trains the projector in full.
+
+    CLIP and Phi share layer names (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha if lora.lora_alpha is not None else 2 * lora.lora_r,
+        lora_dropout=lora.lora_dropout,
+        target_modules=resolve_targets(model, lora.lora_target_modules),
+        modules_to_save=["multi_modal_projector"],
+        # without a task type PEFT writes the name of the model's (temporary) remote-code module into the adapter
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def resolve_targets(model: nn.Module, wanted: list[str]) -> list[str]:
+    """The full names of the language model's linear layers that `wanted` names by their last part.
+
+    Raises:
+        ValueError: if one of the names matches nothing; the message lists the layers there are.
+    """
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n) == "language_model"]
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if wanted == ["all-linear"]:
+        return linear
+    missing = [name for name in wanted if name not in kinds]
+    if missing:
+        raise ValueError(
+            f"lora_target_modules: {missing} match no linear layer of the language model; it has {kinds}, "
+            "or take `all-linear`"
+        )
+    return [name for name in linear if name.rsplit(".", 1)[-1] in wanted]
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or module name belongs to; in a bare language model all but the head is one part."""
+    pieces = name.split(".")
+    for part in PARTS:
+        if part in pieces:
+            return part
+    return "lm_head" if "embed_out" in pieces else "language_model"
+
+
+def count_parameters(model: nn.Module) -> dict[str, PartCount]:
+    """Trainable and total parameters, part by part.
+
+    Tied weights count once. The untrained copy of the projector that PEFT keeps beside the trained one does not count.
+    """
+    counts: dict[str, PartCount] = {}
+    for name, parameter in model.named_parameters():
+        if "original_module" in name.split("."):
+            continue
+        count = counts.setdefault(part_of(name), PartCount())
+        count.total += parameter.numel()
+        count.trainable += parameter.numel() if parameter.requires_grad else 0
+    return counts
+
+
+def describe_parameters(model: nn.Module, stage: str) -> str:
+    """The table printed at the start of a run."""
+    counts = count_parameters(model)
+    rows = [(part, counts[part]) for part in PARTS if part in counts]
+    rows.append(("all", PartCount(sum(c.trainable for _, c in rows), sum(c.total for _, c in rows))))
+    lines = [f"stage {stage}: what trains", f"  {'part':<24}{'trainable':>16}{'total':>18}"]
+    lines += [f"  {part:<24}{count.trainable:>16,}{count.total:>18,}" for part, count in rows]
+    share = rows[-1][1].trainable / max(rows[-1][1].total, 1)
+    return "\n".join([*lines, f"  {share:.3%} of all parameters train"])

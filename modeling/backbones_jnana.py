@@ -271,6 +271,6 @@ def _refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
         shown = ", ".join(sorted(missing_keys)[:3])
         raise ValueError(
             f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model that is asked of it "
-            f"({shown}, ...). For `vision_feature_select_strategy: pooled` it must hold CLIP's projection (a full CLIP "
-            "or a `CLIPVisionModelWithProjection`)."
+            f"({shown}, ...). For `vision_feature_select_strategy: pooled` it must hold CLIP's projection: a full "
+            "CLIP or a `CLIPVisionModelWithProjection`."
         )

@@ -258,7 +258,7 @@ class JnanaModel(JnanaPreTrainedModel):
         if image_features is not None:
             return torch.cat(self.project_vision_features(image_features))
         # A list of (tokens, hidden_size) or a tensor (images, tokens, hidden_size).
-        return None if encoded is None else torch.cat(list(encoded.pooler_output))
+        return None if encoded is None else torch.cat(list(encoded.pooler_output))  # type: ignore[arg-type]
 
     def _check_counts(self, image_mask: torch.Tensor, num_vectors: int) -> None:
         """Raise `ValueError` unless there are as many image tokens as image vectors."""

@@ -101,18 +101,31 @@ class JnanaGenerationMixin(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, is_first_iteration=False, **kwargs
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
     ) -> dict[str, Any]:
         """
         As `GenerationMixin.prepare_inputs_for_generation`, which passes images with the first step only. Phi-3 reads
         all anew when it passes the length at which its rotary embedding changes (LongRoPE), images included.
         """
         text_config = self.config.text_config
-        if text_config.model_type == "phi3" and past_key_values and kwargs.get("inputs_embeds") is None:
+        if text_config.model_type == "phi3" and past_key_values and inputs_embeds is None:
             limit = text_config.original_max_position_embeddings
-            if input_ids.shape[1] > limit and past_key_values.get_seq_length() <= limit:
-                past_key_values, is_first_iteration, kwargs["next_sequence_length"] = None, True, None
+            if input_ids.shape[1] > limit and 0 < past_key_values.get_seq_length() <= limit:
+                next_sequence_length, past_key_values, is_first_iteration = None, None, True
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )

@@ -1,0 +1,36 @@
+"""Turns people's data into model inputs: processor, chat templates, readers, checks, the collator, and text for stage 0."""
+
+from .bad_samples import BadSampleError, append_bad_samples, read_bad_samples
+from .data_checks import CheckReport, check_rows
+from .data_collator import JnanaCollator
+from .data_readers import load_rows
+from .data_rows import ROW_FEATURES, flatten_conversations
+from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
+from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
+from .text_corpus import load_text, pack_blocks, train_tokenizer
+from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
+
+
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "ROW_FEATURES",
+    "BadSampleError",
+    "CheckReport",
+    "JnanaCollator",
+    "JnanaProcessor",
+    "add_jnana_tokens",
+    "append_bad_samples",
+    "chat_template_names",
+    "check_image",
+    "check_rows",
+    "check_tokenizer",
+    "flatten_conversations",
+    "load_image",
+    "load_rows",
+    "load_text",
+    "pack_blocks",
+    "read_bad_samples",
+    "read_chat_template",
+    "tokenizer_fingerprint",
+    "train_tokenizer",
+]

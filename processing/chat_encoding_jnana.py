@@ -1,0 +1,158 @@
+"""From a rendered chat to token ids, piece by piece.
+
+A chat is cut into pieces before it is tokenised, at two kinds of places, and each piece is tokenised on its own:
+
+* where an answer starts and ends. No token then reaches over the border between prompt and answer, whatever the
+  tokenizer, so a prompt made for generation is an exact token prefix of the training row, and the mask of answer tokens
+  needs no character offsets. (Byte-pair merging over that border is the classic silent error: the model is asked to go on
+  from a token it never saw end there.)
+* inside every piece of the user's text that spells a control token, such as `<image>` or `<|endoftext|>`. What is left
+  on either side is ordinary text to the tokenizer: the model reads the same characters, and no control token.
+
+The cuts are marked by three private-use characters, removed from people's text beforehand. This file is copied beside
+`processing_jnana.py` into every shared checkpoint.
+"""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+BREAK = "\U0010fa00"
+ANSWER_START = "\U0010fa01"
+ANSWER_END = "\U0010fa02"
+MARKS = re.compile(f"([{BREAK}{ANSWER_START}{ANSWER_END}])")
+
+# Keys of a content part that refer to an image; they hold no text that a template could write
+IMAGE_KEYS = ("image", "url", "path", "base64", "bytes")
+
+
+@lru_cache
+def _control_pattern(control_tokens: tuple[str, ...]) -> re.Pattern:
+    longest_first = sorted(control_tokens, key=len, reverse=True)
+    # Case is ignored because an added token may be matched after a lower-casing normalizer
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
+
+
+class ChatEncoder:
+    """
+    Neutralises and tokenises chats with one tokenizer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer; its added tokens, special or not, are the control tokens.
+        extra_tokens (`tuple[str, ...]`, *optional*): more strings to treat as control tokens (the image token).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, extra_tokens: tuple[str, ...] = ()):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.added_tokens = {index: token.content for index, token in added.items()}
+        # Runs of spaces, which Phi-2's tokenizer has as added tokens, are ordinary text
+        control = [token.content for token in added.values() if token.special or not token.content.isspace()]
+        self.pattern = _control_pattern(tuple({t: None for t in (*control, *extra_tokens) if len(t) > 1}))
+        # A control token of one character can't be broken in two: it is left out of people's text
+        self.single = [token.content for token in added.values() if token.special and len(token.content) == 1]
+
+    def neutralise(self, value: Any) -> Any:
+        """
+        Break every control token in people's text, so that it is tokenised as the plain text it is.
+
+        Args:
+            value (`Any`): a string, or a list or dict (conversations, messages, tools) of them.
+
+        Returns:
+            `Any`: a copy with a break after the first character of each control token. Adjacent text parts of one
+            message are joined first, so that two parts can't spell a token together.
+        """
+        if isinstance(value, str):
+            return self._neutralise_text(value)
+        if isinstance(value, (list, tuple)):
+            return [self.neutralise(item) for item in _join_text_parts(value)]
+        if isinstance(value, dict):
+            return {k: v if k in IMAGE_KEYS else self.neutralise(v) for k, v in value.items()}
+        return value
+
+    def _neutralise_text(self, text: str) -> str:
+        text = MARKS.sub("", text)
+        for character in self.single:
+            text = text.replace(character, "")
+        pieces, last = [], 0
+        while match := self.pattern.search(text, last):
+            pieces += [text[last : match.start() + 1], BREAK]
+            last = match.start() + 1
+        return "".join([*pieces, text[last:]])
+
+    def encode(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """
+        Tokenise marked texts, with no special tokens but those the texts spell.
+
+        Args:
+            texts (`list[str]`): rendered chats with marks.
+
+        Returns:
+            `tuple[list[list[int]], list[list[int]]]`: token ids, and for each id 1 inside an answer and 0 elsewhere.
+        """
+        split = [MARKS.split(text) for text in texts]
+        pieces = [piece for parts in split for piece in parts[::2] if piece]
+        if not pieces:
+            return [[] for _ in texts], [[] for _ in texts]
+        encoded = iter(self._encode_all(pieces)) if self._pieces_are_independent() else None
+
+        all_ids, all_masks = [], []
+        for parts in split:
+            ids: list[int] = []
+            mask: list[int] = []
+            in_answer = 0
+            for position, part in enumerate(parts):
+                if position % 2:
+                    in_answer = 1 if part == ANSWER_START else 0 if part == ANSWER_END else in_answer
+                elif part:
+                    piece_ids = next(encoded) if encoded is not None else self._encode_after(ids, part)
+                    ids += piece_ids
+                    mask += [in_answer] * len(piece_ids)
+            all_ids.append(ids)
+            all_masks.append(mask)
+        return all_ids, all_masks
+
+    def _encode_all(self, pieces: list[str]) -> list[list[int]]:
+        return self.tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+
+    def _pieces_are_independent(self) -> bool:
+        """Whether a text is tokenised in the middle of a chat as at its start: true of byte-level BPE, false of
+        tokenizers that put a space in front of what they are given (Llama, Phi-3)."""
+        line, letter, both = self._encode_all(["\n", "a", "\na"])
+        return both == line + letter
+
+    def _encode_after(self, ids: list[int], piece: str) -> list[int]:
+        """Tokenise `piece` as it would be after `ids`, for tokenizers that put a space in front of a text."""
+        if not ids:
+            return self._encode_all([piece])[0]
+        before = self.added_tokens.get(ids[-1], "\n")
+        context, both = self._encode_all([before, before + piece])
+        return both[len(context) :] if both[: len(context)] == context else self._encode_all([piece])[0]
+
+
+def mark_answers(text: str, spans: list[tuple[int, int]]) -> str:
+    """Put marks around the answers of a rendered chat, at the character `spans` of its `{% generation %}` blocks."""
+    pieces, last = [], 0
+    for start, end in spans:
+        pieces += [text[last:start], ANSWER_START, text[start:end], ANSWER_END]
+        last = end
+    return "".join([*pieces, text[last:]])
+
+
+def _join_text_parts(items: list | tuple) -> list:
+    def is_text(item: Any) -> bool:
+        return isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str)
+
+    joined: list = []
+    for item in items:
+        if joined and is_text(item) and is_text(joined[-1]):
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + item["text"]}
+        else:
+            joined.append(item)
+    return joined

@@ -1,0 +1,171 @@
+"""The one row of data, and how it is taken apart into single conversations.
+
+Every source becomes rows of this shape: the images (references, not pixels) and one or more conversations about them,
+each a list of chat messages. Readers make them (`data_readers.py`), `check_rows` checks them, the collator turns them into
+tensors.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Features, Image, List, Value
+
+
+ROW_FEATURES = Features(
+    {
+        "images": List(Image(decode=False)),
+        "conversations": List(
+            List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+        ),
+        "categories": List(Value("string")),
+        "answers": List(List(Value("string"))),
+        "source": Value("string"),
+    }
+)
+
+IMAGE_PART = {"type": "image", "text": None}
+
+
+def text_part(text: str) -> dict:
+    """A content part that holds text."""
+    return {"type": "text", "text": text}
+
+
+def message(role: str, *parts: dict) -> dict:
+    """A chat message of content parts."""
+    return {"role": role, "content": list(parts)}
+
+
+def caption_conversation(caption: Any, question: str | None) -> list[dict]:
+    """A one-turn conversation about one image; the question may be missing."""
+    user = message("user", IMAGE_PART, text_part(question)) if question else message("user", IMAGE_PART)
+    return [user, message("assistant", text_part("" if caption is None else str(caption)))]
+
+
+def make_row(
+    images: list[dict],
+    conversations: list[list[dict]],
+    source: str,
+    *,
+    categories: list[str | None] | None = None,
+    answers: list[list[str]] | None = None,
+) -> dict:
+    """
+    One row, with the columns of `ROW_FEATURES`.
+
+    Args:
+        images (`list[dict]`): references `{"path": str | None, "bytes": bytes | None}`, in the order of the image parts.
+        conversations (`list[list[dict]]`): each with as many image parts as there are images, or none.
+        source (`str`): file and record, named in every error about this row.
+        categories (`list[str | None]`, *optional*): the question type of each conversation.
+        answers (`list[list[str]]`, *optional*): all accepted answers of each conversation; empty: the assistant's text.
+    """
+    return {
+        "images": images,
+        "conversations": conversations,
+        "categories": categories or [None] * len(conversations),
+        "answers": answers or [[] for _ in conversations],
+        "source": source,
+    }
+
+
+def rows_to_dataset(rows: Iterable[dict]) -> datasets.Dataset:
+    """
+    An in-memory `datasets.Dataset` of rows (paths and text; no pixel is read and no cache file written).
+
+    Args:
+        rows (`Iterable[dict]`): as made by [`make_row`].
+    """
+    schema = ROW_FEATURES.arrow_schema
+    tables, block = [], []
+    for row in rows:
+        block.append(row)
+        if len(block) == 10_000:
+            tables.append(pa.Table.from_pylist(block, schema=schema))
+            block = []
+    tables.append(pa.Table.from_pylist(block, schema=schema))
+    return datasets.Dataset(pa.concat_tables(tables))
+
+
+def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
+    """
+    One conversation a row.
+
+    A map-style data set is flattened by indices: nothing is copied, and a row is taken from `rows` when it is asked for. The
+    result is a `datasets.Dataset` to select from, shuffle, or add a column such as `length` to.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): rows with any number of conversations.
+
+    Returns:
+        `Dataset` or `IterableDataset`: the same kind; `conversations`, `categories` and `answers` have one entry in each row.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(_flatten_batch, batched=True, batch_size=16, features=ROW_FEATURES)
+    plain = rows if rows.format["type"] == "custom" else rows.select_columns(["conversations"])  # leaves images unread
+    counts = np.array([len(chats) for chats in _column(plain, "conversations")], dtype=np.int64)
+    if (counts == 1).all():
+        return rows
+    row_index = np.repeat(np.arange(len(counts)), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    positions = {"row": row_index, "conversation": np.arange(len(row_index)) - first}
+    return datasets.Dataset.from_dict(positions).with_transform(_ConversationOf(rows))
+
+
+class _ConversationOf:
+    """Looks rows up by (row, conversation); a class, so that it can be sent to dataloader workers."""
+
+    def __init__(self, rows: datasets.Dataset):
+        self.rows = rows
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "row" not in batch or "conversation" not in batch:  # some other column was asked for by itself
+            return batch
+        needed = sorted(set(batch["row"]))
+        taken = dict(zip(needed, _rows_at(self.rows, needed)))
+        others = {k: v for k, v in batch.items() if k not in ("row", "conversation")}
+        pairs = [single_conversation(taken[r], c) for r, c in zip(batch["row"], batch["conversation"])]
+        return {**{name: [pair[name] for pair in pairs] for name in ROW_FEATURES}, **others}
+
+
+def single_conversation(row: dict, index: int) -> dict:
+    """The row holding only conversation `index` of `row`."""
+    return {
+        "images": row["images"],
+        "conversations": [row["conversations"][index]],
+        "categories": [row["categories"][index]],
+        "answers": [row["answers"][index]],
+        "source": row["source"] + (f", conversation {index}" if len(row["conversations"]) > 1 else ""),
+    }
+
+
+def iterate_rows(rows: Any, batch_size: int = 1000) -> Iterator[dict]:
+    """Rows one by one, read in blocks where the data set is map-style."""
+    if not isinstance(rows, datasets.Dataset):
+        yield from rows
+        return
+    for start in range(0, len(rows), batch_size):
+        yield from _rows_at(rows, range(start, min(start + batch_size, len(rows))))
+
+
+def _rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
+    block = rows[indices]
+    return [{name: block[name][i] for name in ROW_FEATURES} for i in range(len(block["source"]))]
+
+
+def _column(rows: datasets.Dataset, name: str) -> Iterator[Any]:
+    for start in range(0, len(rows), 10_000):
+        yield from rows[start : start + 10_000][name]
+
+
+def _flatten_batch(batch: dict[str, list]) -> dict[str, list]:
+    flat: dict[str, list] = {name: [] for name in ROW_FEATURES}
+    for i in range(len(batch["source"])):
+        row = {name: batch[name][i] for name in ROW_FEATURES}
+        for index in range(len(row["conversations"])):
+            for name, value in single_conversation(row, index).items():
+                flat[name].append(value)
+    return flat

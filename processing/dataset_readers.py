@@ -1,0 +1,265 @@
+"""Any `datasets` data set as rows: chat messages with images, LLaVA records, or an image beside a text; local or from the Hub.
+
+Embedded images are never copied or decoded here: the row's table takes over the data set's own Arrow buffers.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from datasets import Image, List
+
+from .data_rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, text_part
+from .llava_records import llava_row
+
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers")
+IMAGE_COLUMNS = ("images", "image", "image_path", "file_name")
+QUESTION_COLUMNS = ("question", "query")
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def read_dataset(
+    source: str | datasets.Dataset | datasets.IterableDataset,
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    image_folder: str | Path | None = None,
+    prompt: str | None = None,
+    independent_turns: bool = True,
+    max_rows: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    question_column: str | None = None,
+    category_column: str | None = None,
+    **load_options: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Rows of a data set; called through [`load_rows`], which explains the arguments.
+
+    Columns are found by name: `messages` (chats), `conversations` (LLaVA records), or a text (`text`, `caption`, `captions`,
+    `answer`, `answers`) with an optional `question`; each with an optional `images` or `image` column of images or paths.
+
+    Raises:
+        FileNotFoundError: if a local file does not exist.
+        ValueError: if the columns hold neither chats nor texts; names them.
+    """
+    name = source if isinstance(source, str) else "dataset"
+    data = _load(source, split, streaming, **load_options) if isinstance(source, str) else source
+    if max_rows is not None:
+        streamed = isinstance(data, datasets.IterableDataset)
+        data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
+    if isinstance(data, datasets.IterableDataset) and data.features is None:
+        data = data._resolve_features()
+    columns = list(data.features)
+    image_column = image_column or next((column for column in IMAGE_COLUMNS if column in columns), None)
+    text_column = text_column or next((column for column in CAPTION_COLUMNS if column in columns), None)
+    for column in (image_column, text_column, question_column, category_column):
+        if column is not None and column not in columns:
+            raise ValueError(f"{name}: no column {column!r}; it has {columns}.")
+    if not {"messages", "conversations", text_column} & set(columns):
+        raise ValueError(
+            f"{name}: columns {columns} hold neither 'messages', 'conversations' nor a text column "
+            f"({', '.join(CAPTION_COLUMNS)}). Name it by text_column."
+        )
+    question_column = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
+    category_column = category_column or ("category" if "category" in columns else None)
+    convert = _Converter(name, columns, text_column, question_column, category_column, prompt, independent_turns)
+    data = _undecoded(data, image_column)
+    if isinstance(data, datasets.IterableDataset):
+        stream = _StreamConverter(convert, image_column, image_folder)
+        return data.map(stream, with_indices=True, remove_columns=columns, features=ROW_FEATURES)
+    return _map_style_rows(data, image_column, image_folder, convert)
+
+
+def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
+    path = Path(source)
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(source)
+        data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        return data.to_iterable_dataset() if streaming else data
+    if path.suffix in BUILDERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"source={source!r} does not exist.")
+        if streaming:
+            return datasets.load_dataset(BUILDERS[path.suffix], data_files=source, split="train", streaming=True)
+        return datasets.Dataset(_read_table(path))
+    if path.is_absolute() and not path.exists():
+        raise FileNotFoundError(f"source={source!r} does not exist.")
+    return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
+
+
+def _read_table(path: Path) -> pa.Table:
+    """A local file as an Arrow table, with no cache left behind."""
+    if path.suffix == ".parquet":
+        return pa.parquet.read_table(path, memory_map=True)
+    if path.suffix == ".csv":
+        return pa.csv.read_csv(path)
+    with open(path, encoding="utf-8-sig") as file:
+        if path.suffix == ".json":
+            return pa.Table.from_pylist(json.load(file))
+        records = []
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}."
+                    ) from error
+    return pa.Table.from_pylist(records)
+
+
+def _undecoded(data: Any, image_column: str | None) -> Any:
+    """Images stay paths and bytes."""
+    if image_column is None:
+        return data
+    feature = data.features[image_column]
+    if isinstance(feature, Image):
+        return data.cast_column(image_column, Image(decode=False))
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return data.cast_column(image_column, List(Image(decode=False)))
+    return data
+
+
+class _Converter:
+    """Makes a row's text side from a record and the number of its images; a class, so that workers can be sent it."""
+
+    def __init__(self, name, columns, text_column, question_column, category_column, prompt, independent_turns):
+        self.name, self.columns, self.prompt, self.independent_turns = name, columns, prompt, independent_turns
+        self.text_column, self.question_column, self.category_column = text_column, question_column, category_column
+
+    def __call__(self, record: dict, images: list[dict], index: int) -> dict:
+        source = f"{self.name}, record {index}"
+        if record.get("id") is not None:
+            source += f" (id {record['id']})"
+        if "conversations" in self.columns:
+            return llava_row(record, images, source, self.independent_turns)
+        category = record.get(self.category_column) if self.category_column else None
+        category = None if category is None else str(category)
+        if "messages" in self.columns:
+            chat = _chat_messages(record["messages"] or [], len(images))
+            return make_row(images, [chat] if chat else [], source, categories=[category] if chat else None)
+        question = (record.get(self.question_column) if self.question_column else None) or self.prompt
+        texts = _texts(record[self.text_column])
+        has_question = self.question_column is not None
+        if (
+            has_question and len(texts) > 1
+        ):  # several accepted answers of one question: the most frequent one is trained
+            chat = _without_image(caption_conversation(max(texts, key=texts.count), question), images)
+            return make_row(images, [chat], source, categories=[category], answers=[texts])
+        chats = [
+            _without_image(caption_conversation(text, question), images)
+            if has_question
+            else caption_conversation(text, question)
+            for text in texts
+        ]
+        return make_row(images, chats, source, categories=[category] * len(chats))
+
+
+class _StreamConverter:
+    """The whole row of one streamed record."""
+
+    def __init__(self, convert: _Converter, image_column: str | None, image_folder: str | Path | None):
+        self.convert, self.image_column, self.image_folder = convert, image_column, image_folder
+
+    def __call__(self, record: dict, index: int) -> dict:
+        value = record.pop(self.image_column) if self.image_column else None
+        values = value if isinstance(value, list) else [value]
+        images = [_reference(item, self.image_folder) for item in values if item is not None]
+        return self.convert(record, images, index)
+
+
+def _reference(item: str | dict, image_folder: str | Path | None) -> dict:
+    if isinstance(item, dict):
+        return {"path": item.get("path"), "bytes": item.get("bytes")}
+    return {"path": item if image_folder is None else str(Path(image_folder) / item), "bytes": None}
+
+
+def _map_style_rows(data: Any, image_column: str | None, image_folder: Any, convert: _Converter) -> datasets.Dataset:
+    """Rows of a map-style data set; an image column of Arrow structs is taken over as it is."""
+    data = data.with_format(None)
+    arrow_images = None
+    if image_column is not None:
+        column = data.select_columns([image_column]).with_format("arrow")[:].column(image_column)
+        value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+        if pa.types.is_struct(value_type):
+            arrow_images = pa.chunked_array(
+                [_as_lists(chunk) for chunk in column.chunks], ROW_FEATURES.arrow_schema.field("images").type
+            )
+            data = data.remove_columns([image_column])
+    tables = []
+    lengths = (
+        iter(()) if arrow_images is None else (n for c in arrow_images.chunks for n in c.value_lengths().to_pylist())
+    )
+    for start in range(0, len(data), 1000):
+        block = list(
+            _converted(data, start, min(start + 1000, len(data)), image_column, image_folder, convert, lengths)
+        )
+        tables.append(pa.Table.from_pylist(block, schema=ROW_FEATURES.arrow_schema))
+    table = pa.concat_tables(tables) if tables else ROW_FEATURES.arrow_schema.empty_table()
+    if arrow_images is not None:
+        table = table.set_column(0, ROW_FEATURES.arrow_schema.field("images"), arrow_images)
+    return datasets.Dataset(table)
+
+
+def _converted(data, start, stop, image_column, image_folder, convert, lengths) -> Iterator[dict]:
+    for index in range(start, stop):
+        record = data[index]
+        if image_column in record:
+            values = record.pop(image_column)
+            values = values if isinstance(values, list) else [values]
+            images = [_reference(item, image_folder) for item in values if item]
+            yield convert(record, images, index)
+        else:  # the images are joined afterwards, from Arrow: only their number is needed
+            placeholders = [{"path": None, "bytes": None}] * next(lengths, 0)
+            yield {**convert(record, placeholders, index), "images": []}
+
+
+def _as_lists(chunk: pa.Array) -> pa.Array:
+    """One image or a list of images a row -> a list of images a row, in the row's field order, without copying pixels."""
+    target = ROW_FEATURES.arrow_schema.field("images").type
+    if pa.types.is_list(chunk.type):
+        return chunk.cast(target)
+    valid = chunk.is_valid().to_numpy(zero_copy_only=False)
+    offsets = pa.array([0, *valid.cumsum().tolist()], pa.int32())
+    values = chunk.drop_null() if chunk.null_count else chunk
+    return pa.ListArray.from_arrays(offsets, values.cast(target.value_type))
+
+
+def _chat_messages(messages: list[dict], num_images: int) -> list[dict]:
+    """Chat messages with `content` as a text or as parts; images that no part stands for go before the first user text."""
+    chat = []
+    for item in messages:
+        content = item.get("content")
+        if not isinstance(content, list):
+            parts = [text_part("" if content is None else str(content))]
+        else:
+            parts = [
+                IMAGE_PART if part.get("type") == "image" else text_part(part.get("text") or "") for part in content
+            ]
+        chat.append(message(str(item.get("role")), *parts))
+    if num_images and not any(part["type"] == "image" for m in chat for part in m["content"]):
+        first = next((m for m in chat if m["role"] == "user"), None)
+        if first is not None:
+            first["content"] = [IMAGE_PART] * num_images + first["content"]
+    return chat
+
+
+def _texts(value: Any) -> list[str]:
+    """One text, a list of texts, or VQA's list of `{"answer": ...}`, as a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    values = [item.get("answer") if isinstance(item, dict) else item for item in values]
+    return ["" if item is None else str(item) for item in values]
+
+
+def _without_image(chat: list[dict], images: list[dict]) -> list[dict]:
+    """A question about as many images as the record has (a text-only question about none)."""
+    user, answer = chat
+    texts = [part for part in user["content"] if part["type"] == "text"]
+    return [message("user", *[IMAGE_PART] * len(images), *texts), answer]

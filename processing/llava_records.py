@@ -1,0 +1,99 @@
+"""LLaVA-Instruct records (`conversations` of `from`/`value` turns, `<image>` in the text) as rows."""
+
+import re
+from typing import Any
+
+from .data_rows import IMAGE_PART, make_row, message, text_part
+
+
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = "<image>"
+PLACEHOLDER_LINE = re.compile(r"(^|\n)\s*<image>\s*(\n|$)")
+
+
+def llava_row(record: dict, images: list[dict], source: str, independent_turns: bool) -> dict:
+    """
+    The row of one LLaVA-Instruct record.
+
+    Beside `conversations`, a record or one of its answering turns may hold `category` (a question type, or one an answer) and
+    `answers` (the accepted answers of its one question, or a list of such lists, one an answer).
+    """
+    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
+    messages = _llava_messages(turns, len(images))
+    answering = [turn for turn in turns if LLAVA_ROLES.get(turn.get("from")) == "assistant"]
+    categories = _one_each(record.get("category"), len(answering))
+    references = record.get("answers") or []
+    if references and not isinstance(references[0], list):
+        references = [references]
+    answers = [
+        turn.get("answers") or (references[i] if i < len(references) else []) for i, turn in enumerate(answering)
+    ]
+    categories = [turn.get("category") or categories[i] for i, turn in enumerate(answering)]
+    answers = [[str(answer) for answer in accepted] for accepted in answers]
+
+    if independent_turns:
+        chats = _split_turns(messages)
+    else:
+        chats = [messages] if messages else []
+        answers, categories = answers[-1:], categories[-1:]  # of the answer that closes the conversation
+    missing = max(len(chats) - len(answers), 0)
+    answers, categories = answers[: len(chats)] + [[]] * missing, categories[: len(chats)] + [None] * missing
+    return make_row(images, chats, source, categories=categories, answers=answers)
+
+
+def _llava_messages(turns: list[dict], num_images: int) -> list[dict]:
+    """LLaVA's turns as messages; placeholders in the user's text become image parts, one an image."""
+    messages, left = [], num_images
+    for turn in turns:
+        role = LLAVA_ROLES.get(turn.get("from"), str(turn.get("from")))
+        text = turn.get("value")
+        text = "" if text is None else str(text)
+        if role != "user":
+            messages.append(message(role, text_part(text)))
+            continue
+        if num_images == 0:
+            # The mark of an image on a line of its own, and no image: let the check find it. Elsewhere it is text
+            parts = [IMAGE_PART] if PLACEHOLDER_LINE.search(text) else []
+            text = PLACEHOLDER_LINE.sub(r"\1", text) if parts else text
+            messages.append(message(role, *parts, text_part(text)))
+            continue
+        pieces = text.split(PLACEHOLDER, left)
+        left -= len(pieces) - 1
+        parts = [text_part(pieces[0].strip())]
+        for piece in pieces[1:]:
+            parts += [IMAGE_PART, text_part(piece.strip())]
+        messages.append(message(role, *[part for part in parts if part["type"] == "image" or part["text"]]))
+    first = next((m for m in messages if m["role"] == "user"), None)
+    if left and num_images and first is not None:  # images that no placeholder stands for come first
+        first["content"] = [IMAGE_PART] * left + first["content"]
+    return messages
+
+
+def _split_turns(messages: list[dict]) -> list[list[dict]]:
+    """Each question with its answer as a conversation of its own, the system message and every image in front of it."""
+    image_parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
+    system = [m for m in messages if m["role"] == "system"]
+    chats: list[list[dict]] = []
+    question: list[dict] = []
+    for current in (m for m in messages if m["role"] != "system"):
+        question.append(current)
+        if current["role"] == "assistant":
+            chats.append(question)
+            question = []
+    if question:
+        chats.append(question)  # without an answer: the check names it
+    for chat in chats:
+        users = [m for m in chat if m["role"] == "user"]
+        held = sum(part["type"] == "image" for m in users for part in m["content"])
+        if users and held != len(image_parts):
+            for m in users:
+                m["content"] = [part for part in m["content"] if part["type"] != "image"]
+            users[0]["content"] = image_parts + users[0]["content"]
+    return [system + chat for chat in chats]
+
+
+def _one_each(value: Any, count: int) -> list:
+    """A list of `count` values from one value for all, or from a list."""
+    if isinstance(value, list):
+        return [value[i] if i < len(value) else None for i in range(count)]
+    return [value] * count

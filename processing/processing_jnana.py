@@ -1,0 +1,423 @@
+"""JnanaProcessor: image processor, tokenizer and chat template in one object, saved and shared with the model.
+
+It turns chats about images into model inputs. Built on `ProcessorMixin`'s own hooks, so a raw
+`processor(images=..., text=...)` behaves as LLaVA's does; `apply_chat_template` tokenises by itself, because what people
+wrote must never become a control token and an answer's first token must never merge with the prompt's last
+(see `chat_encoding_jnana.py`).
+
+This file is copied into every shared checkpoint and loaded there without this package: it imports transformers and its
+one neighbour, nothing else.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.processing_utils import MultiModalData
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers
+
+
+FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Vectors a tower puts before its patches (CLS, registers), by the model type of its config
+PREFIX_TOKENS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+    "vit": 1,
+}
+
+
+def chat_template_names() -> list[str]:
+    """The names of the chat templates shipped with this package, one a system (`list[str]`)."""
+    return sorted(path.stem for path in (Path(__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+def read_chat_template(chat_template: str) -> str:
+    """
+    The text of a chat template.
+
+    Args:
+        chat_template (`str`): the name of a shipped template (`jnana`, `llava_chess`, ...) or the path of a `.jinja` file.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    shipped = Path(__file__).parent / "chat_templates" / f"{chat_template}.jinja"
+    for path in (shipped, Path(chat_template)):
+        if path.suffix == ".jinja" and path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise ValueError(
+        f"chat_template={chat_template!r} is neither a shipped template ({', '.join(chat_template_names())}) nor the "
+        "path of a .jinja file."
+    )
+
+
+class JnanaProcessor(ProcessorMixin):
+    """
+    Turns chats about images into model inputs.
+
+    Args:
+        image_processor (`BaseImageProcessor`): the vision tower's image processor; its output size must be fixed.
+        tokenizer (`PreTrainedTokenizerBase`): the language model's tokenizer, holding `image_token`.
+        patch_size (`int`, *optional*): side of the tower's patches in pixels; needed unless the strategy is `pooled`.
+        num_additional_image_tokens (`int`, *optional*, defaults to 0):
+            vectors the tower puts before its patches: 1 for CLIP and DINOv2 (CLS), 0 for SigLIP.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `default` (patches alone), `full` (with the vectors before them) or `pooled` (one vector an image), as in the
+            model's config.
+        chat_template (`str`, *optional*): the Jinja template.
+        image_token (`str`, *optional*, defaults to `"<image>"`): the token that stands for one image vector.
+
+    Raises:
+        ValueError: if the strategy is unknown, the patch size is missing, or the tokenizer lacks `image_token`.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        num_additional_image_tokens=0,
+        vision_feature_select_strategy="default",
+        chat_template=None,
+        image_token="<image>",
+    ):
+        if vision_feature_select_strategy not in FEATURE_SELECT_STRATEGIES:
+            raise ValueError(
+                f"vision_feature_select_strategy={vision_feature_select_strategy!r} must be one of "
+                f"{', '.join(FEATURE_SELECT_STRATEGIES)}."
+            )
+        if patch_size is None and vision_feature_select_strategy != "pooled":
+            raise ValueError("patch_size=None: give the vision tower's patch size, or use the strategy 'pooled'.")
+        image_token_ids = tokenizer.encode(image_token, add_special_tokens=False)
+        if len(image_token_ids) != 1:
+            raise ValueError(
+                f"image_token={image_token!r} is {len(image_token_ids)} tokens of the tokenizer, not one. Add it with "
+                "`tokenizer.add_tokens([image_token], special_tokens=True)`, or build the processor by "
+                "`JnanaProcessor.from_vision_text_pretrained`."
+            )
+        self.patch_size = patch_size
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_token = image_token
+        self.image_token_id = image_token_ids[0]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | Path,
+        text: str | Path,
+        *,
+        chat_template: str = "jnana",
+        vision_feature_select_strategy: str = "default",
+        patch_size: int | None = None,
+        num_additional_image_tokens: int | None = None,
+        image_token: str = "<image>",
+        **kwargs,
+    ) -> "JnanaProcessor":
+        """
+        Build the processor of a pair of backbones.
+
+        The image token, and a padding token if the tokenizer has none of its own, are added behind the tokenizer's
+        entries: no existing id changes. (Padding with the closing token would teach a model never to stop.)
+
+        Args:
+            vision (`str` or `Path`): Hub id or folder of the vision checkpoint, with its image processor.
+            text (`str` or `Path`): Hub id or folder of the language model, with its tokenizer.
+            chat_template (`str`, *optional*, defaults to `"jnana"`): name of a shipped template, or a path.
+            vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): as in `JnanaConfig`.
+            patch_size (`int`, *optional*): read from the vision config when not given.
+            num_additional_image_tokens (`int`, *optional*): known for the usual towers when not given.
+            image_token (`str`, *optional*, defaults to `"<image>"`): the image token.
+            kwargs: passed to every `from_pretrained` (`revision`, `token`, `trust_remote_code`, ...).
+
+        Raises:
+            ValueError: if the tower's patch size or prefix is not known and not given.
+        """
+        vision_config = AutoConfig.from_pretrained(vision, **kwargs)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        patch_size = getattr(vision_config, "patch_size", None) if patch_size is None else patch_size
+        if num_additional_image_tokens is None:
+            num_additional_image_tokens = _prefix_tokens(vision_config)
+        tokenizer = AutoTokenizer.from_pretrained(text, **kwargs)
+        add_jnana_tokens(tokenizer, image_token)
+        return cls(
+            AutoImageProcessor.from_pretrained(vision, **kwargs),
+            tokenizer,
+            patch_size=patch_size,
+            num_additional_image_tokens=num_additional_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=read_chat_template(chat_template),
+            image_token=image_token,
+        )
+
+    # ------------------------------------------------------------------ ProcessorMixin's hooks
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Names a tokenizer may return that the model does not take."""
+        return ["token_type_ids"]
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Placeholder tokens of an image that enters the tower with `height` x `width` pixels."""
+        if self.vision_feature_select_strategy == "pooled":
+            return 1
+        patches = (height // self.patch_size) * (width // self.patch_size)
+        return patches + (self.num_additional_image_tokens if self.vision_feature_select_strategy == "full" else 0)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one image: as many image tokens as the model will give vectors."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]  # (3, height, width)
+        return self.image_token * self.num_image_tokens(height, width)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+        """
+        Placeholder tokens of images before they are processed (vLLM asks for them).
+
+        Args:
+            image_sizes (`list[list[int]]`, *optional*): (height, width) of each image; all are resized to one size.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge_kwargs(**kwargs)["images_kwargs"]
+        size = images_kwargs.get("crop_size") or images_kwargs.get("size")
+        if size is None:
+            crops = getattr(self.image_processor, "do_center_crop", False)
+            size = self.image_processor.crop_size if crops else self.image_processor.size
+        if "height" not in size or "width" not in size:
+            raise ValueError(
+                f"image_processor.size={dict(size)} gives images of different sizes. Use a processor that crops or resizes "
+                "to a fixed height and width."
+            )
+        num_tokens = self.num_image_tokens(size["height"], size["width"])
+        return MultiModalData(
+            num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """
+        As `LlavaProcessor`: `text` is prompt text, in which each image token stands for one image.
+
+        Text rendered by `apply_chat_template(tokenize=False)` carries its neutralised passages with it and is taken here
+        too.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and any(BREAK in sample for sample in texts):
+            flat_images = self._flatten_images(images)
+            return self._tokenize_chats(list(texts), flat_images, {"add_special_tokens": False, **kwargs})[0]
+        return super().__call__(images=images, text=text, **kwargs)
+
+    # ------------------------------------------------------------------ chats
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: Any = "auto",
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = True,
+        **kwargs,
+    ) -> Any:
+        """
+        Render one chat or a batch of chats; as `ProcessorMixin.apply_chat_template`, with three promises.
+
+        * Text in messages that spells a control token (`<image>`, `<|endoftext|>`) stays text, with and without `tokenize`
+          (`sanitize_control_tokens` is always on). A string rendered with `tokenize=False` carries an invisible private-use
+          character inside such passages.
+        * The token ids of a chat rendered with `add_generation_prompt=True` are an exact prefix of those of the same chat
+          with its answer.
+        * With `return_assistant_tokens_mask=True`, `assistant_masks` is 1 on the tokens of `{% generation %}` blocks and only
+          there. Special tokens are those the template writes; none are added.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): messages, `content` a string or a list of parts; an image part
+                holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`.
+            processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with `padding="max_length"`),
+                `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the image processor's options.
+
+        Returns:
+            `str`, `list[str]`, or with `tokenize` and `return_dict` a `BatchFeature` of `input_ids`
+            `(batch_size, sequence_length)`, `attention_mask`, `pixel_values` `(num_images, channels, height, width)` in
+            reading order (absent without images), and `assistant_masks`.
+
+        Raises:
+            ValueError: if truncation is asked for (it could cut image tokens), or images and placeholders differ in number.
+        """
+        template = self._resolve_chat_template(chat_template)
+        call_kwargs = self._prepare_processor_kwargs(
+            template, dict(processor_kwargs or {}), kwargs, add_generation_prompt, continue_final_message, False
+        )
+        conversations, is_batched = self._normalize_conversations(conversation)
+        images = self._multimodal_inputs_from_conversations(conversations, {})[0] if tokenize else []
+
+        encoder = self._encoder()
+        texts, spans = render_jinja_template(
+            conversations=[encoder.neutralise(chat) for chat in conversations],
+            tools=encoder.neutralise(tools),
+            documents=encoder.neutralise(documents),
+            chat_template=template,
+            # Past answers are cut out as pieces at inference too, so that their tokens are those of training
+            return_assistant_tokens_mask=tokenize
+            and not continue_final_message
+            and GENERATION_BLOCK.search(template) is not None,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        if not tokenize:
+            return texts if is_batched else texts[0]
+        if return_tensors != "auto":
+            call_kwargs["return_tensors"] = return_tensors
+        if "images" in call_kwargs:
+            images = [call_kwargs.pop("images")]
+        if spans:
+            texts = [mark_answers(text, span) for text, span in zip(texts, spans)]
+        inputs, masks = self._tokenize_chats(texts, self._flatten_images(images), call_kwargs)
+        if not return_dict:
+            return inputs["input_ids"]
+        if return_assistant_tokens_mask:
+            inputs["assistant_masks"] = masks
+            inputs.convert_to_tensors(tensor_type=call_kwargs.get("return_tensors"))
+        return inputs
+
+    def measure_chats(self, conversations: list[list[dict]]) -> list[tuple[int, int | None, int]]:
+        """
+        Sizes of chats without opening their images (`{"type": "image"}` parts need hold none).
+
+        Args:
+            conversations (`list[list[dict]]`): a batch of chats.
+
+        Returns:
+            `list[tuple[int, int | None, int]]`: for each chat, as [`measure_sequence`].
+        """
+        encoder, template = self._encoder(), self._resolve_chat_template(None)
+        texts, spans = render_jinja_template(
+            conversations=[encoder.neutralise(chat) for chat in conversations],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        all_ids, masks = encoder.encode([mark_answers(text, span) for text, span in zip(texts, spans)])
+        tokens_per_image = self._get_num_multimodal_tokens([[1, 1]]).num_image_tokens[0]
+        return [
+            measure_sequence(ids, mask, self.image_token_id, tokens_per_image) for ids, mask in zip(all_ids, masks)
+        ]
+
+    # ------------------------------------------------------------------ inside
+
+    def _encoder(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer, (self.image_token,))
+
+    @staticmethod
+    def _flatten_images(images) -> list | None:
+        """Images in reading order, from one image, a list, or a list of lists; `None` if there are none."""
+        if images is None:
+            return None
+        nested = images if isinstance(images, (list, tuple)) else [images]
+        flat = [image for item in nested for image in (item if isinstance(item, (list, tuple)) else [item])]
+        return flat or None
+
+    def _tokenize_chats(self, texts: list[str], images: list | None, kwargs: dict) -> tuple[BatchFeature, list]:
+        """Marked texts and their images -> model inputs, and the mask of answer tokens (lists, padded alike)."""
+        images = None if images is None else self.image_processor.fetch_images(images)
+        self.validate_inputs(images=images, text=texts)
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged["text_kwargs"]
+        if text_kwargs.get("truncation"):
+            raise ValueError("truncation=True could cut image tokens. Shorten the chat instead.")
+
+        processed, replacements = {}, []
+        if images is not None:
+            processed, replacements = self._process_images(images, **merged["images_kwargs"])
+        texts, _ = self.get_text_with_replacements(texts, replacements)
+        ids, masks = self._encoder().encode(texts)
+        self._check_special_mm_tokens(texts, {"input_ids": ids}, modalities=["image"])
+
+        pad_names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+        pad_kwargs = {"padding": False, **{k: text_kwargs[k] for k in pad_names if k in text_kwargs}}
+        text_inputs = dict(self.tokenizer.pad({"input_ids": ids}, **pad_kwargs))
+        left = (pad_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
+        for row, mask in enumerate(masks):
+            padding = [0] * (len(text_inputs["input_ids"][row]) - len(mask))
+            masks[row] = padding + mask if left else mask + padding
+        if text_kwargs.get("return_mm_token_type_ids", merged.get("return_mm_token_type_ids")):
+            text_inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(text_inputs["input_ids"])
+        return BatchFeature({**text_inputs, **processed}, tensor_type=text_kwargs.get("return_tensors")), masks
+
+
+def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> None:
+    """
+    Add the image token, and `<|pad|>` if padding has no token of its own, behind the tokenizer's entries.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): changed in place.
+        image_token (`str`, *optional*, defaults to `"<image>"`): the image token.
+    """
+    tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.add_special_tokens({"pad_token": AddedToken("<|pad|>", special=True, normalized=False)})
+
+
+def measure_sequence(
+    ids: list[int], mask: list[int], image_token_id: int, tokens_per_image: int = 1
+) -> tuple[int, int | None, int]:
+    """
+    What decides whether a sequence fits.
+
+    Args:
+        ids (`list[int]`): token ids.
+        mask (`list[int]`): 1 on answer tokens.
+        image_token_id (`int`): the image token.
+        tokens_per_image (`int`, *optional*, defaults to 1): places that each image token in `ids` will take.
+
+    Returns:
+        `tuple[int, int | None, int]`: the length; the position of the first supervised token, `None` if there is none (the
+        first token of a sequence is never supervised); the position behind the last image token, 0 without images.
+    """
+    more = tokens_per_image - 1
+    length = len(ids) + more * ids.count(image_token_id)
+    first = mask.index(1, 1) if 1 in mask[1:] else None
+    if first is not None:
+        first += more * ids[:first].count(image_token_id)
+    if image_token_id not in ids:
+        return length, first, 0
+    last = len(ids) - ids[::-1].index(image_token_id)
+    return length, first, last + more * ids[:last].count(image_token_id)
+
+
+def _prefix_tokens(vision_config: PreTrainedConfig) -> int:
+    if vision_config.model_type not in PREFIX_TOKENS:
+        raise ValueError(
+            f"vision tower of model_type={vision_config.model_type!r}: how many vectors it puts before its patches is not "
+            "known here. Give num_additional_image_tokens (1 for a CLS vector)."
+        )
+    return PREFIX_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
+
+
+JnanaProcessor.register_for_auto_class()
+
+__all__ = ["JnanaProcessor"]

@@ -1,0 +1,107 @@
+"""The options of run_evaluate.py, and what can be said about them before anything is loaded."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model, which test sets, how to answer, and where the results go.
+
+    `eval_data` is one test set, or several by name, each with its own results: in a recipe
+
+    ```yaml
+    eval_data: {test: data/test.json, unseen: data/unseen.json}
+    ```
+
+    and on the command line the same as JSON. `image_folder` may be a mapping with the same names.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A Jnana checkpoint: full, a Trainer's checkpoint-N, or an adapter folder."}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "A test set, or a mapping of names to test sets."})
+    eval_format: str = field(default="auto", metadata={"help": "auto, coco_captions, llava_instruct, ..."})
+    eval_split: str = field(default="train", metadata={"help": "Split of `eval_data` where it has several."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where the pictures are; may be a mapping too."})
+    independent_turns: bool = field(
+        default=True, metadata={"help": "Ask each question by itself; else after the true answers of earlier turns."}
+    )
+    prompt: str | None = field(default=None, metadata={"help": "Question put before every caption."})
+    streaming: bool = field(default=False)
+    max_rows: int | None = field(default=None, metadata={"help": "Only the first rows of each test set."})
+    max_image_pixels: int | None = field(default=None, metadata={"help": "Larger pictures are not asked about."})
+    batch_size: int = field(default=16, metadata={"help": "Questions per `generate` call and process."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
+    blind: bool = field(default=True, metadata={"help": "Also answer with grey pictures."})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Of the weights; default: as the checkpoint says."}
+    )
+    attn_implementation: str | None = field(default=None)
+    trust_remote_code: bool = field(default=False)
+    num_workers: int = field(default=2, metadata={"help": "Dataloader workers that decode pictures."})
+    output_dir: str | None = field(default=None, metadata={"help": "results.json, report.html, predictions.jsonl ..."})
+    title: str | None = field(default=None, metadata={"help": "Heading of the report; default: the model's name."})
+    max_examples: int = field(default=400, metadata={"help": "Questions with pictures in the report, per test set."})
+
+    @property
+    def test_sets(self) -> dict[str, str]:
+        """Name -> source of each test set; a single one is called `test`."""
+        return _mapping("eval_data", self.eval_data, ["test"])
+
+    @property
+    def image_folders(self) -> dict[str, str | None]:
+        """Name -> picture folder of each test set."""
+        names = list(self.test_sets)
+        if self.image_folder is None:
+            return dict.fromkeys(names)
+        folders = _mapping("image_folder", self.image_folder, names)
+        if sorted(folders) != sorted(names):
+            raise ValueError(f"image_folder names {sorted(folders)}, eval_data {sorted(names)}; use the same names")
+        return {name: folders[name] for name in names}
+
+    def check(self) -> None:
+        """Check everything that needs no file of the model.
+
+        Raises:
+            ValueError: naming the field, its value and the remedy.
+        """
+        for name in ("model_name_or_path", "eval_data", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; give it in the recipe or as --{name}")
+        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_workers", 0), ("max_examples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("max_rows", "max_image_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or left out for no limit of ours")
+        for name in self.test_sets:
+            if len(self.test_sets) > 1 and (name != Path(name).name or name in ("", ".", "..")):
+                raise ValueError(
+                    f"eval_data calls a test set {name!r}; it names a folder in output_dir, so use one word"
+                )
+        for folder in self.image_folders.values():
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"image_folder {folder!r} is not a folder; give the folder that holds the images")
+
+    def folder_of(self, name: str) -> Path:
+        """Where the predictions of a test set go: `output_dir`, or a folder of its own in it if there are several."""
+        folder = Path(str(self.output_dir))
+        return folder if len(self.test_sets) == 1 else folder / name
+
+
+def _mapping(field_name: str, value: str | None, names: list[str]) -> dict[str, str]:
+    """A plain value for every name, or the mapping that a value starting with a brace spells in JSON."""
+    text = str(value).strip()
+    if not text.startswith("{"):
+        return dict.fromkeys(names, text)
+    try:
+        parsed: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{field_name} {text!r} is no valid JSON ({error}); write {{"name": "path", ...}}') from error
+    if not parsed or not all(isinstance(path, str) for path in parsed.values()):
+        raise ValueError(f'{field_name} {text!r} must map names to paths; write {{"name": "path", ...}}')
+    return parsed

@@ -1,0 +1,98 @@
+"""One PNG with test pictures, questions (Q), true answers (T) and the model's answers (P), for a README or a talk."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from evaluation.questions import QuestionSet
+from evaluation.summary import is_right, normalize_space
+
+
+RIGHT, WRONG, INK = "#12752f", "#c3281c", "#1d1f23"
+CELL_WIDTH, PICTURE_HEIGHT, LINE_HEIGHT = 1.9, 1.5, 0.135  # inches
+CHARACTERS_A_LINE = 27
+MAX_LINES = 8  # of text under one picture
+
+
+def write_contact_sheet(
+    path: str | Path,
+    questions: QuestionSet,
+    records: Sequence[dict[str, Any]],
+    *,
+    columns: int = 6,
+    max_examples: int = 30,
+) -> Path | None:
+    """Draw a contact sheet.
+
+    The questions are spread evenly over those with exactly one picture that were answered; nobody picks them by their
+    answers.
+
+    Args:
+        path (`str` or `Path`): The PNG file; its folder must exist.
+        questions (`QuestionSet`): The test set.
+        records (`list[dict]`): Of `answer_questions` on it.
+        columns (`int`): Pictures a row.
+        max_examples (`int`): Pictures at most.
+
+    Returns:
+        `Path` or `None`: The file; `None`, and no file, if there is no such question.
+    """
+    from evaluation.report import evenly_spread
+
+    usable = [
+        index
+        for index, question in enumerate(questions.questions)
+        if records[index]["prediction"] is not None and len(questions.rows[question.row]["images"]) == 1
+    ]
+    chosen = [usable[position] for position in evenly_spread(len(usable), max_examples)]
+    if not chosen:
+        return None
+    texts = [_lines(records[index]) for index in chosen]
+    rows = [range(start, min(start + columns, len(chosen))) for start in range(0, len(chosen), columns)]
+    heights = [PICTURE_HEIGHT + 0.25 + LINE_HEIGHT * max(len(texts[cell]) for cell in row) for row in rows]
+
+    figure = Figure(figsize=(CELL_WIDTH * columns, sum(heights)), facecolor="white")
+    FigureCanvasAgg(figure)
+    width, height = figure.get_size_inches()
+    top = height
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            image = questions.images(questions.questions[chosen[cell]])
+            left = (column + 0.04) * CELL_WIDTH
+            box = (
+                left / width,
+                (top - PICTURE_HEIGHT) / height,
+                0.92 * CELL_WIDTH / width,
+                0.96 * PICTURE_HEIGHT / height,
+            )
+            axes = figure.add_axes(box, anchor="NW")
+            axes.imshow(image[0])
+            axes.set_axis_off()
+            for number, (line, colour) in enumerate(texts[cell]):
+                y = top - PICTURE_HEIGHT - 0.06 - number * LINE_HEIGHT
+                # parse_math off: a dollar sign in an answer is a dollar sign
+                figure.text(
+                    left / width, y / height, line, color=colour, fontsize=7.5, va="top", ha="left", parse_math=False
+                )
+        top -= row_height
+    path = Path(path)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """The text under one picture: wrapped lines with their colours."""
+    parts = [
+        (f"Q: {record['question']}", INK),
+        (f"T: {record['references'][0]}", INK),
+        (f"P: {record['prediction']}", RIGHT if is_right(record) else WRONG),
+    ]
+    lines = []
+    for text, colour in parts:
+        wrapped = textwrap.wrap(normalize_space(text), CHARACTERS_A_LINE, max_lines=MAX_LINES // 2, placeholder=" …")
+        lines += [(line, colour) for line in wrapped]
+    return lines

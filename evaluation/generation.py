@@ -1,0 +1,298 @@
+"""Answers to a whole test set, by batched greedy `generate`, in a way that survives bad pictures and interruptions.
+
+Each answer is appended to a JSON Lines file the moment its batch is done. A run that starts again on the same file
+asks only what is still open: answers are found again by a key over question, pictures, weights and settings, so that
+answers of another model, or of a regenerated test set under the same name, are never taken for this one's.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from evaluation.questions import Question, QuestionSet
+from processing import BadSampleError
+
+
+logger = get_logger(__name__)
+
+
+def answer_questions(
+    model: torch.nn.Module,
+    processor: Any,
+    rows: QuestionSet | Iterable[dict[str, Any]],
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    blind: bool = False,
+    *,
+    predictions_file: str | Path | None = None,
+    num_workers: int = 2,
+    max_image_pixels: int | None = None,
+    progress_bar: bool = True,
+) -> list[dict[str, Any]]:
+    """Answer every question of a test set greedily.
+
+    Questions are asked longest first, so that a batch holds questions of like length and a batch too large for the
+    memory fails at once. Under `accelerate launch` each process answers its share on its own copy of the model, and
+    every process returns all answers.
+
+    Args:
+        model (`PreTrainedModel`): Any image-text-to-text model with `generate`; left in the mode it was in.
+        processor (`ProcessorMixin`): Its processor; must have a chat template.
+        rows (`QuestionSet` or rows of `processing.load_rows`): The test set.
+        batch_size (`int`): Questions per `generate` call and process.
+        max_new_tokens (`int`): Longest answer, in tokens.
+        blind (`bool`): Replace every picture by a grey one of the same size.
+        predictions_file (`str` or `Path`, *optional*): JSON Lines file to append to and to continue from.
+        num_workers (`int`): Dataloader workers that decode pictures and tokenise; 0 does it in the main process.
+        max_image_pixels (`int`, *optional*): Refuse larger pictures; default of `processing.load_image`.
+        progress_bar (`bool`): Show a bar on the main process.
+
+    Returns:
+        `list[dict]`: One record a question, in the test set's order: `source`, `category`, `history`, `question`,
+        `references`, `prediction` (`None` if it could not be asked, then `error` says why), `complete` (whether the
+        model ended the answer itself, before `max_new_tokens`), `blind`, `key`.
+
+    Raises:
+        ValueError: if `batch_size` or `max_new_tokens` is below 1, or the processor has no chat template.
+    """
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if processor.chat_template is None:
+        raise ValueError("the processor has no chat template; load one that was saved with a Jnana checkpoint")
+    questions = rows if isinstance(rows, QuestionSet) else QuestionSet(rows)
+    state = PartialState()
+    settings = {"model": model_fingerprint(model), "blind": blind, "max_new_tokens": max_new_tokens}
+    settings["chat_template"] = processor.chat_template
+    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    keys = [f"{run}-{question.key}" for question in questions.questions]
+
+    answered = _read_answers(predictions_file, keys, state)
+    waiting = [index for index, key in enumerate(keys) if key not in answered]
+    if len(waiting) < len(keys):
+        logger.info(f"{len(keys) - len(waiting)} of {len(keys)} answers are already in {predictions_file}")
+    waiting.sort(key=lambda index: -sum(len(str(message)) for message in questions.questions[index].messages))
+
+    mine = waiting[state.process_index :: state.num_processes]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    collator = PromptCollator(questions, processor, blind, max_image_pixels)
+    loader = DataLoader(batches, batch_size=None, collate_fn=collator, num_workers=num_workers if batches else 0)
+    bar = tqdm(
+        total=len(mine), desc="blind" if blind else "answers", disable=not (progress_bar and state.is_main_process)
+    )
+    new = []
+    with _evaluating(model), _appending(predictions_file, state) as write, bar:
+        for indices, inputs, errors in loader:
+            for index, error in errors:
+                logger.warning(f"not answered: {error}", main_process_only=False)
+                new.append(_record(questions.questions[index], keys[index], blind, error=error))
+            for index, text, complete in zip(
+                indices, *_generate(model, processor, inputs, max_new_tokens), strict=True
+            ):
+                new.append(_record(questions.questions[index], keys[index], blind, text, complete))
+            write(new[-len(indices) - len(errors) :])
+            bar.update(len(indices) + len(errors))
+
+    if state.num_processes > 1:
+        new = gather_object(new)
+    answered.update({record["key"]: record for record in new})
+    records = [answered[key] for key in keys]
+    if predictions_file is not None:
+        if state.is_main_process:
+            _replace_file(predictions_file, records)
+        state.wait_for_everyone()
+    return records
+
+
+class PromptCollator:
+    """Turns indices of questions into one left-padded batch of model inputs; runs in the dataloader workers.
+
+    Args:
+        questions (`QuestionSet`): Where the indices point.
+        processor (`ProcessorMixin`): Renders, tokenises and prepares the pictures.
+        blind (`bool`): Grey pictures.
+        max_image_pixels (`int`, *optional*): Limit passed on to `processing.load_image`.
+
+    Returns:
+        `tuple[list[int], BatchFeature | None, list[tuple[int, str]]]`: Indices of the questions in the batch, the
+        inputs (`input_ids` of shape `(batch_size, sequence_length)` ...; `None` if no question is left), and for
+        each question whose pictures cannot be read its index and the reason.
+    """
+
+    def __init__(self, questions: QuestionSet, processor: Any, blind: bool, max_image_pixels: int | None = None):
+        self.questions = questions
+        self.processor = processor
+        self.blind = blind
+        self.limits = {} if max_image_pixels is None else {"max_image_pixels": max_image_pixels}
+
+    def __call__(self, batch: list[int]):
+        indices, conversations, errors = [], [], []
+        for index in batch:
+            question = self.questions.questions[index]
+            try:
+                images = self.questions.images(question, self.blind, **self.limits)
+                conversations.append(self.questions.messages_with_images(question, images))
+                indices.append(index)
+            except BadSampleError as error:
+                errors.append((index, str(error)))
+        if not conversations:
+            return indices, None, errors
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        return indices, inputs, errors
+
+
+@torch.inference_mode()
+def _generate(model, processor, inputs, max_new_tokens: int) -> tuple[list[str], list[bool]]:
+    """The answers to one batch, and for each whether the model closed it by an end-of-text token."""
+    if inputs is None:
+        return [], []
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    outputs = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    # => (batch_size, new tokens)
+    outputs = outputs[:, inputs["input_ids"].shape[1] :]
+    ends = torch.tensor(_end_tokens(model, processor), device=outputs.device)
+    complete = torch.isin(outputs, ends).any(dim=1).tolist()
+    texts = processor.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    return [text.strip() for text in texts], complete
+
+
+def _end_tokens(model, processor) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = processor.tokenizer.eos_token_id
+    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A short hash that tells trained models apart: names, shapes, and some 4096 values of each weight.
+
+    Args:
+        model (`torch.nn.Module`): Any model, adapters included.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _record(question: Question, key: str, blind: bool, prediction=None, complete=None, error=None) -> dict[str, Any]:
+    record = {
+        "source": question.source,
+        "category": question.category,
+        "history": question.history,
+        "question": question.text,
+        "references": question.references,
+        "prediction": prediction,
+        "complete": complete,
+        "blind": blind,
+        "key": key,
+    }
+    return record if error is None else {**record, "error": error}
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode within, the former mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _appending(path: str | Path | None, state: PartialState):
+    """A function that appends records to this process's file and makes sure they are on disk."""
+    if path is None:
+        yield lambda records: None
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if state.num_processes > 1:
+        path = path.with_name(f"{path.name}.part{state.process_index}")
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(records: list[dict[str, Any]]) -> None:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield write
+
+
+def _read_answers(path: str | Path | None, keys: list[str], state: PartialState) -> dict[str, dict[str, Any]]:
+    """Answers to these questions that an interrupted run left behind; questions it could not ask are open again."""
+    if path is None:
+        return {}
+    path = Path(path)
+    wanted = set(keys)
+    answered = {}
+    for file in [path, *sorted(path.parent.glob(f"{path.name}.part*"))]:
+        for record in _read_records(file):
+            if record["key"] in wanted and record["prediction"] is not None:
+                answered[record["key"]] = record
+    state.wait_for_everyone()  # nobody writes before everybody has read
+    if state.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_file(path, [answered[key] for key in keys if key in answered])
+    state.wait_for_everyone()
+    return answered
+
+
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON Lines file; a last line cut off by a crash is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and {"key", "prediction"} <= record.keys():
+                yield record
+
+
+def _replace_file(path: str | Path, records: list[dict[str, Any]]) -> None:
+    """Write all records at once: the file is the old one or the new one, never half of one. Part files go."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
+    os.replace(temporary, path)
+    for part in path.parent.glob(f"{path.name}.part*"):
+        part.unlink()

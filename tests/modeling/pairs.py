@@ -1,7 +1,7 @@
 """Tiny pairs for the model tests: checkpoints on disk as the Hub has them, and the model that joins them.
 
-One-dimensional weights (biases, norms) are drawn at random, because transformers starts them at 0 and 1, where a forgotten
-bias would go unseen. Matrices are drawn wide, so that a random model's answers depend on what it reads.
+One-dimensional weights (biases, norms) are drawn at random, because transformers starts them at 0 and 1, where a
+forgotten bias would go unseen. Matrices are drawn wide, so that a random model's answers depend on what it reads.
 """
 
 from pathlib import Path

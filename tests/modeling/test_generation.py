@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin
 
 from modeling import JnanaForConditionalGeneration
 from tests.modeling.pairs import FAMILIES, IMAGE, join, pictures, text_ids, with_images
@@ -184,7 +184,7 @@ def test_generation_settings_of_the_language_model_are_kept(tmp_path):
     assert loaded.generation_config.suppress_tokens == [IMAGE] and loaded.generation_config.eos_token_id == 0
 
 
-def test_phi3_reads_anew_where_its_rotary_embedding_changes(tmp_path):
+def test_phi3_reads_anew_where_its_rotary_embedding_changes(tmp_path, monkeypatch):
     """Phi-3.5's LongRoPE: beyond the original length all positions are embedded otherwise, so the cache is stale."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     changes = {
@@ -201,3 +201,7 @@ def test_phi3_reads_anew_where_its_rotary_embedding_changes(tmp_path):
     ids, images = with_images(text_ids(2, 8), NUM_TOKENS), pictures(2)
     by_hand = greedy_by_hand(model, ids, images, new=10)
     assert torch.equal(generate(model, ids, images, new=10), by_hand)
+    # Negative control: transformers' general way keeps the stale cache.
+    general = GenerationMixin.prepare_inputs_for_generation
+    monkeypatch.setattr(JnanaForConditionalGeneration, "prepare_inputs_for_generation", general)
+    assert not torch.equal(generate(model, ids, images, new=10), by_hand)

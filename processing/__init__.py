@@ -1,4 +1,4 @@
-"""Turns people's data into model inputs: processor, chat templates, readers, checks, the collator, and text for stage 0."""
+"""Turns people's data into model inputs: processor, chat templates, readers, checks, collator, text for stage 0."""
 
 from .bad_samples import BadSampleError, append_bad_samples, read_bad_samples
 from .data_checks import CheckReport, check_rows

@@ -30,8 +30,8 @@ def append_bad_samples(path: str | Path, messages: list[str]) -> None:
     """
     Append rows that were left out to a JSON Lines file.
 
-    Several dataloader workers and processes may write to one file: each call is a single write in append mode, which the
-    operating system keeps in one piece.
+    Several dataloader workers and processes may write to one file: each call is a single write in append mode, which
+    the operating system keeps in one piece.
 
     Args:
         path (`str` or `Path`): the file; its folder is made when missing.

@@ -3,9 +3,9 @@
 A chat is cut into pieces before it is tokenised, at two kinds of places, and each piece is tokenised on its own:
 
 * where an answer starts and ends. No token then reaches over the border between prompt and answer, whatever the
-  tokenizer, so a prompt made for generation is an exact token prefix of the training row, and the mask of answer tokens
-  needs no character offsets. (Byte-pair merging over that border is the classic silent error: the model is asked to go on
-  from a token it never saw end there.)
+  tokenizer, so a prompt made for generation is an exact token prefix of the training row, and the mask of answer
+  tokens needs no character offsets. (Byte-pair merging over that border is the classic silent error: the model is
+  asked to go on from a token it never saw end there.)
 * inside every piece of the user's text that spells a control token, such as `<image>` or `<|endoftext|>`. What is left
   on either side is ordinary text to the tokenizer: the model reads the same characters, and no control token.
 
@@ -25,8 +25,11 @@ ANSWER_START = "\U0010fa01"
 ANSWER_END = "\U0010fa02"
 MARKS = re.compile(f"([{BREAK}{ANSWER_START}{ANSWER_END}])")
 
-# Keys of a content part that refer to an image; they hold no text that a template could write
-IMAGE_KEYS = ("image", "url", "path", "base64", "bytes")
+# transformers marks passages with two characters of its own: in people's text they would hide a placeholder from it
+FOREIGN_MARKS = re.compile(f"[{BREAK}{ANSWER_START}{ANSWER_END}\U000f0000\U000f0001]")
+
+# Keys whose values templates compare or that refer to an image: not text that people wrote
+UNTOUCHED_KEYS = ("role", "type", "image", "url", "path", "base64", "bytes")
 
 
 @lru_cache
@@ -49,8 +52,8 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.added_tokens = {index: token.content for index, token in added.items()}
-        # Runs of spaces, which Phi-2's tokenizer has as added tokens, are ordinary text
-        control = [token.content for token in added.values() if token.special or not token.content.isspace()]
+        # Runs of spaces, which Phi-2's tokenizer has as added tokens, and added words are ordinary text
+        control = [token.content for token in added.values() if token.special or not _is_word(token.content)]
         self.pattern = _control_pattern(tuple({t: None for t in (*control, *extra_tokens) if len(t) > 1}))
         # A control token of one character can't be broken in two: it is left out of people's text
         self.single = [token.content for token in added.values() if token.special and len(token.content) == 1]
@@ -71,11 +74,11 @@ class ChatEncoder:
         if isinstance(value, (list, tuple)):
             return [self.neutralise(item) for item in _join_text_parts(value)]
         if isinstance(value, dict):
-            return {k: v if k in IMAGE_KEYS else self.neutralise(v) for k, v in value.items()}
+            return {k: v if k in UNTOUCHED_KEYS else self.neutralise(v) for k, v in value.items()}
         return value
 
     def _neutralise_text(self, text: str) -> str:
-        text = MARKS.sub("", text)
+        text = FOREIGN_MARKS.sub("", text)
         for character in self.single:
             text = text.replace(character, "")
         pieces, last = [], 0
@@ -136,13 +139,45 @@ class ChatEncoder:
         return both[len(context) :] if both[: len(context)] == context else self._encode_all([piece])[0]
 
 
+def _is_word(token: str) -> bool:
+    return token.isspace() or token.strip()[:1].isalnum()
+
+
 def mark_answers(text: str, spans: list[tuple[int, int]]) -> str:
     """Put marks around the answers of a rendered chat, at the character `spans` of its `{% generation %}` blocks."""
     pieces, last = [], 0
-    for start, end in spans:
+    for start, end in spans:  # an answer to be continued ends with the text
         pieces += [text[last:start], ANSWER_START, text[start:end], ANSWER_END]
-        last = end
+        last = min(end, len(text))
     return "".join([*pieces, text[last:]])
+
+
+def measure_sequence(
+    ids: list[int], mask: list[int], image_token_id: int, tokens_per_image: int = 1
+) -> tuple[int, int | None, int]:
+    """
+    What decides whether a sequence fits.
+
+    Args:
+        ids (`list[int]`): token ids.
+        mask (`list[int]`): 1 on answer tokens.
+        image_token_id (`int`): the image token.
+        tokens_per_image (`int`, *optional*, defaults to 1): places that each image token in `ids` will take.
+
+    Returns:
+        `tuple[int, int | None, int]`: the length; the position of the first supervised token, `None` if there is none
+            (the
+        first token of a sequence is never supervised); the position behind the last image token, 0 without images.
+    """
+    more = tokens_per_image - 1
+    length = len(ids) + more * ids.count(image_token_id)
+    first = mask.index(1, 1) if 1 in mask[1:] else None
+    if first is not None:
+        first += more * ids[:first].count(image_token_id)
+    if image_token_id not in ids:
+        return length, first, 0
+    last = len(ids) - ids[::-1].index(image_token_id)
+    return length, first, last + more * ids[:last].count(image_token_id)
 
 
 def _join_text_parts(items: list | tuple) -> list:

@@ -1,9 +1,8 @@
-"""Checks every row before training: images by their headers, texts by tokenising them. Minutes spared, not an hour lost.
+"""Checks every row before training: images by their headers, texts by tokenising them.
 
 What a header can't show (a truncated file) is found in the dataloader worker, or here with `image_check="decode"`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ class CheckReport:
     Args:
         num_rows (`int`): rows looked at.
         kept_indices (`list[int]`): the rows that can be used, in order.
-        lengths (`list[list[int]]`): tokens of every conversation of every kept row, image tokens included, before any cut.
+        lengths (`list[list[int]]`): tokens of every conversation of every kept row, image tokens included, before any
+            cut.
         num_truncated (`int`): conversations longer than `max_length`, whose answers will be cut short.
         problems (`list[str]`): file, record, problem and remedy of every row that can't be used.
     """
@@ -40,7 +40,7 @@ class CheckReport:
 
 
 def check_rows(
-    rows: Iterable[dict] | Any,
+    rows: Any,
     processor: JnanaProcessor,
     *,
     max_length: int | None = None,
@@ -58,8 +58,10 @@ def check_rows(
     Args:
         rows (`Dataset`, `IterableDataset` or list of rows): as given by [`load_rows`].
         processor (`JnanaProcessor`): its tokenizer and chat template measure the conversations.
-        max_length (`int`, *optional*): tokens a sequence may have; a conversation must keep its images and some answer in it.
-        image_check (`str`, *optional*, defaults to `"header"`): `header`, `decode` (also finds truncated files), or `none`.
+        max_length (`int`, *optional*): tokens a sequence may have; a conversation must keep its images and some answer
+            in it.
+        image_check (`str`, *optional*, defaults to `"header"`): `header`, `decode` (also finds truncated files), or
+            `none`.
         max_image_pixels (`int`, *optional*): larger images can't be used.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`): `raise` one error that lists them, or `skip` them.
         bad_samples_file (`str` or `Path`, *optional*): JSON Lines file to which all of them are appended.
@@ -101,7 +103,8 @@ def check_rows(
         more = len(report.problems) - max_listed
         rest = f"\n  ... and {more} more" if more > 0 else ""
         raise BadSampleError(
-            f"{len(report.problems)} of {report.num_rows} rows can't be used (on_bad_sample='skip' leaves them out):\n{listed}{rest}"
+            f"{len(report.problems)} of {report.num_rows} rows can't be used "
+            f"(on_bad_sample='skip' leaves them out):\n{listed}{rest}"
         )
     return report
 
@@ -111,7 +114,8 @@ def check_row(row: dict) -> None:
     Check what a row says, without opening its images.
 
     Raises:
-        BadSampleError: if it has no conversation, an answer is missing or empty, or image parts and images differ in number.
+        BadSampleError: if it has no conversation, an answer is missing or empty, or image parts and images differ in
+            number.
     """
     source, num_images = row["source"], len(row["images"])
     if not row["conversations"]:
@@ -177,8 +181,8 @@ def _check_block(block, processor, max_length, images: _ImageChecker, report: Ch
         row_sizes = sizes[position : position + len(row["conversations"])]
         position += len(row_sizes)
         try:
-            for size in row_sizes:
-                check_size(*size, max_length, row["source"])
+            for length, first_label, images_end in row_sizes:
+                check_size(length, first_label, images_end, max_length, row["source"])
         except BadSampleError as error:
             report.problems.append(str(error))
             continue
@@ -207,7 +211,7 @@ def check_size(length: int, first_label: int | None, images_end: int, max_length
     if max_length is not None and max(first_label + 1, images_end) > max_length:
         raise bad_sample(
             source,
-            f"does not fit: {length} tokens, its images end at {images_end} and its first answer token is at {first_label}, "
-            f"but max_length={max_length}.",
+            f"does not fit: {length} tokens, its images end at {images_end} and its first answer token is at "
+            f"{first_label}, but max_length={max_length}.",
             "Raise max_length or shorten the question.",
         )

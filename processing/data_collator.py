@@ -1,7 +1,7 @@
 """The one place that builds labels, and where images are decoded: in the dataloader's workers.
 
-Labels come from the chat template's `{% generation %}` blocks and from nowhere else: an answer and its closing token are
-supervised; images, questions, separators and padding are never.
+Labels come from the chat template's `{% generation %}` blocks and from nowhere else: an answer and its closing token
+are supervised; images, questions, separators and padding are never.
 """
 
 import logging
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from .bad_samples import BadSampleError, append_bad_samples
+from .chat_encoding_jnana import measure_sequence
 from .data_checks import check_row, check_size
 from .image_loading import MAX_IMAGE_PIXELS, load_image
-from .processing_jnana import JnanaProcessor, measure_sequence
+from .processing_jnana import JnanaProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -26,13 +27,14 @@ class JnanaCollator:
     """
     Rows to a batch of tensors, every conversation of every row a sequence.
 
-    Sequences are padded on the right. One longer than `max_length` loses the end of its answer; if an image or the whole answer
-    would be lost, it is a bad sample. The first token of a sequence is never supervised: nothing predicts it.
+    Sequences are padded on the right. One longer than `max_length` loses the end of its answer; if an image or the
+    whole answer would be lost, it is a bad sample. The first token of a sequence is never supervised: nothing predicts
+    it.
 
-    With `on_bad_sample="skip"` bad rows are left out of their batch and listed in `bad_samples_file`. If a batch has no good row,
-    the last good batch's first sequence takes its place, or before any good batch a blank picture of which only the closing
-    token is learned: every process has a sequence in every step, and `num_items_in_batch` is never 0 (0 would make the loss
-    NaN).
+    With `on_bad_sample="skip"` bad rows are left out of their batch and listed in `bad_samples_file`. If a batch has
+    no good row, the last good batch's first sequence takes its place, or before any good batch a blank picture of
+    which only the closing token is learned: every process has a sequence in every step, and `num_items_in_batch` is
+    never 0 (0 would make the loss NaN).
 
     Args:
         processor (`JnanaProcessor`): renders, tokenises, and prepares images.
@@ -43,7 +45,8 @@ class JnanaCollator:
         pad_to_multiple_of (`int`, *optional*): pad the sequence length to a multiple of it.
 
     Attributes:
-        num_bad_samples (`int`): rows this copy left out. Dataloader workers have copies of their own: count the file's lines.
+        num_bad_samples (`int`): rows this copy left out. Dataloader workers have copies of their own: count the file's
+            lines.
     """
 
     def __init__(
@@ -72,8 +75,9 @@ class JnanaCollator:
             rows (`list[dict]`): rows of `ROW_FEATURES`; other columns are ignored.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` `(batch_size, sequence_length)`, and if there
-            are images `pixel_values` `(num_images, channels, height, width)`, all images in reading order over the batch.
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` `(batch_size, sequence_length)`, and
+            if there are images `pixel_values` `(num_images, channels, height, width)`, in reading order over the
+            batch.
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.
@@ -146,7 +150,7 @@ class JnanaCollator:
         input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id, dtype=torch.long)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORED, dtype=torch.long)
-        for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["masks"])):
+        for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["masks"], strict=True)):
             tokens = torch.tensor(ids)
             input_ids[row, : len(ids)] = tokens
             attention_mask[row, : len(ids)] = 1

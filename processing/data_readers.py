@@ -1,8 +1,8 @@
-"""Reads people's data into rows: COCO captions, LLaVA-Instruct, an image folder with metadata, any `datasets` data set.
+"""Reads people's data into rows: COCO captions, LLaVA-Instruct, an image folder, any `datasets` data set.
 
-A reader states what a file says and judges as little as possible: a record without an image or an answer still becomes a row,
-so that `check_rows` can list all of them at once, with file and record. Only what can't be read at all (a JSON file that does
-not parse, a missing file or column) is an error here.
+A reader states what a file says and judges as little as possible: a record without an image or an answer still becomes
+a row, so that `check_rows` can list all of them at once, with file and record. Only what can't be read at all (a JSON
+file that does not parse, a missing file or column) is an error here.
 """
 
 import csv
@@ -40,40 +40,44 @@ def load_rows(
     Args:
         source (`str`, `Path`, `Dataset` or `IterableDataset`):
             a COCO captions or LLaVA-Instruct file (`.json`, the latter also `.jsonl`), a folder with `metadata.csv` or
-            `metadata.jsonl`, a folder written by `save_to_disk`, a `.parquet`, `.jsonl` or `.csv` file, a Hub id, or a data set.
-        format (`str`, *optional*, defaults to `"auto"`): `coco_captions`, `llava_instruct`, `imagefolder`, `dataset`, or `auto`:
-            told from the file itself.
-        image_folder (`str` or `Path`, *optional*): joined in front of the file names of the first two formats; the file's own
-            folder when not given.
+            `metadata.jsonl`, a folder written by `save_to_disk`, a `.parquet`, `.jsonl` or `.csv` file, a Hub id, or a
+            data set.
+        format (`str`, *optional*, defaults to `"auto"`): `coco_captions`, `llava_instruct`, `imagefolder`, `dataset`,
+            or `auto`: told from the file itself.
+        image_folder (`str` or `Path`, *optional*): joined in front of the file names of the first two formats; the
+            file's own folder when not given.
         split (`str`, *optional*, defaults to `"train"`): of a Hub data set, or the sub-folder of an image folder.
-        streaming (`bool`, *optional*, defaults to `False`): give an `IterableDataset`; Hub data is then never stored whole.
+        streaming (`bool`, *optional*, defaults to `False`): give an `IterableDataset`; Hub data is then never stored
+            whole.
         independent_turns (`bool`, *optional*, defaults to `True`):
-            LLaVA-Instruct: each question with its answer is a conversation (as jnana and visualize_this train), else all turns
-            are one conversation (as LLaVA does).
-        prompt (`str`, *optional*): a question to put before captions that have none ("What do you see in this picture?").
+            LLaVA-Instruct: each question with its answer is a conversation (as jnana and visualize_this train), else
+            all turns are one conversation (as LLaVA does).
+        prompt (`str`, *optional*): a question to put before captions that have none ("What do you see in this
+            picture?").
         max_rows (`int`, *optional*): take the first rows only.
-        options: for `dataset`: `image_column`, `text_column`, `question_column`, `category_column`, and what `load_dataset` takes.
+        options: for `dataset`: `image_column`, `text_column`, `question_column`, `category_column`, and what
+            `load_dataset` takes.
 
     Returns:
         `datasets.Dataset` or, with `streaming`, `datasets.IterableDataset`.
 
     Raises:
-        FileNotFoundError, ValueError: if the source is missing, is no known format, or does not parse (file, line, column).
+        FileNotFoundError, ValueError: if the source is missing, is no known format, or does not parse (file, line,
+        column).
     """
     if format not in ("auto", *FORMATS):
         raise ValueError(f"format={format!r} must be 'auto' or one of {', '.join(FORMATS)}.")
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        rows = read_dataset(source, prompt=prompt, independent_turns=independent_turns, max_rows=max_rows, **options)
-        return rows
-    path = Path(source)
+    is_data_set = isinstance(source, (datasets.Dataset, datasets.IterableDataset))
+    path = Path("data set" if is_data_set else source)
     content = None
-    if format == "auto":
+    if format == "auto" and not is_data_set:
         format, content = _guess_format(path, split)
-    if format == "dataset":
+    if is_data_set or format == "dataset":
         return read_dataset(
-            str(source),
+            source if is_data_set else str(source),
             split=split,
             streaming=streaming,
+            image_folder=image_folder,
             prompt=prompt,
             independent_turns=independent_turns,
             max_rows=max_rows,
@@ -92,7 +96,11 @@ def load_rows(
             iterator = _read_coco(content, path, folder, prompt)
         else:
             iterator = _read_llava(content, path, folder, independent_turns)
-    rows = rows_to_dataset(row for row, _ in zip(iterator, range(max_rows))) if max_rows else rows_to_dataset(iterator)
+    rows = (
+        rows_to_dataset(row for row, _ in zip(iterator, range(max_rows), strict=False))
+        if max_rows
+        else rows_to_dataset(iterator)
+    )
     if len(rows) == 0:
         raise ValueError(f"source={str(source)!r} (format={format!r}) holds no records.")
     return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
@@ -114,7 +122,7 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
         isinstance(record, dict) and "conversations" in record for record in content[:100]
     ):
         return "llava_instruct", content
-    if path.suffix == ".jsonl":
+    if isinstance(content, list) and content and all(isinstance(record, dict) for record in content[:100]):
         return "dataset", None
     raise ValueError(
         f"{path}: neither COCO captions ('images' and 'annotations') nor LLaVA-Instruct (a list of records with "
@@ -168,7 +176,7 @@ def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> It
 
 
 def _reference(folder: Path, name: str) -> dict:
-    return {"path": str(folder / name), "bytes": None}
+    return {"path": str(folder / str(name)), "bytes": None}
 
 
 # ---------------------------------------------------------------------- LLaVA-Instruct
@@ -193,7 +201,7 @@ def _read_llava(content: Any, path: Path, folder: Path, independent_turns: bool)
 
 
 def _read_image_folder(path: Path, split: str, prompt: str | None) -> Iterator[dict]:
-    """`metadata.csv` (or `.jsonl`): `file_name`, a caption under `text`, `caption` or `answer`, optionally `question`."""
+    """`metadata.csv` (or `.jsonl`): `file_name`; a caption under `text`, `caption` or `answer`; perhaps `question`."""
     candidates = [path] if path.is_file() else [f / name for f in (path, path / split) for name in METADATA_FILES]
     metadata = next((candidate for candidate in candidates if candidate.is_file()), None)
     if metadata is None:
@@ -207,7 +215,8 @@ def _read_image_folder(path: Path, split: str, prompt: str | None) -> Iterator[d
     caption_column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if records and ("file_name" not in columns or caption_column is None):
         raise ValueError(
-            f"{metadata}: columns {columns}; needed are 'file_name' and one of {', '.join(CAPTION_COLUMNS)} ('question' optional)."
+            f"{metadata}: columns {columns}; needed are 'file_name' and one of {', '.join(CAPTION_COLUMNS)} "
+            "('question' is optional)."
         )
     for index, record in enumerate(records):
         name = record.get("file_name")

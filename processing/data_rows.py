@@ -1,8 +1,8 @@
 """The one row of data, and how it is taken apart into single conversations.
 
 Every source becomes rows of this shape: the images (references, not pixels) and one or more conversations about them,
-each a list of chat messages. Readers make them (`data_readers.py`), `check_rows` checks them, the collator turns them into
-tensors.
+each a list of chat messages. Readers make them (`data_readers.py`), `check_rows` checks them, the collator turns them
+into tensors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,8 +30,8 @@ IMAGE_PART = {"type": "image", "text": None}
 
 
 def text_part(text: str) -> dict:
-    """A content part that holds text."""
-    return {"type": "text", "text": text}
+    """A content part that holds text. Half characters, which JSON can spell and UTF-8 can't, become `?`."""
+    return {"type": "text", "text": text.encode("utf-8", "replace").decode("utf-8")}
 
 
 def message(role: str, *parts: dict) -> dict:
@@ -57,11 +57,13 @@ def make_row(
     One row, with the columns of `ROW_FEATURES`.
 
     Args:
-        images (`list[dict]`): references `{"path": str | None, "bytes": bytes | None}`, in the order of the image parts.
+        images (`list[dict]`): references `{"path": str | None, "bytes": bytes | None}`, in the order of the image
+            parts.
         conversations (`list[list[dict]]`): each with as many image parts as there are images, or none.
         source (`str`): file and record, named in every error about this row.
         categories (`list[str | None]`, *optional*): the question type of each conversation.
-        answers (`list[list[str]]`, *optional*): all accepted answers of each conversation; empty: the assistant's text.
+        answers (`list[list[str]]`, *optional*): all accepted answers of each conversation; empty: the assistant's
+            text.
     """
     return {
         "images": images,
@@ -94,14 +96,15 @@ def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> 
     """
     One conversation a row.
 
-    A map-style data set is flattened by indices: nothing is copied, and a row is taken from `rows` when it is asked for. The
-    result is a `datasets.Dataset` to select from, shuffle, or add a column such as `length` to.
+    A map-style data set is flattened by indices: nothing is copied, and a row is taken from `rows` when it is asked
+    for. The result is a `datasets.Dataset` to select from, shuffle, or add a column such as `length` to.
 
     Args:
         rows (`Dataset` or `IterableDataset`): rows with any number of conversations.
 
     Returns:
-        `Dataset` or `IterableDataset`: the same kind; `conversations`, `categories` and `answers` have one entry in each row.
+        `Dataset` or `IterableDataset`: the same kind; `conversations`, `categories` and `answers` have one entry in
+            each row.
     """
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(_flatten_batch, batched=True, batch_size=16, features=ROW_FEATURES)
@@ -125,9 +128,9 @@ class _ConversationOf:
         if "row" not in batch or "conversation" not in batch:  # some other column was asked for by itself
             return batch
         needed = sorted(set(batch["row"]))
-        taken = dict(zip(needed, _rows_at(self.rows, needed)))
+        taken = dict(zip(needed, _rows_at(self.rows, needed), strict=True))
         others = {k: v for k, v in batch.items() if k not in ("row", "conversation")}
-        pairs = [single_conversation(taken[r], c) for r, c in zip(batch["row"], batch["conversation"])]
+        pairs = [single_conversation(taken[r], c) for r, c in zip(batch["row"], batch["conversation"], strict=True)]
         return {**{name: [pair[name] for pair in pairs] for name in ROW_FEATURES}, **others}
 
 

@@ -1,4 +1,4 @@
-"""Any `datasets` data set as rows: chat messages with images, LLaVA records, or an image beside a text; local or from the Hub.
+"""Any `datasets` data set as rows: chats with images, LLaVA records, or an image beside a text; local or on the Hub.
 
 Embedded images are never copied or decoded here: the row's table takes over the data set's own Arrow buffers.
 """
@@ -42,8 +42,9 @@ def read_dataset(
     """
     Rows of a data set; called through [`load_rows`], which explains the arguments.
 
-    Columns are found by name: `messages` (chats), `conversations` (LLaVA records), or a text (`text`, `caption`, `captions`,
-    `answer`, `answers`) with an optional `question`; each with an optional `images` or `image` column of images or paths.
+    Columns are found by name: `messages` (chats), `conversations` (LLaVA records), or a text (`text`, `caption`,
+    `captions`, `answer`, `answers`) with an optional `question`; each with an optional `images` or `image` column of
+    images or paths.
 
     Raises:
         FileNotFoundError: if a local file does not exist.
@@ -222,7 +223,7 @@ def _converted(data, start, stop, image_column, image_folder, convert, lengths) 
 
 
 def _as_lists(chunk: pa.Array) -> pa.Array:
-    """One image or a list of images a row -> a list of images a row, in the row's field order, without copying pixels."""
+    """One image or a list of images a row -> a list of images a row; no pixel is copied."""
     target = ROW_FEATURES.arrow_schema.field("images").type
     if pa.types.is_list(chunk.type):
         return chunk.cast(target)
@@ -233,7 +234,7 @@ def _as_lists(chunk: pa.Array) -> pa.Array:
 
 
 def _chat_messages(messages: list[dict], num_images: int) -> list[dict]:
-    """Chat messages with `content` as a text or as parts; images that no part stands for go before the first user text."""
+    """Chat messages with `content` as text or parts; images that no part stands for go before the first user text."""
     chat = []
     for item in messages:
         content = item.get("content")

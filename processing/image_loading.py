@@ -5,21 +5,25 @@ costs nothing; only raster formats are tried; nothing is fetched from the networ
 """
 
 import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .bad_samples import BadSampleError, bad_sample
 
+
+logger = logging.getLogger(__name__)
 
 # 64 megapixels: every camera picture one trains on, 192 MB when decoded
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 
 # Formats that run an interpreter or another program on what they read (EPS) are left out. JPEG opens MPO too
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
+ORIENTATION = ExifTags.Base.Orientation
 
 
 def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -30,13 +34,16 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
         image (`PIL.Image.Image`, `str`, `Path` or `dict`): an image, a path, or a row's reference
             `{"path": str | None, "bytes": bytes | None}`.
         source (`str`, *optional*): file and record that refer to it, for the error.
-        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are refused before they are decoded.
+        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are refused before they are
+            decoded.
 
     Returns:
-        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency laid on white, 16-bit greys scaled to 8 bits.
+        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency laid on white, 16-bit greys scaled to 8
+            bits.
 
     Raises:
-        BadSampleError: if it is missing, not an image, truncated or too large; names `source`, the path and the remedy.
+        BadSampleError: if it is missing, not an image, truncated or too large; names `source`, the path and the
+            remedy.
     """
     if isinstance(image, Image.Image):
         name = f"image of {image.width}x{image.height}"
@@ -49,7 +56,8 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
 
 def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """
-    Check an image by its header alone: that it is there, is an image, and is not too large. Truncation shows only on decoding.
+    Check an image by its header alone: that it is there, is an image, and is not too large. Truncation shows only on
+    decoding.
 
     Args:
         image, source, max_image_pixels: as in [`load_image`].
@@ -70,12 +78,15 @@ def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MA
 
 def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Image]:
     """Open without decoding; returns the image's name for errors and the image."""
-    reference = {"path": str(image), "bytes": None} if isinstance(image, (str, Path)) else image
+    reference: dict[str, Any] = {"path": str(image), "bytes": None} if isinstance(image, (str, Path)) else image
     path, data = reference.get("path"), reference.get("bytes")
     name = f"image {path!r}" if path else "embedded image"
-    if data is None and path is None:
+    if data is not None:
+        file: Any = io.BytesIO(data)
+    elif path:
+        file = _local_or_hub_file(path, name, source)
+    else:
         raise bad_sample(source, "the image reference has neither a path nor bytes.", "Give one of them.")
-    file: Any = io.BytesIO(data) if data is not None else _local_or_hub_file(path, name, source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
@@ -120,7 +131,8 @@ def _check_size(image: Image.Image, name: str, source: str, max_image_pixels: in
     if pixels > max_image_pixels:
         raise bad_sample(
             source,
-            f"{name} has {image.width}x{image.height} = {pixels:,} pixels, more than max_image_pixels={max_image_pixels:,}.",
+            f"{name} has {image.width}x{image.height} = {pixels:,} pixels, more than "
+            f"max_image_pixels={max_image_pixels:,}.",
             "Scale it down, or raise max_image_pixels.",
         )
 
@@ -131,9 +143,10 @@ def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
     except Exception as error:  # broken files make PIL's decoders raise almost anything
         raise bad_sample(source, f"{name} is truncated or corrupt: {error}.", "Replace the file.") from error
     try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF data says nothing about the pixels: take them as they are
-        pass
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # unreadable EXIF data says nothing about the pixels: take them as they are
+        logger.debug("%s: %s has unreadable EXIF data (%s)", source, name, error)
     return _to_rgb(image)
 
 
@@ -143,7 +156,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # PIL would clip 16-bit greys to white
         values = np.asarray(image, dtype=np.float64)
-        top = 255.0 if values.max() <= 255 and image.mode != "I;16" else 65535.0
+        top = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
         if image.mode == "F" and values.max() <= 1:
             top = 1.0
         values = np.clip(values / top, 0, 1) * 255

@@ -15,12 +15,12 @@ def llava_row(record: dict, images: list[dict], source: str, independent_turns: 
     """
     The row of one LLaVA-Instruct record.
 
-    Beside `conversations`, a record or one of its answering turns may hold `category` (a question type, or one an answer) and
-    `answers` (the accepted answers of its one question, or a list of such lists, one an answer).
+    Beside `conversations`, a record or one of its answering turns may hold `category` (a question type, or one an
+    answer) and `answers` (the accepted answers of its one question, or a list of such lists, one an answer).
     """
     turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
     messages = _llava_messages(turns, len(images))
-    answering = [turn for turn in turns if LLAVA_ROLES.get(turn.get("from")) == "assistant"]
+    answering = [turn for turn in turns if LLAVA_ROLES.get(str(turn.get("from"))) == "assistant"]
     categories = _one_each(record.get("category"), len(answering))
     references = record.get("answers") or []
     if references and not isinstance(references[0], list):
@@ -45,7 +45,7 @@ def _llava_messages(turns: list[dict], num_images: int) -> list[dict]:
     """LLaVA's turns as messages; placeholders in the user's text become image parts, one an image."""
     messages, left = [], num_images
     for turn in turns:
-        role = LLAVA_ROLES.get(turn.get("from"), str(turn.get("from")))
+        role = LLAVA_ROLES.get(str(turn.get("from")), str(turn.get("from")))
         text = turn.get("value")
         text = "" if text is None else str(text)
         if role != "user":
@@ -70,7 +70,7 @@ def _llava_messages(turns: list[dict], num_images: int) -> list[dict]:
 
 
 def _split_turns(messages: list[dict]) -> list[list[dict]]:
-    """Each question with its answer as a conversation of its own, the system message and every image in front of it."""
+    """Each question with its answer as a conversation of its own, system message and every image in front of it."""
     image_parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
     system = [m for m in messages if m["role"] == "system"]
     chats: list[list[dict]] = []

@@ -1,9 +1,9 @@
 """JnanaProcessor: image processor, tokenizer and chat template in one object, saved and shared with the model.
 
 It turns chats about images into model inputs. Built on `ProcessorMixin`'s own hooks, so a raw
-`processor(images=..., text=...)` behaves as LLaVA's does; `apply_chat_template` tokenises by itself, because what people
-wrote must never become a control token and an answer's first token must never merge with the prompt's last
-(see `chat_encoding_jnana.py`).
+`processor(images=..., text=...)` behaves as LLaVA's does; `apply_chat_template` tokenises by itself, because what
+people wrote must never become a control token and an answer's first token must never merge with the prompt's last (see
+`chat_encoding_jnana.py`).
 
 This file is copied into every shared checkpoint and loaded there without this package: it imports transformers and its
 one neighbour, nothing else.
@@ -26,7 +26,7 @@ from transformers import (
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers
+from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_sequence
 
 
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
@@ -53,7 +53,8 @@ def read_chat_template(chat_template: str) -> str:
     The text of a chat template.
 
     Args:
-        chat_template (`str`): the name of a shipped template (`jnana`, `llava_chess`, ...) or the path of a `.jinja` file.
+        chat_template (`str`): the name of a shipped template (`jnana`, `llava_chess`, ...) or the path of a `.jinja`
+            file.
 
     Raises:
         ValueError: if it is neither.
@@ -79,8 +80,8 @@ class JnanaProcessor(ProcessorMixin):
         num_additional_image_tokens (`int`, *optional*, defaults to 0):
             vectors the tower puts before its patches: 1 for CLIP and DINOv2 (CLS), 0 for SigLIP.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `default` (patches alone), `full` (with the vectors before them) or `pooled` (one vector an image), as in the
-            model's config.
+            `default` (patches alone), `full` (with the vectors before them) or `pooled` (one vector an image), as in
+            the model's config.
         chat_template (`str`, *optional*): the Jinja template.
         image_token (`str`, *optional*, defaults to `"<image>"`): the token that stands for one image vector.
 
@@ -196,17 +197,7 @@ class JnanaProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        images_kwargs = self._merge_kwargs(**kwargs)["images_kwargs"]
-        size = images_kwargs.get("crop_size") or images_kwargs.get("size")
-        if size is None:
-            crops = getattr(self.image_processor, "do_center_crop", False)
-            size = self.image_processor.crop_size if crops else self.image_processor.size
-        if "height" not in size or "width" not in size:
-            raise ValueError(
-                f"image_processor.size={dict(size)} gives images of different sizes. Use a processor that crops or resizes "
-                "to a fixed height and width."
-            )
-        num_tokens = self.num_image_tokens(size["height"], size["width"])
+        num_tokens = self._tokens_per_image(**self._merge_kwargs(**kwargs)["images_kwargs"])
         return MultiModalData(
             num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
@@ -215,8 +206,8 @@ class JnanaProcessor(ProcessorMixin):
         """
         As `LlavaProcessor`: `text` is prompt text, in which each image token stands for one image.
 
-        Text rendered by `apply_chat_template(tokenize=False)` carries its neutralised passages with it and is taken here
-        too.
+        Text rendered by `apply_chat_template(tokenize=False)` carries its neutralised passages with it and is taken
+        here too.
         """
         texts = [text] if isinstance(text, str) else text
         if texts is not None and any(BREAK in sample for sample in texts):
@@ -226,7 +217,7 @@ class JnanaProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------ chats
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the base class's hint says `str` whatever it returns
         self,
         conversation,
         chat_template: str | None = None,
@@ -238,6 +229,7 @@ class JnanaProcessor(ProcessorMixin):
         tokenize: bool = False,
         return_tensors: Any = "auto",
         return_dict: bool = False,
+        load_audio_from_video: bool = False,
         processor_kwargs: dict | None = None,
         sanitize_control_tokens: bool = True,
         **kwargs,
@@ -245,48 +237,45 @@ class JnanaProcessor(ProcessorMixin):
         """
         Render one chat or a batch of chats; as `ProcessorMixin.apply_chat_template`, with three promises.
 
-        * Text in messages that spells a control token (`<image>`, `<|endoftext|>`) stays text, with and without `tokenize`
-          (`sanitize_control_tokens` is always on). A string rendered with `tokenize=False` carries an invisible private-use
-          character inside such passages.
-        * The token ids of a chat rendered with `add_generation_prompt=True` are an exact prefix of those of the same chat
-          with its answer.
-        * With `return_assistant_tokens_mask=True`, `assistant_masks` is 1 on the tokens of `{% generation %}` blocks and only
-          there. Special tokens are those the template writes; none are added.
+        * Text in messages that spells a control token (`<image>`, `<|endoftext|>`) stays text, with and without
+          `tokenize` (`sanitize_control_tokens` is always on). A string rendered with `tokenize=False` carries an
+          invisible private-use character inside such passages.
+        * The token ids of a chat rendered with `add_generation_prompt=True` are an exact prefix of those of the same
+          chat with its answer.
+        * With `return_assistant_tokens_mask=True`, `assistant_masks` is 1 on the tokens of `{% generation %}` blocks
+          and only there. Special tokens are those the template writes; none are added.
 
         Args:
-            conversation (`list[dict]` or `list[list[dict]]`): messages, `content` a string or a list of parts; an image part
-                holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`.
-            processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with `padding="max_length"`),
-                `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the image processor's options.
+            conversation (`list[dict]` or `list[list[dict]]`): messages, `content` a string or a list of parts; an
+                image part holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`.
+            processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with
+                `padding="max_length"`), `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the
+                image processor's options.
 
         Returns:
             `str`, `list[str]`, or with `tokenize` and `return_dict` a `BatchFeature` of `input_ids`
-            `(batch_size, sequence_length)`, `attention_mask`, `pixel_values` `(num_images, channels, height, width)` in
-            reading order (absent without images), and `assistant_masks`.
+            `(batch_size, sequence_length)`, `attention_mask`, `pixel_values` `(num_images, channels, height, width)`
+            in reading order (absent without images), and `assistant_masks`.
 
         Raises:
-            ValueError: if truncation is asked for (it could cut image tokens), or images and placeholders differ in number.
+            ValueError: if truncation is asked for (it could cut image tokens), or images and placeholders differ in
+                number.
         """
         template = self._resolve_chat_template(chat_template)
         call_kwargs = self._prepare_processor_kwargs(
-            template, dict(processor_kwargs or {}), kwargs, add_generation_prompt, continue_final_message, False
+            template, dict(processor_kwargs or {}), kwargs, add_generation_prompt, bool(continue_final_message), False
         )
         conversations, is_batched = self._normalize_conversations(conversation)
         images = self._multimodal_inputs_from_conversations(conversations, {})[0] if tokenize else []
-
-        encoder = self._encoder()
-        texts, spans = render_jinja_template(
-            conversations=[encoder.neutralise(chat) for chat in conversations],
-            tools=encoder.neutralise(tools),
-            documents=encoder.neutralise(documents),
-            chat_template=template,
-            # Past answers are cut out as pieces at inference too, so that their tokens are those of training
-            return_assistant_tokens_mask=tokenize
-            and not continue_final_message
-            and GENERATION_BLOCK.search(template) is not None,
-            continue_final_message=continue_final_message,
+        texts = self._render(
+            conversations,
+            template,
+            mark=tokenize,  # at inference too, so that past answers have the tokens of training
+            tools=tools,
+            documents=documents,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
+            continue_final_message=continue_final_message,
+            **kwargs,
         )
         if not tokenize:
             return texts if is_batched else texts[0]
@@ -294,8 +283,6 @@ class JnanaProcessor(ProcessorMixin):
             call_kwargs["return_tensors"] = return_tensors
         if "images" in call_kwargs:
             images = [call_kwargs.pop("images")]
-        if spans:
-            texts = [mark_answers(text, span) for text, span in zip(texts, spans)]
         inputs, masks = self._tokenize_chats(texts, self._flatten_images(images), call_kwargs)
         if not return_dict:
             return inputs["input_ids"]
@@ -314,23 +301,45 @@ class JnanaProcessor(ProcessorMixin):
         Returns:
             `list[tuple[int, int | None, int]]`: for each chat, as [`measure_sequence`].
         """
-        encoder, template = self._encoder(), self._resolve_chat_template(None)
-        texts, spans = render_jinja_template(
-            conversations=[encoder.neutralise(chat) for chat in conversations],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        all_ids, masks = encoder.encode([mark_answers(text, span) for text, span in zip(texts, spans)])
-        tokens_per_image = self._get_num_multimodal_tokens([[1, 1]]).num_image_tokens[0]
+        texts = self._render(conversations, self._resolve_chat_template(None), mark=True)
+        all_ids, masks = self._encoder().encode(texts)
+        tokens_per_image = self._tokens_per_image()
         return [
-            measure_sequence(ids, mask, self.image_token_id, tokens_per_image) for ids, mask in zip(all_ids, masks)
+            measure_sequence(ids, mask, self.image_token_id, tokens_per_image)
+            for ids, mask in zip(all_ids, masks, strict=True)
         ]
 
     # ------------------------------------------------------------------ inside
 
+    def _tokens_per_image(self, crop_size: dict | None = None, size: dict | None = None, **kwargs) -> int:
+        """Placeholder tokens of any image, from the size that the image processor gives every image."""
+        crops = getattr(self.image_processor, "do_center_crop", False)
+        target = crop_size or size or (self.image_processor.crop_size if crops else self.image_processor.size)
+        if "height" not in target or "width" not in target:
+            raise ValueError(
+                f"image_processor.size={dict(target)} gives images of different sizes. Use an image processor that "
+                "crops or resizes to a fixed height and width."
+            )
+        return self.num_image_tokens(target["height"], target["width"])
+
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, (self.image_token,))
+
+    def _render(
+        self, conversations: list, template: str, *, mark: bool, tools: Any = None, documents: Any = None, **kwargs
+    ) -> list[str]:
+        """Chats as text, control tokens in people's words broken; with `mark`, answers marked for the encoder."""
+        encoder = self._encoder()
+        rendered: Any = render_jinja_template(
+            conversations=encoder.neutralise(conversations),
+            tools=encoder.neutralise(tools),
+            documents=encoder.neutralise(documents),
+            chat_template=template,
+            return_assistant_tokens_mask=mark and GENERATION_BLOCK.search(template) is not None,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        texts, spans = rendered
+        return [mark_answers(text, span) for text, span in zip(texts, spans, strict=True)] if spans else texts
 
     @staticmethod
     def _flatten_images(images) -> list | None:
@@ -355,7 +364,7 @@ class JnanaProcessor(ProcessorMixin):
             processed, replacements = self._process_images(images, **merged["images_kwargs"])
         texts, _ = self.get_text_with_replacements(texts, replacements)
         ids, masks = self._encoder().encode(texts)
-        self._check_special_mm_tokens(texts, {"input_ids": ids}, modalities=["image"])
+        self._check_special_mm_tokens(texts, BatchFeature({"input_ids": ids}), modalities=["image"])
 
         pad_names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
         pad_kwargs = {"padding": False, **{k: text_kwargs[k] for k in pad_names if k in text_kwargs}}
@@ -382,38 +391,11 @@ def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<im
         tokenizer.add_special_tokens({"pad_token": AddedToken("<|pad|>", special=True, normalized=False)})
 
 
-def measure_sequence(
-    ids: list[int], mask: list[int], image_token_id: int, tokens_per_image: int = 1
-) -> tuple[int, int | None, int]:
-    """
-    What decides whether a sequence fits.
-
-    Args:
-        ids (`list[int]`): token ids.
-        mask (`list[int]`): 1 on answer tokens.
-        image_token_id (`int`): the image token.
-        tokens_per_image (`int`, *optional*, defaults to 1): places that each image token in `ids` will take.
-
-    Returns:
-        `tuple[int, int | None, int]`: the length; the position of the first supervised token, `None` if there is none (the
-        first token of a sequence is never supervised); the position behind the last image token, 0 without images.
-    """
-    more = tokens_per_image - 1
-    length = len(ids) + more * ids.count(image_token_id)
-    first = mask.index(1, 1) if 1 in mask[1:] else None
-    if first is not None:
-        first += more * ids[:first].count(image_token_id)
-    if image_token_id not in ids:
-        return length, first, 0
-    last = len(ids) - ids[::-1].index(image_token_id)
-    return length, first, last + more * ids[:last].count(image_token_id)
-
-
 def _prefix_tokens(vision_config: PreTrainedConfig) -> int:
     if vision_config.model_type not in PREFIX_TOKENS:
         raise ValueError(
-            f"vision tower of model_type={vision_config.model_type!r}: how many vectors it puts before its patches is not "
-            "known here. Give num_additional_image_tokens (1 for a CLS vector)."
+            f"vision tower of model_type={vision_config.model_type!r}: how many vectors it puts before its patches is "
+            "not known here. Give num_additional_image_tokens (1 for a CLS vector)."
         )
     return PREFIX_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
 

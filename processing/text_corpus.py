@@ -31,9 +31,10 @@ def load_text(
     A text corpus, one document a row.
 
     Args:
-        source (`str` or `Path`): a `.txt` file (documents are separated by blank lines), a `.jsonl` or `.parquet` file, a folder
-            written by `save_to_disk`, or a Hub id.
-        streaming (`bool`, *optional*, defaults to `False`): read while training; a Hub corpus is then never stored whole.
+        source (`str` or `Path`): a `.txt` file (documents are separated by blank lines), a `.jsonl` or `.parquet`
+            file, a folder written by `save_to_disk`, or a Hub id.
+        streaming (`bool`, *optional*, defaults to `False`): read while training; a Hub corpus is then never stored
+            whole.
         split (`str`, *optional*, defaults to `"train"`): of a Hub corpus.
         text_column (`str`, *optional*, defaults to `"text"`): the column or key that holds the text.
         max_rows (`int`, *optional*): take the first documents only.
@@ -43,7 +44,8 @@ def load_text(
         `Dataset` or `IterableDataset` with the one column `text`.
 
     Raises:
-        FileNotFoundError, ValueError: if the source is missing, lacks the column, or does not parse (file, line, column).
+        FileNotFoundError, ValueError: if the source is missing, lacks the column, or does not parse (file, line,
+        column).
     """
     path = Path(source)
     if path.suffix in (".txt", ".jsonl", ".parquet"):
@@ -135,9 +137,9 @@ def pack_blocks(
     """
     Pack documents into blocks of one length, without padding.
 
-    Documents are concatenated, each closed by the closing token, and cut every `block_size` tokens: joined together, the blocks are
-    exactly that text. What is left at the end (less than a block) is dropped, so that every block is full. Control tokens spelt
-    in the text are tokenised as plain text.
+    Documents are concatenated, each closed by the closing token, and cut every `block_size` tokens: joined together,
+    the blocks are exactly that text. What is left at the end (less than a block) is dropped, so that every block is
+    full. Control tokens spelt in the text are tokenised as plain text.
 
     Args:
         corpus (`Dataset` or `IterableDataset`): with the column `text`.
@@ -145,11 +147,12 @@ def pack_blocks(
         block_size (`int`): tokens a block.
 
     Returns:
-        `Dataset` (in memory) or `IterableDataset`: columns `input_ids` and `labels`, lists of `block_size` ids, the first label of a
-        block -100 as nothing predicts it.
+        `Dataset` (in memory) or `IterableDataset`: columns `input_ids` and `labels`, lists of `block_size` ids, the
+        first label of a block -100 as nothing predicts it.
 
     Raises:
-        ValueError: if `block_size` is below 2, the tokenizer has no closing token, or the corpus is shorter than a block.
+        ValueError: if `block_size` is below 2, the tokenizer has no closing token, or the corpus is shorter than a
+            block.
     """
     if block_size < 2:
         raise ValueError(f"block_size={block_size} must be at least 2.")
@@ -184,8 +187,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     Train a byte-level BPE tokenizer, as the GPT-2 and Phi family has.
 
-    The same texts give the same ids under any `PYTHONHASHSEED`: nothing unordered reaches the trainer. Give it a list or another
-    ordered iterable, never a `set`.
+    The same texts give the same ids under any `PYTHONHASHSEED`: nothing unordered reaches the trainer. Give it a list
+    or another ordered iterable, never a `set`.
 
     Args:
         texts (`Iterable[str]`): the corpus.

@@ -9,12 +9,20 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 
+# Words, numbers, punctuation, white space, other scripts: what tokenizers cut in different ways
+PROBE = (
+    "The 2nd quick-brown fox, isn't it?  It's 12,345.67\n\n\tdéjà vu; Ünïcode - 日本語 ☃ 🙂 def f(x):\n"
+    "    return x_1 != 0"
+)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
     """
     A short text that is the same for tokenizers that give the same ids.
 
-    Covers the entries with ids below `size`, and how text is cut into them: merges, normalizer, pre-tokenizer. Tokens added behind
-    (image, padding) leave the fingerprint of the first `size` entries as it was.
+    Covers the entries with ids below `size`, and the ids they give to a text of every sort of character, so that two
+    ways of cutting text into the same entries differ too. Tokens added behind (image, padding) leave the fingerprint
+    of the first `size` entries as it was.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer.
@@ -31,14 +39,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None =
     if size > len(tokenizer):
         raise ValueError(f"size={size}: the tokenizer has only {len(tokenizer)} entries.")
     entries = sorted((index, token) for token, index in vocabulary.items() if index < size)
-    parts: dict[str, object] = {"entries": entries}
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        parts |= {name: backend[name] for name in ("normalizer", "pre_tokenizer")}
-        parts["merges"] = [
-            merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"].get("merges", [])
-        ]
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    probe = [index for index in tokenizer.encode(PROBE, add_special_tokens=False) if index < size]
+    text = json.dumps([entries, probe], ensure_ascii=False)
     return f"{size}:{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
 
 
@@ -49,7 +51,8 @@ def check_tokenizer(
     Refuse a tokenizer that is not a model's own.
 
     Args:
-        fingerprint (`str`): as [`tokenizer_fingerprint`] gave it for the model's tokenizer. Further tokens may have been added.
+        fingerprint (`str`): as [`tokenizer_fingerprint`] gave it for the model's tokenizer. Further tokens may have
+            been added.
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used.
         model_name (`str`), tokenizer_name (`str`): both are named in the error.
 
@@ -62,6 +65,7 @@ def check_tokenizer(
     size = int(head)
     if size > len(tokenizer) or tokenizer_fingerprint(tokenizer, size) != fingerprint:
         raise ValueError(
-            f"The tokenizer {tokenizer_name} ({len(tokenizer)} entries) is not the one that {model_name} was trained with "
-            f"({size} entries, fingerprint {fingerprint}): its ids mean other texts. Use the tokenizer saved with {model_name}."
+            f"The tokenizer {tokenizer_name} ({len(tokenizer)} entries) is not the one that {model_name} was trained "
+            f"with ({size} entries, fingerprint {fingerprint}): its ids mean other texts. Use the tokenizer saved "
+            f"with {model_name}."
         )

@@ -54,8 +54,9 @@ def main(argv: list[str]) -> None:
         if run_args.overwrite_output_dir and training_args.should_save:
             delete_checkpoints(training_args.output_dir)
         processor = prepare_processor(model_args)
-        train_rows = load_conversations(data_args, processor, training_args.output_dir)
-        eval_rows = load_conversations(data_args, processor, training_args.output_dir, evaluation=True)
+        where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
+        train_rows = load_conversations(data_args, processor, **where)
+        eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: only the projector trains
     model = apply_stage(prepare_model(model_args, processor), "align")

@@ -14,13 +14,13 @@ A run that was cut off goes on from its last whole checkpoint when it is started
 
 import sys
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_run
-from training.data import collate_blocks, load_blocks, load_documents
+from training.data import load_blocks, load_documents
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=collate_blocks,
+        data_collator=default_data_collator,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         processing_class=tokenizer,

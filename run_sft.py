@@ -1,12 +1,12 @@
-"""Stage 2: fine-tune on questions and answers about pictures; the projector goes on training, the image encoder is frozen.
+"""Stage 2: fine-tune on questions and answers about pictures; the image encoder is frozen, the projector trains on.
 
-The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). With an adapter, `output_dir` holds
-the adapter and the trained projector, the processor, and what they rest on; `merge_adapter: true` also writes
+The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). With an adapter, `output_dir`
+holds the adapter and the trained projector, the processor, and what they rest on; `merge_adapter: true` also writes
 `output_dir/merged`, an ordinary checkpoint. An adapter folder as `model_name_or_path` is trained for a further round.
 
     accelerate launch run_sft.py recipes/jnana/sft.yaml
     accelerate launch run_sft.py recipes/phi35_pooled/sft.yaml --learning_rate 5e-5 --merge_adapter true
-    accelerate launch run_sft.py recipes/llava_chess/sft.yaml --train_data my_photos/metadata.csv --output_dir outputs/mine
+    accelerate launch run_sft.py recipes/llava_chess/sft.yaml --train_data my_photos --output_dir outputs/mine
 
 Two processes on a machine without a GPU:
 
@@ -63,8 +63,9 @@ def main(argv: list[str]) -> None:
         if run_args.overwrite_output_dir and training_args.should_save:
             delete_checkpoints(training_args.output_dir)
         processor = prepare_processor(model_args)
-        train_rows = load_conversations(data_args, processor, training_args.output_dir)
-        eval_rows = load_conversations(data_args, processor, training_args.output_dir, evaluation=True)
+        where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
+        train_rows = load_conversations(data_args, processor, **where)
+        eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
     model = apply_stage(prepare_model(model_args, processor), "sft", lora_args)

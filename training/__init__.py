@@ -1,1 +1,1 @@
-"""What the three training scripts share: arguments, stages, loading, checks, callbacks, checkpoints and the model card."""
+"""What the three training scripts share: arguments, stages, loading, checks, callbacks, checkpoints, model card."""

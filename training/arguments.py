@@ -1,8 +1,9 @@
 """The options of the three training scripts, and the one function that reads them.
 
-A recipe is a flat YAML file; every key of it may be overridden on the command line as `--key value`. The options are the
-dataclasses below plus the stock `transformers.TrainingArguments`. All values, from YAML too, go through argparse as text,
-so `1e-4` is a number, `no` is a word (YAML 1.1 makes it `false`), and an unknown key is refused with the nearest known one.
+A recipe is a flat YAML file; every key of it may be overridden on the command line as `--key value`. The options are
+the dataclasses below plus the stock `transformers.TrainingArguments`. All values, from YAML too, go through argparse
+as text, so `1e-4` is a number, `no` is a word (YAML 1.1 makes it `false`), and an unknown key is refused with the
+nearest known one.
 """
 
 import dataclasses
@@ -121,13 +122,13 @@ class DataArguments:
     eval_split: str = field(default="train", metadata={"help": "Split of `eval_data` where it has several."})
     eval_image_folder: str | None = field(default=None, metadata={"help": "Default: `image_folder`."})
     independent_turns: bool = field(
-        default=False, metadata={"help": "Each question/answer pair is a conversation of its own."}
+        default=True, metadata={"help": "Each question/answer pair is a conversation of its own."}
     )
     prompt: str | None = field(default=None, metadata={"help": "Question put before every caption."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens a row may have, image tokens included."})
     max_image_pixels: int | None = field(default=None)
     on_bad_sample: Literal["raise", "skip"] = field(default="raise")
-    image_check: Literal["none", "header", "full"] = field(
+    image_check: Literal["none", "header", "decode"] = field(
         default="header", metadata={"help": "How far every image is read in the check before training."}
     )
     streaming: bool = field(default=False)

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: the loss curve, and what the model writes about pictures it is not trained on.
+"""What a run shows while it trains: the loss curve, and what the model writes about pictures it does not train on.
 
 All of it through the Trainer's own callback events. Every process generates (so that a sharded model does not hang),
 only the first one writes.
@@ -44,15 +44,15 @@ def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     curves = {
-        name: [(entry["step"], entry[name]) for entry in log_history if name in entry]
-        for name in ("loss", "eval_loss")
+        label: [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        for label, name in (("training", "loss"), ("validation", "eval_loss"))
     }
-    if not curves["loss"]:
+    if not curves["training"]:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a screen and without touching pyplot's global state
     axes = figure.subplots()
-    for (name, points), label in zip(curves.items(), ("training", "validation"), strict=True):
+    for label, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
     axes.set(xlabel="step", ylabel="loss per supervised token (nats)", ylim=(0, None))

@@ -1,8 +1,8 @@
 """Finding the checkpoint to go on from after a run was cut off.
 
-A run killed while it wrote leaves a folder `checkpoint-N` with half a file in it. The Trainer would take it for the last
-checkpoint and stop with an error, or worse, start from half the weights. So each folder is opened before it is trusted,
-and a broken one is passed over for the one before.
+A run killed while it wrote leaves a folder `checkpoint-N` with half a file in it. The Trainer would take it for the
+last checkpoint and stop with an error, or worse, start from half the weights. So each folder is opened before it is
+trusted, and a broken one is passed over for the one before.
 """
 
 import json
@@ -53,7 +53,8 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | None, ov
         logger.warning(f"{folder} is passed over: {problem}")
     if resume_from_checkpoint:
         raise ValueError(
-            f"resume_from_checkpoint is {resume_from_checkpoint!r}, but {output_dir!r} holds no whole checkpoint-N folder"
+            f"resume_from_checkpoint is {resume_from_checkpoint!r}, but {output_dir!r} holds no whole checkpoint-N; "
+            "leave it out to start from the beginning"
         )
     return None
 

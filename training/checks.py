@@ -1,4 +1,4 @@
-"""Errors that would otherwise come after the model is loaded, or after an hour: found first, from the arguments alone."""
+"""Errors that would come after the model is loaded, or after an hour: found first, from the arguments alone."""
 
 import json
 import tempfile
@@ -32,7 +32,7 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
     if data_args.eval_data is None:
         if args.eval_strategy != "no":
             raise ValueError(
-                f"eval_strategy is {str(args.eval_strategy)!r} but eval_data is not set; give it, or `no`"
+                f"eval_strategy is {args.eval_strategy.value!r} but eval_data is not set; give it, or `no`"
             )
         if run_args.sample_steps > 0:
             raise ValueError(f"sample_steps is {run_args.sample_steps} but eval_data is not set; give it, or 0")
@@ -78,8 +78,8 @@ def check_lora(args: LoraArguments, adapter: str | None) -> None:
         rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         if args.lora_r not in (0, rank):
             raise ValueError(
-                f"lora_r is {args.lora_r}, but the adapter {adapter!r} to continue has rank {rank}; leave it out, or merge "
-                "that adapter and start from the merged checkpoint"
+                f"lora_r is {args.lora_r}, but the adapter {adapter!r} to continue has rank {rank}; leave it out, or "
+                "merge that adapter and start from the merged checkpoint"
             )
     elif args.merge_adapter and args.lora_r == 0:
         raise ValueError("merge_adapter is true but lora_r is 0, so there is no adapter; set lora_r, or leave it out")

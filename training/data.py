@@ -4,22 +4,34 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from processing import JnanaProcessor, check_rows, flatten_conversations, load_rows, load_text, pack_blocks
+from processing import (
+    CheckReport,
+    JnanaProcessor,
+    check_rows,
+    flatten_conversations,
+    load_rows,
+    load_text,
+    pack_blocks,
+)
 
 from .arguments import DataArguments, TextDataArguments
 
 
 logger = logging.getLogger(__name__)
 
-BAD_SAMPLES_FILE = "bad_samples.txt"
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
 
 def load_conversations(
-    args: DataArguments, processor: JnanaProcessor, output_dir: str, evaluation: bool = False
+    args: DataArguments,
+    processor: JnanaProcessor,
+    output_dir: str,
+    *,
+    evaluation: bool = False,
+    should_write: bool = True,
 ) -> Dataset | IterableDataset | None:
     """One conversation a row, read and checked.
 
@@ -28,6 +40,7 @@ def load_conversations(
         processor (`JnanaProcessor`): Measures the rows.
         output_dir (`str`): Where the list of skipped rows goes.
         evaluation (`bool`, defaults to `False`): The validation rows instead of the training rows.
+        should_write (`bool`, defaults to `True`): Whether this is the process that writes files and shows progress.
 
     Returns:
         `Dataset`, `IterableDataset` or `None`: `None` when no validation data was asked for.
@@ -49,11 +62,23 @@ def load_conversations(
         max_rows=args.max_eval_rows if evaluation else args.max_train_rows,
     )
     if isinstance(rows, Dataset):
-        report = check_rows(
-            rows, processor, max_length=args.max_length, image_check=args.image_check, on_bad_sample=args.on_bad_sample
-        )
-        del report
+        options = collator_options(args, output_dir)
+        if not should_write:
+            options["bad_samples_file"] = None
+        report = check_rows(rows, processor, image_check=args.image_check, progress=should_write, **options)
+        logger.info(describe_check(source, report, args.max_length))
+        if report.problems:
+            rows = rows.select(report.kept_indices)
     return flatten_conversations(rows)
+
+
+def describe_check(source: str, report: CheckReport, max_length: int | None) -> str:
+    lengths = sorted(length for row in report.lengths for length in row)
+    text = f"{source}: {len(report.kept_indices):,} of {report.num_rows:,} rows, {len(lengths):,} conversations of "
+    text += f"{lengths[0]} to {lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
+    if report.num_truncated:
+        text += f"; {report.num_truncated:,} are cut to max_length {max_length}"
+    return text
 
 
 def collator_options(args: DataArguments, output_dir: str) -> dict[str, Any]:
@@ -75,31 +100,15 @@ def load_blocks(
     source = args.eval_data if evaluation else args.train_data
     if source is None:
         return None
-    blocks = pack_blocks(load_documents(args, evaluation), tokenizer, args.block_size)
-    if isinstance(blocks, Dataset) and len(blocks) == 0:
-        raise ValueError(f"{source!r} is shorter than one block of block_size {args.block_size}; take a smaller one")
-    return blocks
+    return pack_blocks(load_documents(args, evaluation), tokenizer, args.block_size)
 
 
 def load_documents(args: TextDataArguments, evaluation: bool = False) -> Dataset | IterableDataset:
     """The documents of the corpus, in a column `text`."""
-    documents = load_text(
+    return load_text(
         args.eval_data if evaluation else args.train_data,
         streaming=args.streaming and not evaluation,
         split=args.eval_split if evaluation else args.train_split,
         text_column=args.text_column,
+        max_rows=None if evaluation else args.max_train_rows,
     )
-    if args.max_train_rows is not None and not evaluation:
-        documents = documents.take(args.max_train_rows)
-    return documents
-
-
-def collate_blocks(blocks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Blocks as a batch: `input_ids`, `attention_mask` and `labels`, each `(batch_size, block_size)`.
-
-    The first token of a block is unsupervised, as nothing stands before it to predict it from.
-    """
-    input_ids = torch.stack([torch.as_tensor(block["input_ids"]) for block in blocks])
-    labels = input_ids.clone()
-    labels[:, 0] = -100
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}

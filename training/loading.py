@@ -15,8 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling import JnanaForConditionalGeneration
-from processing import JnanaProcessor, check_tokenizer, tokenizer_fingerprint
-from processing.processing_jnana import read_chat_template
+from processing import JnanaProcessor, check_tokenizer, read_chat_template, tokenizer_fingerprint
 
 from .arguments import ModelArguments
 
@@ -126,8 +125,8 @@ def prepare_model(args: ModelArguments, processor: JnanaProcessor) -> nn.Module:
         present = getattr(model.config, name)
         if present != value:
             raise ValueError(
-                f"{name} is {value!r}, but the checkpoint {args.model_name_or_path!r} has {present!r}; leave it out, or "
-                "build a new pair from vision_model and text_model"
+                f"{name} is {value!r}, but the checkpoint {args.model_name_or_path!r} has {present!r}; leave it out, "
+                "or build a new pair from vision_model and text_model"
             )
     return model
 
@@ -161,10 +160,11 @@ def build_pair(
 def check_text_tokenizer(text: str, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str) -> str | None:
     """Compare a tokenizer with the one that the language model `text` was trained with.
 
-    That is the fingerprint in the model's config where run_pretrain wrote one, else the tokenizer the checkpoint ships.
+    That is the fingerprint in the model's config where run_pretrain wrote one, else the tokenizer the checkpoint
+    ships.
 
     Returns:
-        `str` or `None`: the fingerprint, `None` when the checkpoint says nothing about its tokenizer (a warning is logged).
+        `str` or `None`: the fingerprint; `None`, with a warning, when the checkpoint says nothing of its tokenizer.
 
     Raises:
         ValueError: if they differ; the message names both.
@@ -214,7 +214,7 @@ def check_model_arguments(args: ModelArguments) -> None:
     pair = (args.vision_model, args.text_model)
     if args.model_name_or_path is not None and any(pair):
         raise ValueError(
-            f"model_name_or_path ({args.model_name_or_path!r}) and vision_model/text_model ({pair}) exclude each other; "
+            f"model_name_or_path ({args.model_name_or_path!r}) and vision_model/text_model {pair} exclude each other; "
             "give the checkpoint to continue, or the two backbones to join"
         )
     if args.model_name_or_path is None and not all(pair):

@@ -1,6 +1,7 @@
 """The README.md of a trained checkpoint, from `model_cards/template.md` and the run's own log.
 
-`Trainer.create_model_card` would overwrite it whenever the checkpoint is pushed; [`use_our_card`] puts this one in its place.
+`Trainer.create_model_card` would overwrite it whenever the checkpoint is pushed; [`use_our_card`] puts this one in its
+place.
 """
 
 import re
@@ -23,8 +24,8 @@ SUMMARIES = {
     "pretrain": "A causal language model, trained from random weights (stage 0 of Jnana).",
     "align": "An image encoder and a language model joined by a trained projector (the align stage of Jnana). Both "
     "backbones are as they were; the projector learnt to write captions. Fine-tune it before asking it questions.",
-    "sft": "A vision-language assistant: an image encoder, a projector and a language model, fine-tuned on questions and "
-    "answers about pictures (the sft stage of Jnana).",
+    "sft": "A vision-language assistant: an image encoder, a projector and a language model, fine-tuned on questions "
+    "and answers about pictures (the sft stage of Jnana).",
 }
 
 USE_TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,13 +126,14 @@ def describe_settings(trainer: Trainer, recipe: str | None) -> list[tuple[str, s
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     optimizer = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     settings = [
         ("recipe", "/".join(Path(recipe).parts[-2:]) if recipe else "command line"),
         ("steps", f"{trainer.state.global_step:,}"),
         ("rows a step", f"{batch:,} on {args.world_size} process(es)"),
         (
             "learning rate",
-            f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+            f"{args.learning_rate:g}, {schedule}",
         ),
         ("optimizer", optimizer),
         ("precision", precision),

@@ -1,10 +1,11 @@
 """Which part trains in which stage: the one place that sets `requires_grad` and puts LoRA on the language model.
 
-| stage    | vision_tower | multi_modal_projector | language_model        | lm_head               |
-|----------|--------------|-----------------------|-----------------------|-----------------------|
-| pretrain | -            | -                     | trains                | trains                |
-| align    | frozen       | trains                | frozen                | frozen                |
-| sft      | frozen       | trains                | LoRA, or all of it    | frozen with LoRA, or trains |
+| stage             | vision_tower | multi_modal_projector | language_model | lm_head |
+|-------------------|--------------|-----------------------|----------------|---------|
+| pretrain          | -            | -                     | trains         | trains  |
+| align             | frozen       | trains                | frozen         | frozen  |
+| sft with `lora_r` | frozen       | trains                | its adapter    | frozen  |
+| sft without       | frozen       | trains                | trains         | trains  |
 """
 
 import logging
@@ -44,7 +45,7 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
             A bare language model (`pretrain`), a `JnanaForConditionalGeneration`, or (`sft` only) a `PeftModel` loaded
             with a trainable adapter, which is then continued.
         stage (`str`): `pretrain`, `align` or `sft`.
-        lora (`LoraArguments`, *optional*): With `lora_r > 0` the language model gets an adapter and stays frozen itself.
+        lora (`LoraArguments`, *optional*): With `lora_r > 0` the language model gets an adapter and is itself frozen.
 
     Returns:
         `nn.Module`: the model, or the `PeftModel` around it. What trains is float32, whatever the rest is.

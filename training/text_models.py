@@ -42,13 +42,13 @@ def check_text_arguments(args: TextModelArguments) -> None:
         )
     if args.model_name_or_path is not None and args.train_tokenizer_vocab_size is not None:
         raise ValueError(
-            f"train_tokenizer_vocab_size is {args.train_tokenizer_vocab_size}, but {args.model_name_or_path!r} already has "
-            "a tokenizer and knows no other; leave it out"
+            f"train_tokenizer_vocab_size is {args.train_tokenizer_vocab_size}, but {args.model_name_or_path!r} has a "
+            "tokenizer and knows no other; leave it out"
         )
     if args.text_config is not None and args.text_config_fields.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
-            f"text_config: model_type is {args.text_config_fields.get('model_type')!r}; give one that transformers knows, "
-            "such as phi or gpt_neox"
+            f"text_config: model_type is {args.text_config_fields.get('model_type')!r}; give one that transformers "
+            "knows, such as phi or gpt_neox"
         )
     if args.text_config is not None and not (args.tokenizer_name_or_path or args.train_tokenizer_vocab_size):
         raise ValueError("text_config needs a tokenizer: set tokenizer_name_or_path or train_tokenizer_vocab_size")
@@ -112,7 +112,7 @@ def text_model_config(args: TextModelArguments, tokenizer: PreTrainedTokenizerBa
         config = CONFIG_MAPPING[fields["model_type"]](**{"vocab_size": rows, **fields})
     if config.vocab_size < needed:
         raise ValueError(
-            f"text_config: vocab_size is {config.vocab_size}, but the tokenizer has {needed} entries; leave vocab_size "
+            f"text_config: vocab_size is {config.vocab_size}, but the tokenizer has {needed} entries; leave it "
             "out, or train a smaller tokenizer"
         )
     return config

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Features, List, Value
@@ -139,7 +140,7 @@ def pack_blocks(
 
     Documents are concatenated, each closed by the closing token, and cut every `block_size` tokens: joined together,
     the blocks are exactly that text. What is left at the end (less than a block) is dropped, so that every block is
-    full. Control tokens spelt in the text are tokenised as plain text.
+    full. Special tokens spelt in the text are tokenised as plain text.
 
     Args:
         corpus (`Dataset` or `IterableDataset`): with the column `text`.
@@ -147,8 +148,8 @@ def pack_blocks(
         block_size (`int`): tokens a block.
 
     Returns:
-        `Dataset` (in memory) or `IterableDataset`: columns `input_ids` and `labels`, lists of `block_size` ids, the
-        first label of a block -100 as nothing predicts it.
+        `Dataset` (in memory; for a corpus larger than memory, stream) or `IterableDataset`: columns `input_ids` and
+        `labels`, lists of `block_size` ids, the first label of a block -100 as nothing predicts it.
 
     Raises:
         ValueError: if `block_size` is below 2, the tokenizer has no closing token, or the corpus is shorter than a
@@ -161,15 +162,27 @@ def pack_blocks(
     features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
     if isinstance(corpus, datasets.IterableDataset):
         return datasets.IterableDataset.from_generator(
-            _blocks, gen_kwargs={"corpus": corpus, "tokenizer": tokenizer, "block_size": block_size}, features=features
+            _stream_blocks,
+            gen_kwargs={"corpus": corpus, "tokenizer": tokenizer, "block_size": block_size},
+            features=features,
         )
-    rows = list(_blocks(corpus, tokenizer, block_size))
-    if not rows:
+    blocks = [np.array(block, dtype=np.int32) for block in _token_blocks(corpus, tokenizer, block_size)]
+    if not blocks:
         raise ValueError(f"The corpus is shorter than one block of block_size={block_size} tokens.")
-    return datasets.Dataset(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+    input_ids = np.stack(blocks)  # => [blocks, block_size]
+    labels = input_ids.copy()
+    labels[:, 0] = -100
+    offsets = pa.array(np.arange(len(blocks) + 1, dtype=np.int32) * block_size)
+    columns = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1))) for values in (input_ids, labels)]
+    return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
 
 
-def _blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
+def _stream_blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
+    for block in _token_blocks(corpus, tokenizer, block_size):
+        yield {"input_ids": block, "labels": [-100, *block[1:]]}
+
+
+def _token_blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[list[int]]:
     remaining: list[int] = []
     for batch in corpus.iter(batch_size=200):
         encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -178,8 +191,7 @@ def _blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: int) ->
             remaining.append(tokenizer.eos_token_id)
         whole = len(remaining) // block_size * block_size
         for start in range(0, whole, block_size):
-            block = remaining[start : start + block_size]
-            yield {"input_ids": block, "labels": [-100, *block[1:]]}
+            yield remaining[start : start + block_size]
         remaining = remaining[whole:]
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling import JnanaForConditionalGeneration, JnanaModel
 from tests.modeling.pairs import join, pictures, save_text, save_vision, text_ids, with_images

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 
 from evaluation import (
     QuestionSet,
@@ -33,6 +32,7 @@ from evaluation import (
     answer_questions,
     format_table,
     model_fingerprint,
+    process_state,
     summarise,
     write_contact_sheet,
     write_report,
@@ -50,9 +50,10 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     # 1. Arguments and logging
     (args,) = parse_arguments([EvaluationArguments], argv)
-    state = PartialState()
+    state = process_state()
     level = logging.INFO if state.is_main_process else logging.WARNING
     logging.basicConfig(stream=sys.stdout, level=level, format="%(message)s", force=True)
+    logger.info(f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it is the dataloader workers that work in parallel
 
     # 2. Everything that can be refused before the model is loaded, the test sets included

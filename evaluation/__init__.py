@@ -11,7 +11,7 @@ print(summarise(records)["overall"]["exact_match"])
 """
 
 from evaluation.contact_sheet import write_contact_sheet
-from evaluation.generation import answer_questions, model_fingerprint
+from evaluation.generation import answer_questions, model_fingerprint, process_state
 from evaluation.questions import Question, QuestionSet
 from evaluation.report import SplitResult, write_report
 from evaluation.summary import format_table, majority_answers, summarise, wilson_interval
@@ -30,6 +30,7 @@ __all__ = [
     "majority_answers",
     "model_fingerprint",
     "normalize_answer",
+    "process_state",
     "summarise",
     "vqa_accuracy",
     "wilson_interval",

@@ -93,6 +93,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     lines = []
     for text, colour in parts:
-        wrapped = textwrap.wrap(normalize_space(text), CHARACTERS_A_LINE, max_lines=MAX_LINES // 2, placeholder=" …")
+        printable = "".join(character if character.isprintable() else "\ufffd" for character in normalize_space(text))
+        wrapped = textwrap.wrap(printable, CHARACTERS_A_LINE, max_lines=MAX_LINES // 2, placeholder=" …")
         lines += [(line, colour) for line in wrapped]
     return lines

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -72,7 +72,7 @@ def answer_questions(
     if processor.chat_template is None:
         raise ValueError("the processor has no chat template; load one that was saved with a Jnana checkpoint")
     questions = rows if isinstance(rows, QuestionSet) else QuestionSet(rows)
-    state = PartialState()
+    state = process_state()
     settings = {"model": model_fingerprint(model), "blind": blind, "max_new_tokens": max_new_tokens}
     settings["chat_template"] = processor.chat_template
     run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -113,6 +113,18 @@ def answer_questions(
             _replace_file(predictions_file, records)
         state.wait_for_everyone()
     return records
+
+
+def process_state() -> PartialState:
+    """Which of how many processes this is, and its device.
+
+    Without an accelerator, `PartialState()` alone would take each of several launched processes for the only one,
+    and all would answer every question.
+
+    Returns:
+        `PartialState`: accelerate's, one a process.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 class PromptCollator:

@@ -1,0 +1,153 @@
+"""run_evaluate.py as people call it: what it writes, what it refuses, adapters, and two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_evaluate
+from evaluation.arguments import EvaluationArguments
+from tests.evaluation.conftest import QUESTIONS, write_test_set
+from training.loading import load_model_and_processor, write_base_reference
+
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--max_new_tokens", "6", "--batch_size", "4", "--num_workers", "0"]
+
+
+def call(**options):
+    run_evaluate.main([*QUICK, *(word for name, value in options.items() for word in (f"--{name}", str(value)))])
+    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_models_own_answers_as_truth_score_full_marks(checkpoint, test_set, tmp_path, capsys):
+    out = tmp_path / "out"
+    results = call(model_name_or_path=checkpoint, eval_data=test_set, output_dir=out)
+    assert results["splits"]["test"]["overall"]["exact_match"] == 0.0
+    for name in ("report.html", "examples.png", "predictions.jsonl", "predictions_blind.jsonl"):
+        assert (out / name).stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "exact match" in printed and str(out / "report.html") in printed
+
+    answers = [record["prediction"] for record in lines(out / "predictions.jsonl")]
+    questions = [(text, answer, category) for (text, _, category), answer in zip(QUESTIONS, answers, strict=True)]
+    questions[0] = (questions[0][0], "something else", questions[0][2])
+    own = write_test_set(tmp_path / "own", questions)
+    overall = call(model_name_or_path=checkpoint, eval_data=own, output_dir=tmp_path / "own_out", blind="false")[
+        "splits"
+    ]["test"]["overall"]
+    assert (overall["exact_match"], overall["blind"]) == (pytest.approx(5 / 6), None)
+    assert not (tmp_path / "own_out" / "predictions_blind.jsonl").exists()
+
+
+def test_recipe_with_two_test_sets(checkpoint, tmp_path):
+    write_test_set(tmp_path / "a")
+    write_test_set(tmp_path / "b", QUESTIONS[:3])
+    for name in "ab":  # pictures elsewhere than beside the JSON file
+        (tmp_path / name / "test.json").rename(tmp_path / f"{name}.json")
+    recipe = tmp_path / "evaluate.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {checkpoint}\n"
+        f"eval_data: {{held_out: {tmp_path}/a.json, unseen: {tmp_path}/b.json}}\n"
+        f"image_folder: {{held_out: {tmp_path}/a, unseen: {tmp_path}/b}}\n"
+        f"output_dir: {tmp_path}/out\nblind: false\nnum_workers: 0\nmax_new_tokens: 50\n"
+    )
+    run_evaluate.main([str(recipe), "--max_rows", "2", "--max_new_tokens", "4"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: split["overall"]["n"] for name, split in results["splits"].items()} == {"held_out": 2, "unseen": 2}
+    assert results["settings"]["max_new_tokens"] == 4
+    for name in ("held_out", "unseen"):
+        assert len(lines(tmp_path / "out" / name / "predictions.jsonl")) == 2
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_an_adapter_answers_as_itself(checkpoint, test_set, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = load_model_and_processor(str(checkpoint))
+    config = LoraConfig(
+        r=4,
+        target_modules=r".*language_model.*(q_proj|v_proj|dense)",
+        modules_to_save=["multi_modal_projector"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config)
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    processor.save_pretrained(adapter)
+    write_base_reference({"names": {"model": str(checkpoint)}, "projector_fields": {}}, adapter)
+
+    base = call(model_name_or_path=checkpoint, eval_data=test_set, output_dir=tmp_path / "base", blind="false")
+    tuned = call(model_name_or_path=adapter, eval_data=test_set, output_dir=tmp_path / "tuned", blind="false")
+    assert base["model_fingerprint"] != tuned["model_fingerprint"]
+    answers = [
+        [record["prediction"] for record in lines(tmp_path / name / "predictions.jsonl")] for name in ("base", "tuned")
+    ]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle_name_or_path": "x"}, "nearest known key is 'model_name_or_path'"),
+        ({"eval_data": "nowhere/test.json"}, "eval_data 'nowhere/test.json' does not exist"),
+        ({"model_name_or_path": "./nowhere"}, "model_name_or_path './nowhere' does not exist"),
+        ({"image_folder": "nowhere"}, "image_folder 'nowhere' is not a folder"),
+        ({"image_folder": '{"other": "."}'}, r"image_folder names \['other'\], eval_data \['test'\]"),
+        ({"eval_data": '{"test": "a.json"'}, "eval_data .* is no valid JSON"),
+        ({"eval_data": '{"a/b": "x.json", "c": "y.json"}'}, "calls a test set 'a/b'"),
+        ({"eval_data": '{"a": 1}'}, "must map names to paths"),
+        ({"batch_size": "0"}, "batch_size is 0; it must be at least 1"),
+        ({"max_new_tokens": "-1"}, "max_new_tokens is -1"),
+        ({"max_rows": "0"}, "max_rows is 0"),
+        ({"num_workers": "-1"}, "num_workers is -1"),
+        ({"eval_format": "coco"}, "format='coco'"),
+        ({"output_dir": None}, "output_dir is not set"),
+        ({"model_name_or_path": None}, "model_name_or_path is not set"),
+        ({"eval_data": None}, "eval_data is not set"),
+        ({"output_dir": "/proc/nowhere"}, "output_dir '/proc/nowhere' cannot be written to"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(checkpoint, test_set, tmp_path, monkeypatch, changes, message):
+    def load(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(run_evaluate, "load_model_and_processor", load)
+    options = {"model_name_or_path": checkpoint, "eval_data": test_set, "output_dir": tmp_path / "out"}
+    with pytest.raises(AssertionError, match="the model was loaded"):  # without the fault it gets that far
+        call(**options)
+    options = {name: value for name, value in {**options, **changes}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        call(**options)
+
+
+def test_one_test_set_may_be_named():
+    args = EvaluationArguments(eval_data='{"unseen": "x.json"}', output_dir="out")
+    assert args.test_sets == {"unseen": "x.json"} and args.folder_of("unseen") == Path("out")
+    assert EvaluationArguments(eval_data="x.json", image_folder="pictures").image_folders == {"test": "pictures"}
+
+
+def test_two_processes_answer_as_one(checkpoint, test_set, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = call(model_name_or_path=checkpoint, eval_data=test_set, output_dir=one)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "run_evaluate.py", *QUICK]
+    command += ["--model_name_or_path", str(checkpoint), "--eval_data", str(test_set), "--output_dir", str(two)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("95 % interval") == 1  # the table once, not once a process
+    for name in ("predictions.jsonl", "predictions_blind.jsonl"):
+        assert lines(two / name) == lines(one / name)
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    assert json.loads((two / "results.json").read_text())["splits"] == expected["splits"]

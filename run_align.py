@@ -17,7 +17,7 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from processing import JnanaCollator
-from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_run
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
     )
-    use_our_card(trainer, "align", model_args, data_args, recipe=argv[0])
+    use_our_card(trainer, "align", model_args, data_args, recipe=recipe_name(argv))
 
     # 7. Train, save, share
     train(trainer, checkpoint)

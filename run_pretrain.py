@@ -16,7 +16,7 @@ import sys
 
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments
+from training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_run
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         callbacks=callbacks,
         optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
     )
-    use_our_card(trainer, "pretrain", model_args, data_args, recipe=argv[0])
+    use_our_card(trainer, "pretrain", model_args, data_args, recipe=recipe_name(argv))
 
     # 7. Train, save, share
     train(trainer, checkpoint)

@@ -192,8 +192,8 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
     Raises:
         ValueError: if the recipe cannot be read, or a key is unknown (the message names the nearest known key).
     """
-    argv = list(argv)
-    recipe = argv.pop(0) if argv and not argv[0].startswith("--") else None
+    recipe = recipe_name(argv)
+    argv = list(argv[0 if recipe is None else 1 :])
     known = sorted({f.name for cls in classes for f in dataclasses.fields(cls) if f.init})
     values: dict[str, Any] = dict(TRAINING_DEFAULTS) if TrainingArguments in classes else {}
     if recipe is not None:
@@ -211,6 +211,11 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
         key = remaining[0].lstrip("-").split("=")[0].replace("-", "_")
         raise ValueError(unknown_key_message(key, known, where="the command line"))
     return tuple(parsed)
+
+
+def recipe_name(argv: Sequence[str]) -> str | None:
+    """The recipe on a command line: its first word, unless that is an option already."""
+    return argv[0] if argv and not argv[0].startswith("-") else None
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

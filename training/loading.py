@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -52,8 +53,6 @@ def load_model_and_processor(
     if dtype is not None:
         loading_kwargs["dtype"] = dtype
     if is_adapter(path):
-        from peft import PeftModel
-
         model = load_base(path, processor, **loading_kwargs)
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable_adapter)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from transformers import Trainer
 
 from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
@@ -79,7 +80,7 @@ def write_model_card(
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    adapter = "peft_config" in vars(trainer.model)
+    adapter = isinstance(trainer.model, PeftModel)
     name = trainer.args.hub_model_id or model_name or folder.resolve().name
     usage = USE_TEXT if stage == "pretrain" else USE_ADAPTER if adapter else USE_IMAGE
     counts = count_parameters(trainer.model)

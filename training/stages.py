@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from .arguments import LoraArguments
@@ -55,7 +56,7 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is unknown; it must be one of {list(STAGES)}")
-    continued = "peft_config" in vars(model)
+    continued = isinstance(model, PeftModel)
     if continued and stage != "sft":
         raise ValueError(f"stage {stage!r} cannot continue an adapter; merge it first (run_sft --merge_adapter true)")
     with_lora = continued or (lora is not None and lora.lora_r > 0)
@@ -79,8 +80,6 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
 
     CLIP and Phi share layer names (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
     """
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha if lora.lora_alpha is not None else 2 * lora.lora_r,

@@ -1,7 +1,190 @@
-"""The three scripts one after the other: what each folder holds, what loads, what changed."""
+"""The three scripts one after the other: what each folder holds, what changed in it, what loads from where."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel
+
+import run_sft
+from tests.scripts.conftest import options, sft_options
+from training.callbacks import read_lines
+from training.loading import load_model_and_processor, read_base_reference
+from training.stages import part_of
+
+
+def logits(model, processor, data) -> torch.Tensor:
+    """What the model says about one picture, at every position: (1, sequence_length, vocabulary)."""
+    question = [
+        {"type": "image", "path": str(data / "images/red_blue.png")},
+        {"type": "text", "text": "what is the top?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
 
 
 def test_each_stage_leaves_a_complete_checkpoint(pretrained, aligned, tuned):
     for folder in (pretrained, aligned, tuned):
         for name in ("README.md", "loss_curve.png", "trainer_state.json", "tokenizer.json"):
             assert (folder / name).is_file(), (folder.name, name)
+    for folder in (aligned, tuned / "merged"):
+        for name in ("model.safetensors", "processor_config.json", "chat_template.jinja", "modeling_jnana.py"):
+            assert (folder / name).is_file(), (folder.name, name)
+    assert sorted(path.name for path in aligned.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_align_changed_the_projector_alone(pretrained, aligned, vision):
+    tensors = load_file(aligned / "model.safetensors")
+    text = AutoModelForCausalLM.from_pretrained(pretrained).state_dict()
+    tower = CLIPModel.from_pretrained(vision).vision_model.state_dict()
+    compared = 0
+    for name, tensor in tensors.items():
+        if part_of(name) == "language_model":
+            assert torch.equal(tensor, text["model." + name.split("language_model.")[1]]), name
+        elif part_of(name) == "lm_head":
+            assert torch.equal(tensor, text[name]), name
+        elif part_of(name) == "vision_tower" and "position_ids" not in name:
+            assert torch.equal(tensor, tower[name.split("vision_tower.")[1].removeprefix("vision_model.")]), name
+        else:
+            continue
+        compared += 1
+    projector = {name for name in tensors if part_of(name) == "multi_modal_projector"}
+    assert compared + len(projector) == len(tensors)
+    earlier = load_file(aligned / "checkpoint-4" / "model.safetensors")
+    assert {name for name in tensors if not torch.equal(tensors[name], earlier[name])} == projector
+
+
+def test_fingerprint_and_special_tokens_travel(pretrained, aligned, tuned):
+    fingerprint = AutoConfig.from_pretrained(pretrained).tokenizer_fingerprint
+    for folder in (aligned, tuned / "merged"):
+        model, processor = load_model_and_processor(str(folder))
+        assert model.config.tokenizer_fingerprint == fingerprint
+        generation = model.generation_config
+        assert generation.pad_token_id == processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
+        assert generation.eos_token_id == processor.tokenizer.eos_token_id
+        assert generation.suppress_tokens == [processor.image_token_id]
+        # 290 entries and a row for the image token fitted from the start
+        assert model.get_input_embeddings().weight.shape[0] == 320
+
+
+def test_merged_says_what_the_adapter_says(aligned, tuned, data):
+    adapted = logits(*load_model_and_processor(str(tuned)), data)
+    merged = logits(*load_model_and_processor(str(tuned / "merged")), data)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    base = logits(*load_model_and_processor(str(aligned)), data)
+    assert (base - adapted).abs().max() > 1e-2  # the control: training did change something
+
+
+def test_every_kind_of_folder_loads(aligned, tuned, data):
+    last = logits(*load_model_and_processor(str(aligned)), data)
+    assert torch.equal(logits(*load_model_and_processor(str(aligned / "checkpoint-6")), data), last)
+    assert not torch.equal(logits(*load_model_and_processor(str(aligned / "checkpoint-4")), data), last)
+    adapted = logits(*load_model_and_processor(str(tuned)), data)
+    assert torch.equal(logits(*load_model_and_processor(str(tuned / "checkpoint-6")), data), adapted)
+    assert not torch.equal(logits(*load_model_and_processor(str(tuned / "checkpoint-3")), data), adapted)
+
+
+def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
+    shutil.copytree(aligned, tmp_path / "align", ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copytree(tuned, tmp_path / "sft", ignore=shutil.ignore_patterns("checkpoint-*", "merged"))
+    assert read_base_reference(str(tmp_path / "sft"))["names"]["model"] == str(tmp_path / "sft" / "../align")
+    shutil.rmtree(tmp_path / "align")
+    reference = json.loads((tmp_path / "sft" / "jnana_base.json").read_text())
+    reference["names"]["model"] = "/gone/align"
+    (tmp_path / "sft" / "jnana_base.json").write_text(json.dumps(reference))
+    with pytest.raises(ValueError, match="trained on model '/gone/align', which is no folder here"):
+        load_model_and_processor(str(tmp_path / "sft"))
+
+
+def test_samples_and_loss_curve(tuned, pretrained):
+    lines = read_lines(tuned / "samples.jsonl")
+    assert [line["step"] for line in lines] == [3, 3, 6, 6]
+    assert lines[0]["prompt"] == "what is the top?" and lines[0]["truth"] == "white"
+    page = (tuned / "samples.html").read_text()
+    assert page.count("<img") == 2 and "what is the bottom?" in page
+    for folder in (tuned, pretrained):
+        with Image.open(folder / "loss_curve.png") as curve:
+            assert curve.size[0] > 500
+    assert len(read_lines(pretrained / "samples.jsonl")) == 2
+
+
+def test_the_card_is_ours_and_private(tuned, aligned, tmp_path):
+    card = ModelCard.load(tuned / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
+    assert {"jnana", "sft", "lora"} <= set(card.data.tags)
+    state = json.loads((tuned / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert f"| training loss, step 6 | {losses[-1]:.4f} |" in card.text
+    assert "load_model_and_processor" in card.text and "`instruct.json`" in card.text
+    assert str(tuned.parent) not in card.content and "/tmp" not in card.content
+    assert "AutoModelForImageTextToText" in (aligned / "README.md").read_text()
+
+
+def test_a_further_round_on_the_same_adapter(tuned, data, tmp_path):
+    output = tmp_path / "round2"
+    run_sft.main(sft_options(data, tuned, output_dir=output, lora_r=0, max_steps=2, save_strategy="no"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tuned, output))
+    assert first.keys() == second.keys()
+    # the biases of keys get no LoRA; everything an adapter holds goes on training
+    assert all(not torch.equal(first[name], second[name]) for name in first)
+    assert read_base_reference(str(output))["names"]["model"].endswith("align")
+    load_model_and_processor(str(output))
+
+
+def test_sft_of_a_pair_without_align(pretrained, vision, data, tmp_path):
+    """phi35_pooled's way: adapter and projector together from the start; the base is the pair itself."""
+    output = tmp_path / "pooled"
+    arguments = {
+        "vision_model": vision,
+        "text_model": pretrained,
+        "projector_layer_norm": "true",
+        "vision_feature_select_strategy": "pooled",
+        "chat_template": "phi35_pooled",
+        "train_data": data / "instruct.json",
+        "image_folder": data / "images",
+        "lora_r": 2,
+        "max_steps": 2,
+        "output_dir": output,
+        "merge_adapter": "true",
+        "activation_checkpointing": "true",
+    }
+    run_sft.main(options(**arguments))
+    adapted = logits(*load_model_and_processor(str(output)), data)
+    merged = logits(*load_model_and_processor(str(output / "merged")), data)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_full_fine_tuning(aligned, data, tmp_path):
+    output = tmp_path / "full"
+    changes = {"lora_r": 0, "max_steps": 2, "activation_checkpointing": "true", "optimizer": "muon"}
+    run_sft.main(sft_options(data, aligned, output_dir=output, **changes))
+    before, after = (load_file(folder / "model.safetensors") for folder in (aligned, output))
+    changed = {part_of(name) for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector", "language_model", "lm_head"}
+    assert "MuonWithAdamW" in (output / "README.md").read_text()
+
+
+def test_a_new_schedule_in_bfloat16(aligned, data, tmp_path):
+    """Frozen weights in bfloat16, what trains in float32, forward in bfloat16: the recipes' setting, on a CPU."""
+    output = tmp_path / "bf16"
+    samples = {"sample_steps": 2, "sample_count": 1, "sample_max_new_tokens": 4}
+    run_sft.main(
+        sft_options(
+            data, aligned, output_dir=output, max_steps=2, dtype="bfloat16", bf16="true", use_cpu="true", **samples
+        )
+    )
+    adapter = load_file(output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    model, processor = load_model_and_processor(str(output), dtype="bfloat16")
+    assert torch.isfinite(logits(model, processor, data)).all()

@@ -1,0 +1,79 @@
+"""Which checkpoint a run goes on from: the last whole one."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from training.checkpoints import checkpoint_problem, checkpoint_to_resume, delete_checkpoints
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with checkpoints at steps 2, 4 and 10 (10 sorts before 2 as text)."""
+    for step in (2, 4, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"weight": torch.ones(40, 3), "bias": torch.zeros(3)}, folder / "model.safetensors")
+        torch.save({"step": step}, folder / "optimizer.pt")
+        torch.save({"step": step}, folder / "rng_state.pth")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-best").mkdir()
+    return tmp_path
+
+
+def cut(file, share=0.5):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+
+
+def test_takes_the_last(run, caplog):
+    with caplog.at_level(logging.INFO):
+        assert checkpoint_to_resume(str(run), None) == str(run / "checkpoint-10")
+    assert "resuming from" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
+def test_a_truncated_file_is_passed_over(run, name, share, caplog):
+    cut(run / "checkpoint-10" / name, share)
+    assert checkpoint_to_resume(str(run), None) == str(run / "checkpoint-4")
+    assert "checkpoint-10 is passed over" in caplog.text and name in caplog.text
+
+
+def test_a_missing_file_is_passed_over(run):
+    (run / "checkpoint-10" / "trainer_state.json").unlink()
+    (run / "checkpoint-4" / "model.safetensors").unlink()
+    assert checkpoint_to_resume(str(run), None) == str(run / "checkpoint-2")
+
+
+def test_shards_are_all_needed(run):
+    folder = run / "checkpoint-10"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"weight": "model-00001-of-00002.safetensors", "bias": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checkpoint_problem(folder) == "model-00002-of-00002.safetensors is missing"
+
+
+def test_nothing_to_resume(tmp_path):
+    assert checkpoint_to_resume(str(tmp_path), None) is None
+    assert checkpoint_to_resume(str(tmp_path / "new"), None) is None
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 'true', but .* no whole checkpoint"):
+        checkpoint_to_resume(str(tmp_path), "true")
+
+
+def test_named_checkpoint(run):
+    assert checkpoint_to_resume(str(run), str(run / "checkpoint-2")) == str(run / "checkpoint-2")
+    cut(run / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be used: model.safetensors is truncated"):
+        checkpoint_to_resume(str(run), str(run / "checkpoint-2"))
+
+
+def test_overwriting(run):
+    assert checkpoint_to_resume(str(run), None, overwrite=True) is None
+    with pytest.raises(ValueError, match="give only one"):
+        checkpoint_to_resume(str(run), str(run / "checkpoint-2"), overwrite=True)
+    delete_checkpoints(str(run))
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-best"]

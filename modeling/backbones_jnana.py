@@ -109,15 +109,17 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
         **kwargs: For `from_pretrained` (`dtype`, `revision`, `cache_dir`, ...).
 
     Returns:
-        `PreTrainedModel`: The tower, holding the checkpoint's weights and nothing random.
+        `PreTrainedModel`: The tower, holding the checkpoint's weights and nothing random on which its features depend.
 
     Raises:
-        ValueError: If the checkpoint lacks some of the tower's weights.
+        ValueError: If the checkpoint lacks some of the weights on which the selected features depend.
     """
     loader: Any = CLIPVisionModelWithProjection if _needs_clip_projection(config) else AutoModel
     vision_config = copy.deepcopy(config.vision_config)
     tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
-    _refuse_missing(name, "vision", info["missing_keys"])
+    _refuse_remote(name, tower)
+    # Some ViT checkpoints come without the pooler that AutoModel adds; nothing reads it.
+    _refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
     return tower
 
 
@@ -137,6 +139,7 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
     """
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+    _refuse_remote(name, model)
     _refuse_missing(name, "text", info["missing_keys"])
     return model
 
@@ -208,7 +211,7 @@ def select_image_features(
         pooled = outputs["image_embeds"] if "image_embeds" in outputs else outputs["pooler_output"]
         return outputs, pooled.unsqueeze(1)  # => [num_images, 1, width]
     layers = [layers] if isinstance(layers, int) else list(layers)
-    kwargs.setdefault("output_hidden_states", layers)  # only these are kept, not all of the tower's
+    kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers  # only these are kept
     outputs = tower(pixel_values, return_dict=True, **kwargs)
     start = num_prefix_tokens if strategy == "default" else 0
     features = [outputs.hidden_states[layer][:, start:] for layer in layers]
@@ -273,4 +276,13 @@ def _refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
             f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model that is asked of it "
             f"({shown}, ...). For `vision_feature_select_strategy: pooled` it must hold CLIP's projection: a full "
             "CLIP or a `CLIPVisionModelWithProjection`."
+        )
+
+
+def _refuse_remote(name: str, model: PreTrainedModel) -> None:
+    """What code from a checkpoint computes is not known to be what transformers' model of that family computes."""
+    if not type(model).__module__.startswith("transformers."):
+        raise ValueError(
+            f"{name!r} was loaded by its own code ({type(model).__module__}), but a saved pair builds it from "
+            "transformers. Leave out `trust_remote_code`, if transformers knows the family."
         )

@@ -108,7 +108,9 @@ class JnanaModel(JnanaPreTrainedModel):
         Returns:
             `list[torch.FloatTensor]`: One tensor of shape `(num_image_tokens, hidden_size)` an image.
         """
-        weight = next(self.multi_modal_projector.parameters())
+        # PEFT keeps the frozen original beside the copy that trains, and 4-bit weights are of no float dtype.
+        weights = [weight for weight in self.multi_modal_projector.parameters() if weight.is_floating_point()]
+        weight = next((weight for weight in weights if weight.requires_grad), weights[0])
         return list(self.multi_modal_projector(image_features.to(weight.device, weight.dtype)))
 
     @can_return_tuple

@@ -91,6 +91,7 @@ class JnanaGenerationMixin(GenerationMixin):
         As `GenerationMixin.generate`; images are encoded once, before the first token. Takes `image_features` as
         [`JnanaModel.forward`] does.
         """
+        kwargs.pop("mm_token_type_ids", None)  # some processors add them; image tokens are known by their id
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         image_features = kwargs.pop("image_features", None)

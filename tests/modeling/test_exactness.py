@@ -171,6 +171,22 @@ def test_a_joined_pair_holds_exactly_the_two_checkpoints(tmp_path, family, visio
         _assert_same(pair.lm_head, type(pair.lm_head)(64, 320))
 
 
+def test_a_language_model_with_its_own_code_is_refused(tmp_path):
+    import json
+
+    save_vision(tmp_path / "vision")
+    save_text(tmp_path / "text")
+    config_file = tmp_path / "text" / "config.json"
+    auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "auto_map": auto_map}))
+    code = "from transformers import PhiForCausalLM\n\n\nclass OwnForCausalLM(PhiForCausalLM):\n    pass\n"
+    (tmp_path / "text" / "modeling_own.py").write_text(code)
+    folders = str(tmp_path / "vision"), str(tmp_path / "text")
+    with pytest.raises(ValueError, match="loaded by its own code .* Leave out `trust_remote_code`"):
+        JnanaForConditionalGeneration.from_vision_text_pretrained(*folders, trust_remote_code=True)
+    JnanaForConditionalGeneration.from_vision_text_pretrained(*folders, trust_remote_code=False)
+
+
 def test_a_checkpoint_that_lacks_weights_is_not_filled_up_at_random(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -181,6 +197,39 @@ def test_a_checkpoint_that_lacks_weights_is_not_filled_up_at_random(tmp_path):
     save_file(weights, tmp_path / "vision" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="vision checkpoint .* lacks 1 weights .*fc1"):
         JnanaForConditionalGeneration.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
+
+
+def test_weights_that_nothing_reads_may_be_missing(tmp_path):
+    """As the pooler in many ViT checkpoints."""
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ViTModel(ViTConfig(**sizes, image_size=24, patch_size=12), add_pooling_layer=False).save_pretrained(
+        tmp_path / "vision"
+    )
+    save_text(tmp_path / "text")
+    folders = str(tmp_path / "vision"), str(tmp_path / "text")
+    model = JnanaForConditionalGeneration.from_vision_text_pretrained(*folders, image_token_id=IMAGE)
+    assert model(with_images(text_ids(), 4), pixel_values=pictures(2)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="pooler"):
+        JnanaForConditionalGeneration.from_vision_text_pretrained(*folders, vision_feature_select_strategy="pooled")
+
+
+def test_registers_are_dropped_with_the_cls_token(tmp_path):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=12, num_register_tokens=3
+    )
+    torch.manual_seed(0)
+    Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "vision")
+    save_text(tmp_path / "text")
+    model = JnanaForConditionalGeneration.from_vision_text_pretrained(
+        str(tmp_path / "vision"), str(tmp_path / "text"), image_token_id=IMAGE
+    )
+    with torch.no_grad():
+        outputs, features = model.model.get_vision_features(pictures(2))
+    assert features.shape == (2, 4, 32) and torch.equal(features, outputs.hidden_states[-1][:, 4:])
 
 
 def test_missing_tower_weights_are_initialised_as_the_tower_does_it(tmp_path, monkeypatch):

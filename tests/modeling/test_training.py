@@ -238,6 +238,16 @@ def test_outputs_as_tuple_and_hidden_states(tmp_path):
     assert torch.equal(model(**batch(), return_dict=False)[0], outputs.loss)
 
 
+def test_what_processors_may_add_is_accepted(tmp_path):
+    model = join(tmp_path)
+    inputs = batch()
+    kinds = (inputs["input_ids"] == IMAGE).long()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, mm_token_type_ids=kinds).logits, model(**inputs).logits)
+    del inputs["labels"]
+    model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=2, pad_token_id=1)
+
+
 def test_compiles_as_one_graph(tmp_path):
     model = join(tmp_path)
     inputs = batch()

@@ -1,0 +1,156 @@
+"""Draws the demo's data set in the file formats of the real data: COCO captions, LLaVA-Instruct, a text corpus.
+
+    python examples/chess_demo/make_data.py --output_dir outputs/chess_demo/data
+
+    corpus.txt                     stage 0: boards of letters, row by row, with questions about them
+    single/, captions_single.json  one piece a picture, 36 pixels: the vision tower's first lessons
+    train/, captions_train.json    COCO captions: the vision tower, align
+    train/, instruct_train.json    LLaVA-Instruct: supervised fine-tuning
+    validation/, test/, unseen/    pictures for choosing settings, for the result, and with pairs of pieces that no
+                                   training picture shows together; instruct_*.json hold one question a record
+    scenes.json                    what stands in every picture
+
+The same arguments give the same bytes on every machine, whatever PYTHONHASHSEED is: everything random comes from numpy
+generators, nothing is read out of a set. The test pictures have a seed of their own.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from corpus import ask, documents
+from drawing import draw_pictures
+from PIL import Image
+from scenes import (
+    IMAGE_SIZE,
+    QUESTION_TYPES,
+    Scene,
+    caption,
+    draw_scene,
+    draw_scenes,
+    held_out_pairs,
+    question_of_type,
+)
+
+
+SINGLE_SIZE = 36
+CHUNK = 256  # pictures drawn at once
+PAIRS_SEED = 2024  # the held-out pairs are part of the data set's definition: they do not follow --seed
+
+
+def write_pictures(folder: Path, scenes: list[Scene], rng: np.random.Generator, size: int) -> list[str]:
+    """Draw scenes into PNG files; returns the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{index:06d}.png" for index in range(len(scenes))]
+    for start in range(0, len(scenes), CHUNK):
+        pictures = draw_pictures(rng, scenes[start : start + CHUNK], size)
+        for name, picture in zip(names[start:], pictures, strict=False):
+            Image.fromarray(picture).save(folder / name, compress_level=1)
+    return names
+
+
+def coco_captions(scenes: list[Scene], names: list[str], size: int) -> dict:
+    """One caption a picture, in the layout of `captions_train2017.json`."""
+    images = [{"id": i, "file_name": name, "height": size, "width": size} for i, name in enumerate(names)]
+    annotations = [{"id": i, "image_id": i, "caption": caption(scene)} for i, scene in enumerate(scenes)]
+    return {"info": {"description": "chess demo"}, "images": images, "annotations": annotations}
+
+
+def instruct_records(scenes: list[Scene], names: list[str], rng: np.random.Generator) -> list[dict]:
+    """LLaVA-Instruct records, one a picture with all its questions."""
+    records = []
+    for name, scene in zip(names, scenes, strict=True):
+        turns = []
+        for position, (question, answer) in enumerate(ask(scene, rng, extra=2)):
+            turns.append({"from": "human", "value": ("<image>\n" if position == 0 else "") + question})
+            turns.append({"from": "gpt", "value": answer})
+        records.append({"id": name.removesuffix(".png"), "image": name, "conversations": turns})
+    return records
+
+
+def question_records(scenes: list[Scene], names: list[str], rng: np.random.Generator, number: int) -> list[dict]:
+    """`number` records of one question each; the types take turns, a type's pictures in order, none asked twice alike."""
+    records: list[dict] = []
+    next_picture = dict.fromkeys(QUESTION_TYPES, 0)
+    while len(records) < number:
+        before = len(records)
+        for kind in QUESTION_TYPES:
+            while next_picture[kind] < len(scenes) and len(records) < number:
+                index = next_picture[kind]
+                next_picture[kind] += 1
+                pair = question_of_type(kind, scenes[index], rng)
+                if pair is None:
+                    continue
+                human = {"from": "human", "value": "<image>\n" + pair[0]}
+                turns = [human, {"from": "gpt", "value": pair[1]}]
+                record = {"id": f"{names[index].removesuffix('.png')}-{kind}", "image": names[index]}
+                records.append({**record, "category": kind, "conversations": turns})
+                break
+        if len(records) == before:
+            raise ValueError(f"{len(scenes)} pictures allow only {before} questions, not {number}: draw more pictures")
+    return records
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def make_data(arguments: argparse.Namespace) -> None:
+    """Write every file named at the top of this module."""
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = held_out_pairs(np.random.default_rng(PAIRS_SEED))
+    # Every part has its own generator, so that changing one part's size leaves the others as they are.
+    parts = ("corpus", "single", "train", "validation", "validation_unseen", "test", "unseen")
+    seeds = [arguments.test_seed if part in ("test", "unseen") else arguments.seed for part in parts]
+    rngs = {part: np.random.default_rng([i, seed]) for i, (part, seed) in enumerate(zip(parts, seeds, strict=True))}
+    everything: dict[str, list] = {}
+
+    # Text may name every pair of pieces: only the *pictures* keep some apart. Documents are separated by blank lines.
+    corpus = "\n\n".join(documents(rngs["corpus"], arguments.documents))
+    (folder / "corpus.txt").write_text(corpus + "\n", encoding="utf-8")
+
+    singles = [draw_scene(rngs["single"], 1, SINGLE_SIZE) for _ in range(arguments.single_images)]
+    names = write_pictures(folder / "single", singles, rngs["single"], SINGLE_SIZE)
+    write_json(folder / "captions_single.json", coco_captions(singles, names, SINGLE_SIZE))
+
+    train = draw_scenes(rngs["train"], arguments.train_images, pairs)
+    names = write_pictures(folder / "train", train, rngs["train"], IMAGE_SIZE)
+    write_json(folder / "captions_train.json", coco_captions(train, names, IMAGE_SIZE))
+    write_json(folder / "instruct_train.json", instruct_records(train, names, rngs["train"]))
+    everything["train"] = train
+
+    questions = {"validation": arguments.validation_questions, "validation_unseen": arguments.validation_questions}
+    questions |= {"test": arguments.test_questions, "unseen": arguments.unseen_questions}
+    for part, number in questions.items():
+        scenes = draw_scenes(rngs[part], number, pairs, unseen="unseen" in part)
+        names = write_pictures(folder / part, scenes, rngs[part], IMAGE_SIZE)
+        write_json(folder / f"instruct_{part}.json", question_records(scenes, names, rngs[part], number))
+        write_json(folder / f"captions_{part}.json", coco_captions(scenes, names, IMAGE_SIZE))
+        everything[part] = scenes
+
+    described = {
+        part: [[asdict(placed) for placed in scene] for scene in scenes] for part, scenes in everything.items()
+    }
+    # Written last: a folder that has it is complete.
+    write_json(folder / "scenes.json", {"held_out_pairs": pairs, "scenes": described})
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of everything but the test and unseen pictures")
+    parser.add_argument("--test_seed", type=int, default=1000, help="of the test and unseen pictures")
+    parser.add_argument("--documents", type=int, default=16000, help="of the language model's corpus")
+    parser.add_argument("--single_images", type=int, default=4000)
+    parser.add_argument("--train_images", type=int, default=8000)
+    parser.add_argument("--validation_questions", type=int, default=270)
+    parser.add_argument("--test_questions", type=int, default=540)
+    parser.add_argument("--unseen_questions", type=int, default=270)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    make_data(parse_arguments())

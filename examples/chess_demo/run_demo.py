@@ -1,0 +1,247 @@
+"""The whole demo in one command: draws the data, trains every part from random weights, answers the test questions.
+
+    python examples/chess_demo/run_demo.py
+    python examples/chess_demo/run_demo.py --seed 1 --output_dir outputs/chess_demo_1
+
+Each stage is an ordinary script in a process of its own, started by `accelerate launch` with a recipe of
+recipes/chess_demo/. The vision tower and the language model do not need each other and train side by side, one core each.
+A stage that is complete is not run again, so an interrupted demo goes on where it was; --fresh starts anew.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RECIPES = Path("recipes/chess_demo")
+POLL_SECONDS = 0.5
+STATUS_SECONDS = 15
+
+
+@dataclass
+class Job:
+    """One process: what it is called, its command line, how many threads it gets."""
+
+    name: str
+    command: list[str]
+    threads: int
+
+
+@dataclass
+class Stage:
+    """Jobs that run side by side."""
+
+    title: str
+    jobs: list[Job]
+
+
+def launch(script: str, recipe: str, **options: object) -> list[str]:
+    """`accelerate launch script.py recipe.yaml --option value ...` on one process without a GPU."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [*accelerate, script, str(RECIPES / recipe), *words]
+
+
+def example(script: str, **options: object) -> list[str]:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, str(HERE / script), *words]
+
+
+def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
+    """The stages in order.
+
+    Args:
+        output (`Path`): Folder of this run.
+        seed (`int`): Of data, weights and order; the test pictures have a seed that no other part uses.
+        cores (`int`): Threads for the jobs that run alone.
+    """
+    data = output / "data"
+    pictures = {"image_folder": data / "train", "seed": seed}
+    make_data = example("make_data.py", output_dir=data, seed=seed, test_seed=1_000_000 + seed)
+    clip = example("train_clip.py", data_dir=data, output_dir=output / "clip", seed=seed)
+    pretrain = launch(
+        "run_pretrain.py", "pretrain.yaml", train_data=data / "corpus.txt", output_dir=output / "pretrain", seed=seed
+    )
+    align = launch(
+        "run_align.py",
+        "align.yaml",
+        vision_model=output / "clip",
+        text_model=output / "pretrain",
+        train_data=data / "captions_train.json",
+        output_dir=output / "align",
+        **pictures,
+    )
+    sft = launch(
+        "run_sft.py",
+        "sft.yaml",
+        model_name_or_path=output / "align",
+        train_data=data / "instruct_train.json",
+        output_dir=output / "sft",
+        **pictures,
+    )
+    evaluate = launch(
+        "run_evaluate.py",
+        "evaluate.yaml",
+        model_name_or_path=output / "sft" / "merged",
+        eval_data=json.dumps({name: str(data / f"instruct_{name}.json") for name in ("test", "unseen")}),
+        image_folder=json.dumps({name: str(data / name) for name in ("test", "unseen")}),
+        output_dir=output / "evaluation",
+    )
+    return [
+        Stage("draw pictures, write captions, questions and text", [Job("data", make_data, 1)]),
+        Stage(
+            "train the vision tower beside the language model", [Job("clip", clip, 1), Job("pretrain", pretrain, 1)]
+        ),
+        Stage("align: train the projector on captions", [Job("align", align, cores)]),
+        Stage("sft: LoRA and projector on questions and answers", [Job("sft", sft, cores)]),
+        Stage("evaluate on new pictures, and blind", [Job("evaluate", evaluate, cores)]),
+    ]
+
+
+def last_words(log: Path) -> str:
+    """The end of a log as one line; progress bars overwrite theirs with carriage returns."""
+    text = log.read_text(encoding="utf-8", errors="replace")[-2000:].replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:110] if lines else "starting"
+
+
+def run_stage(stage: Stage, output: Path) -> dict[str, float]:
+    """Run a stage's jobs side by side, showing now and then how far they are.
+
+    Args:
+        stage (`Stage`): What to run.
+        output (`Path`): Logs go to `output/logs`, a note that a job is complete to `output/done`.
+
+    Returns:
+        `dict[str, float]`: Seconds of each job.
+
+    Raises:
+        SystemExit: with the end of the log, if a job fails; the other job is stopped.
+    """
+    logs, running, seconds = output / "logs", {}, {}
+    for job in stage.jobs:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        log = (logs / f"{job.name}.log").open("w", encoding="utf-8")
+        process = subprocess.Popen(job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        log.close()
+        running[job.name] = process
+    started = shown = time.monotonic()
+    try:
+        while running:
+            time.sleep(POLL_SECONDS)
+            for job in stage.jobs:
+                process = running.get(job.name)
+                if process is None or process.poll() is None:
+                    continue
+                del running[job.name]
+                seconds[job.name] = time.monotonic() - started
+                if process.returncode != 0:
+                    raise SystemExit(failure(job, process.returncode, logs / f"{job.name}.log"))
+                note = {"seconds": seconds[job.name], "command": job.command}
+                (output / "done" / f"{job.name}.json").write_text(json.dumps(note), encoding="utf-8")
+            if running and time.monotonic() - shown > STATUS_SECONDS:
+                shown = time.monotonic()
+                for name in running:
+                    print(f"    {shown - started:4.0f} s  {name}: {last_words(logs / f'{name}.log')}", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return seconds
+
+
+def failure(job: Job, code: int, log: Path) -> str:
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+    return f"{tail}\n\nThe stage {job.name!r} failed (exit code {code}); its log is {log}. Once the cause is mended, the same command goes on from here."
+
+
+def is_complete(job: Job, output: Path) -> bool:
+    """Whether this very command has run to its end in this folder."""
+    note = output / "done" / f"{job.name}.json"
+    return note.is_file() and json.loads(note.read_text(encoding="utf-8"))["command"] == job.command
+
+
+def run_all(stages: list[Stage], output: Path) -> dict[str, float]:
+    """Run what is not complete; everything after a stage that ran is run again. Returns the seconds of each job."""
+    for folder in ("logs", "done"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    must_run = False
+    for number, stage in enumerate(stages, start=1):
+        if not must_run and all(is_complete(job, output) for job in stage.jobs):
+            print(f"[{number}/{len(stages)}] {stage.title}: already complete", flush=True)
+            for job in stage.jobs:
+                note = json.loads((output / "done" / f"{job.name}.json").read_text(encoding="utf-8"))
+                seconds[job.name] = note["seconds"]
+            continue
+        print(f"[{number}/{len(stages)}] {stage.title}", flush=True)
+        pending = [job for job in stage.jobs if must_run or not is_complete(job, output)]
+        must_run = True
+        for job in pending:
+            (output / "done" / f"{job.name}.json").unlink(missing_ok=True)
+        seconds |= run_stage(Stage(stage.title, pending), output)
+        print("    " + ", ".join(f"{job.name}: {seconds[job.name]:.0f} s" for job in pending), flush=True)
+    return seconds
+
+
+def accuracy_table(results: dict) -> str:
+    """Exact match of both splits, by question type, beside the blind run and the majority answer, in percent."""
+    header = f"{'':10}" + "".join(f"{name:>{3 * 10}}" for name in ("held-out pictures", "unseen combinations"))
+    lines = [header, f"{'type':10}" + f"{'right':>10}{'blind':>10}{'majority':>10}" * 2 + f"{'questions':>14}"]
+    splits = [results["splits"][name] for name in ("test", "unseen")]
+    kinds = list(splits[0]["categories"])
+    for kind in [*kinds, "all"]:
+        cells, counts = [], []
+        for split in splits:
+            scores = split["overall"] if kind == "all" else split["categories"].get(kind)
+            if scores is None:
+                cells += ["-"] * 3
+                counts.append("0")
+                continue
+            parts = (scores, scores["blind"], scores["majority"])
+            cells += [f"{100 * part['exact_match']:.1f}" for part in parts]
+            counts.append(str(scores["n"]))
+        lines.append(f"{kind:10}" + "".join(f"{cell:>10}" for cell in cells) + f"{' + '.join(counts):>14}")
+    rule = "-" * len(lines[1])
+    return "\n".join([*lines[:2], rule, *lines[2:-1], rule, lines[-1]])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/chess_demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="delete output_dir first")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    output = arguments.output_dir.resolve()
+    if arguments.fresh and output.exists():
+        if not (output / "done").is_dir():
+            raise SystemExit(
+                f"--fresh would delete {output}, which is no folder of this demo; choose another --output_dir"
+            )
+        shutil.rmtree(output)
+    started = time.monotonic()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    seconds = run_all(demo_stages(output, arguments.seed, cores), output)
+    results = json.loads((output / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    print("\n" + accuracy_table(results))
+    print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()), end="")
+    print(f"; this call {time.monotonic() - started:.0f}")
+    print(f"pictures, questions, answers: {output / 'evaluation' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Random chats with everything people may write in them, and tokenizers of another family than GPT-2's."""
+
+import json
+import random
+
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+from processing.chat_encoding_jnana import FOREIGN_MARKS
+from tests.tiny import CORPUS
+
+
+# Control tokens, pieces of them, the templates' own words, white space, other scripts, our private marks
+FRAGMENTS = [
+    *"<image> <|endoftext|> <|pad|> <IMAGE> <<image>> <ima ge> <|endof text|> </s> <s> <tool> [INST]".split(" "),
+    *"caption image: end of question: USER: ASSISTANT: <|user|> <|assistant|> <|end|> [Answer] [Visualize".split(" "),
+    *"a white king and the black rook, how many? isn't it... 12 3.5 : ; ' \" ( \\ {{ x }} {% y %}".split(" "),
+    *["\n", "\n\n", "  ", "\t", " \n ", "\u00a0", "日本語", "é", "🙂", "\ufe0f", "\u200b"],
+    *["\U0010fa00", "\U0010fa01", "\U0010fa02", "\U000f0000", "\U000f0001", "\ue000"],
+]
+
+
+def random_text(rng: random.Random, most: int = 6) -> str:
+    """Fragments run together or spaced."""
+    return "".join(rng.choice(FRAGMENTS) + rng.choice(["", " "]) for _ in range(rng.randint(1, most)))
+
+
+def random_chat(rng: random.Random, images: bool = True) -> list[dict]:
+    """A chat of one to three questions and answers, with none to two pictures, as strings or as parts."""
+    chat = []
+    if rng.random() < 0.3:
+        chat.append({"role": "system", "content": random_text(rng)})
+    for _ in range(rng.randint(1, 3)):
+        parts = [{"type": "text", "text": random_text(rng)} for _ in range(rng.randint(0, 2))]
+        if images:
+            for _ in range(rng.choice([0, 0, 1, 2])):
+                parts.insert(rng.randint(0, len(parts)), {"type": "image", "image": Image.new("RGB", (30, 24))})
+        if not parts:
+            parts = [{"type": "text", "text": "why?"}]
+        as_string = len(parts) == 1 and parts[0]["type"] == "text" and rng.random() < 0.5
+        chat.append({"role": "user", "content": parts[0]["text"] if as_string else parts})
+        answer = random_text(rng)
+        chat.append(
+            {"role": "assistant", "content": answer if rng.random() < 0.5 else [{"type": "text", "text": answer}]}
+        )
+    return chat
+
+
+def text_of(message: dict) -> str:
+    """What a message says, as the model should read it."""
+    content = message["content"]
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    return FOREIGN_MARKS.sub("", "".join(parts)).strip()
+
+
+def num_images(chat: list[dict]) -> int:
+    return sum(part["type"] == "image" for m in chat if not isinstance(m["content"], str) for part in m["content"])
+
+
+def llama_like_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE over whole texts, `▁` for spaces and one put in front, bytes as a last resort: as Llama's and Phi-3's."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    entries = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    entries += [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(entries))}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    # As Phi-3.5 has them: special, and swallowing the white space behind them
+    fast.add_tokens(
+        [AddedToken(t, special=True, normalized=False, rstrip=True) for t in ("<|user|>", "<|assistant|>", "<|end|>")],
+        special_tokens=True,
+    )
+    return fast

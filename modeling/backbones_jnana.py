@@ -118,8 +118,8 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
     vision_config = copy.deepcopy(config.vision_config)
     tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
     _refuse_remote(name, tower)
-    # Some ViT checkpoints come without the pooler that AutoModel adds; nothing reads it.
-    _refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
+    if info["missing_keys"]:  # some ViT checkpoints come without the pooler that AutoModel adds; nothing reads it
+        _refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
     return tower
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from evaluation.questions import Question, QuestionSet
-from processing import BadSampleError
+from processing import BadSampleError, tokenizer_fingerprint
 
 
 logger = get_logger(__name__)
@@ -73,9 +73,7 @@ def answer_questions(
         raise ValueError("the processor has no chat template; load one that was saved with a Jnana checkpoint")
     questions = rows if isinstance(rows, QuestionSet) else QuestionSet(rows)
     state = process_state()
-    settings = {"model": model_fingerprint(model), "blind": blind, "max_new_tokens": max_new_tokens}
-    settings["chat_template"] = processor.chat_template
-    run = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    run = _run_key(model, processor, blind, max_new_tokens)
     keys = [f"{run}-{question.key}" for question in questions.questions]
 
     answered = _read_answers(predictions_file, keys, state)
@@ -88,21 +86,19 @@ def answer_questions(
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     collator = PromptCollator(questions, processor, blind, max_image_pixels)
     loader = DataLoader(batches, batch_size=None, collate_fn=collator, num_workers=num_workers if batches else 0)
-    bar = tqdm(
-        total=len(mine), desc="blind" if blind else "answers", disable=not (progress_bar and state.is_main_process)
-    )
+    hidden = not (progress_bar and state.is_main_process)
+    bar = tqdm(total=len(mine), desc="blind" if blind else "answers", disable=hidden)
     new = []
     with _evaluating(model), _appending(predictions_file, state) as write, bar:
         for indices, inputs, errors in loader:
-            for index, error in errors:
+            records = [_record(questions.questions[i], keys[i], blind, error=error) for i, error in errors]
+            answers = zip(indices, *_generate(model, processor, inputs, max_new_tokens), strict=True)
+            records += [_record(questions.questions[i], keys[i], blind, *answer) for i, *answer in answers]
+            write(records)
+            new += records
+            bar.update(len(records))
+            for _, error in errors:
                 logger.warning(f"not answered: {error}", main_process_only=False)
-                new.append(_record(questions.questions[index], keys[index], blind, error=error))
-            for index, text, complete in zip(
-                indices, *_generate(model, processor, inputs, max_new_tokens), strict=True
-            ):
-                new.append(_record(questions.questions[index], keys[index], blind, text, complete))
-            write(new[-len(indices) - len(errors) :])
-            bar.update(len(indices) + len(errors))
 
     if state.num_processes > 1:
         new = gather_object(new)
@@ -197,6 +193,20 @@ def _end_tokens(model, processor) -> list[int]:
     if ends is None:
         ends = processor.tokenizer.eos_token_id
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
+def _run_key(model, processor, blind: bool, max_new_tokens: int) -> str:
+    """A hash of all that decides an answer beside the question."""
+    settings = {
+        "model": model_fingerprint(model),
+        "generation": model.generation_config.to_dict(),
+        "processor": processor.to_dict(),
+        "tokenizer": tokenizer_fingerprint(processor.tokenizer),
+        "chat_template": processor.chat_template,
+        "blind": blind,
+        "max_new_tokens": max_new_tokens,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

@@ -308,3 +308,22 @@ def test_a_stream_is_a_test_set_too(loaded, tmp_path):
 def test_options_below_one_are_refused(loaded, test_set, name):
     with pytest.raises(ValueError, match=f"{name} is 0"):
         answer_questions(*loaded, load_rows(str(test_set)), **{**OPTIONS, name: 0})
+
+
+def test_other_picture_or_generation_settings_are_another_run(checkpoint, test_set, tmp_path, count_generate):
+    asked, _ = count_generate
+    model, processor = load_model_and_processor(str(checkpoint))
+    options = {**OPTIONS, "predictions_file": tmp_path / "predictions.jsonl"}
+
+    def questions_asked():
+        asked.clear()
+        answer_questions(model, processor, load_rows(str(test_set)), **options)
+        return sum(asked)
+
+    assert questions_asked() == 6 and questions_asked() == 0
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert questions_asked() == 6 and questions_asked() == 0
+    model.generation_config.repetition_penalty = 1.5
+    assert questions_asked() == 6 and questions_asked() == 0
+    processor.chat_template = processor.chat_template.replace("end of question:", "end:")
+    assert questions_asked() == 6 and questions_asked() == 0

@@ -212,7 +212,10 @@ class JnanaProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if texts is not None and any(BREAK in sample for sample in texts):
             flat_images = self._flatten_images(images)
-            return self._tokenize_chats(list(texts), flat_images, {"add_special_tokens": False, **kwargs})[0]
+            return self._tokenize_chats(list(texts), flat_images, kwargs)[0]
+        bos_token = self.tokenizer.bos_token
+        if texts and bos_token is not None and all(sample.startswith(bos_token) for sample in texts):
+            kwargs.setdefault("add_special_tokens", False)  # the template wrote it: not twice
         return super().__call__(images=images, text=text, **kwargs)
 
     # ------------------------------------------------------------------ chats

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Features, Image, List, Value
 
 
@@ -108,8 +109,7 @@ def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> 
     """
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(_flatten_batch, batched=True, batch_size=16, features=ROW_FEATURES)
-    plain = rows if rows.format["type"] == "custom" else rows.select_columns(["conversations"])  # leaves images unread
-    counts = np.array([len(chats) for chats in _column(plain, "conversations")], dtype=np.int64)
+    counts = _conversations_per_row(rows)
     if (counts == 1).all():
         return rows
     row_index = np.repeat(np.arange(len(counts)), counts)
@@ -159,9 +159,11 @@ def _rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
     return [{name: block[name][i] for name in ROW_FEATURES} for i in range(len(block["source"]))]
 
 
-def _column(rows: datasets.Dataset, name: str) -> Iterator[Any]:
-    for start in range(0, len(rows), 10_000):
-        yield from rows[start : start + 10_000][name]
+def _conversations_per_row(rows: datasets.Dataset) -> np.ndarray:
+    if rows.format["type"] == "custom":  # rows made on access: they have to be made
+        return np.array([len(row["conversations"]) for row in iterate_rows(rows)], dtype=np.int64)
+    table = rows.select_columns(["conversations"]).with_format("arrow")[:]
+    return pc.list_value_length(table.column("conversations")).to_numpy()
 
 
 def _flatten_batch(batch: dict[str, list]) -> dict[str, list]:

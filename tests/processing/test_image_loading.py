@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -127,3 +128,12 @@ def test_what_is_wrong_is_said(tmp_path, pictures):
 def test_an_error_survives_the_way_out_of_a_worker():
     """DataLoader workers rebuild an exception from its type and one text."""
     assert str(type(BadSampleError("x"))("file, record 1: broken")) == "file, record 1: broken"
+
+
+def test_images_inside_an_archive_are_read(tmp_path, pictures):
+    """How a streamed data set refers to its files: `zip://name::archive`, `hf://...`."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(pictures / "0.png", "0.png")
+    assert load_image(f"zip://0.png::{tmp_path / 'a.zip'}").getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(BadSampleError, match="r1: image .* can't be read"):
+        load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")

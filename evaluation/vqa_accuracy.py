@@ -84,7 +84,7 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     - n >= 4 (VQA v2 has ten): the official rule. Each person is left out in turn, the answer gets `min(matches among
       the others / 3, 1)`, and the n results are averaged.
     - n <= 3: leaving one out would leave fewer than the three that make an answer fully right, so the score is
-      `m / n`. One reference: 1 if equal, 0 if not.
+      `m / n`, which is also what the official rule gives for n = 4. One reference: 1 if equal, 0 if not.
 
     The official script leaves references as they are when all ten agree and never touches their articles and number
     words, as its data files are already in that form. Here every reference is normalised like the prediction, so any

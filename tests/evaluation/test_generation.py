@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 
 import pytest
 import torch
@@ -207,8 +206,9 @@ def test_answers_of_another_run_are_never_taken(loaded, test_set, tmp_path, coun
     assert questions_asked() == 6 and questions_asked() == 0
     assert questions_asked(blind=True) == 6 and questions_asked() == 6  # a file holds one run
 
-    Image.new("RGB", (40, 40), "red").save(test_set.parent / "3.png")  # a picture drawn anew under its old name
-    assert questions_asked() == 1
+    for colour in ("red", "blue"):  # drawn anew under its old name, the second time as many bytes
+        Image.new("RGB", (40, 40), colour).save(test_set.parent / "3.png", compress_level=0)
+        assert questions_asked() == 1
     records = json.loads(test_set.read_text())
     records[4]["conversations"][1]["value"] = "one"
     test_set.write_text(json.dumps(records))
@@ -225,13 +225,12 @@ def test_answers_of_another_run_are_never_taken(loaded, test_set, tmp_path, coun
 
 
 def test_an_unreadable_picture_is_tried_again(loaded, test_set, tmp_path, count_generate):
-    file, picture = tmp_path / "predictions.jsonl", test_set.parent / "1.png"
-    shutil.move(picture, tmp_path / "1.png")
-    first = answer_questions(*loaded, load_rows(str(test_set)), predictions_file=file, **OPTIONS)
+    options = {**OPTIONS, "predictions_file": tmp_path / "predictions.jsonl"}
+    Image.new("RGB", (300, 300)).save(test_set.parent / "1.png")
+    first = answer_questions(*loaded, load_rows(str(test_set)), max_image_pixels=40 * 40, **options)
     assert "error" in first[1]
-    shutil.move(tmp_path / "1.png", picture)
     count_generate[0].clear()
-    second = answer_questions(*loaded, load_rows(str(test_set)), predictions_file=file, **OPTIONS)
+    second = answer_questions(*loaded, load_rows(str(test_set)), **options)
     assert count_generate[0] == [1] and second[1]["prediction"] is not None and "error" not in second[1]
 
 

@@ -51,7 +51,7 @@ def test_majority_answer_of_each_type():
         record("exists", ["yes"], "yes"),
         record("count", ["two"], "x"),
         record("count", ["three"], "x"),
-        record(None, ["red", "red", "crimson"], "x"),
+        record(None, ["red", "red", "red", "crimson"], "x"),
         record(None, ["crimson"], "x"),
     ]
     # a tie goes to the first in the alphabet; an answer counts once a question, however many people gave it

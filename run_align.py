@@ -22,7 +22,7 @@ from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_run
 from training.data import collator_options, load_conversations
-from training.loading import is_adapter, prepare_model, prepare_processor
+from training.loading import check_model_arguments, is_adapter, prepare_model, prepare_processor
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     start_run(training_args)
 
     # 2. Everything that can be refused before a model is loaded
+    check_model_arguments(model_args)
     check_run(training_args, data_args, run_args)
     if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
         raise ValueError(

@@ -28,6 +28,7 @@ from training.checks import check_lora, check_run
 from training.data import collator_options, load_conversations
 from training.loading import (
     base_reference,
+    check_model_arguments,
     is_adapter,
     merge_adapter,
     prepare_model,
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
     start_run(training_args)
 
     # 2. Everything that can be refused before a model is loaded
+    check_model_arguments(model_args)
     check_run(training_args, data_args, run_args)
     continues_adapter = model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path)
     check_lora(lora_args, model_args.model_name_or_path if continues_adapter else None)
@@ -97,7 +99,9 @@ def main(argv: list[str]) -> None:
         write_base_reference(base_reference(model_args), training_args.output_dir)
     finish_run(trainer)
     if with_adapter and lora_args.merge_adapter and training_args.should_save:
-        merge_adapter(trainer.model, processor, f"{training_args.output_dir}/merged")
+        merged_folder = f"{training_args.output_dir}/merged"
+        trainer.create_model_card(merged_folder=merged_folder)
+        merge_adapter(trainer.model, processor, merged_folder)
 
 
 if __name__ == "__main__":

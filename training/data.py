@@ -69,7 +69,7 @@ def load_conversations(
         logger.info(describe_check(source, report, args.max_length))
         if report.problems:
             rows = rows.select(report.kept_indices)
-    return flatten_conversations(rows)
+    return endless(flatten_conversations(rows), evaluation)
 
 
 def describe_check(source: str, report: CheckReport, max_length: int | None) -> str:
@@ -100,7 +100,15 @@ def load_blocks(
     source = args.eval_data if evaluation else args.train_data
     if source is None:
         return None
-    return pack_blocks(load_documents(args, evaluation), tokenizer, args.block_size)
+    return endless(pack_blocks(load_documents(args, evaluation), tokenizer, args.block_size), evaluation)
+
+
+def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:
+    """A training stream that starts over when it ends, so that the Trainer sees one epoch.
+
+    The Trainer does not know how long a stream is: resumed after its first end, it would read past too few batches.
+    """
+    return rows.repeat(None) if isinstance(rows, IterableDataset) and not evaluation else rows
 
 
 def load_documents(args: TextDataArguments, evaluation: bool = False) -> Dataset | IterableDataset:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling import JnanaForConditionalGeneration
+from modeling import JnanaConfig, JnanaForConditionalGeneration
 from processing import JnanaProcessor, check_tokenizer, read_chat_template, tokenizer_fingerprint
 
 from .arguments import ModelArguments
@@ -54,13 +54,23 @@ def load_model_and_processor(
         loading_kwargs["dtype"] = dtype
     if is_adapter(path):
         model = load_base(path, processor, **loading_kwargs)
+        check_own_tokenizer(model.config, processor, path)
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable_adapter)
     else:
+        check_own_tokenizer(JnanaConfig.from_pretrained(path), processor, path)
         model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
-        fingerprint = model.config.tokenizer_fingerprint
-        if fingerprint is not None:
-            check_tokenizer(fingerprint, processor.tokenizer, model_name=path, tokenizer_name=path)
     return model, processor
+
+
+def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
+    """Refuse a checkpoint whose tokenizer files were exchanged for others."""
+    if config.tokenizer_fingerprint is not None:
+        check_tokenizer(
+            config.tokenizer_fingerprint,
+            processor.tokenizer,
+            model_name=f"the language model of {path}",
+            tokenizer_name=f"in {path}",
+        )
 
 
 def load_processor(path: str) -> JnanaProcessor:
@@ -81,15 +91,17 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     """The processor that the arguments ask for, checked against the language model; no weights are read.
 
     Raises:
-        ValueError: if the arguments name neither a checkpoint nor a pair or name both, or the tokenizer is refused.
+        ValueError: if the tokenizer is refused.
     """
-    check_model_arguments(args)
     if args.model_name_or_path is not None:
-        if args.chat_template is None:
-            return load_processor(args.model_name_or_path)
-        return JnanaProcessor.from_pretrained(
-            args.model_name_or_path, chat_template=read_chat_template(args.chat_template)
-        )
+        processor = load_processor(args.model_name_or_path)
+        if args.chat_template is not None:
+            processor.chat_template = read_chat_template(args.chat_template)
+        if not is_adapter(args.model_name_or_path):
+            check_own_tokenizer(
+                JnanaConfig.from_pretrained(args.model_name_or_path), processor, args.model_name_or_path
+            )
+        return processor
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
     processor = JnanaProcessor.from_vision_text_pretrained(
         args.vision_model,
@@ -168,13 +180,18 @@ def check_text_tokenizer(text: str, tokenizer: PreTrainedTokenizerBase, tokenize
     Raises:
         ValueError: if they differ; the message names both.
     """
-    fingerprint = getattr(AutoConfig.from_pretrained(text), "tokenizer_fingerprint", None)
+    config = AutoConfig.from_pretrained(text)
+    fingerprint = getattr(config, "tokenizer_fingerprint", None)
     if fingerprint is None:
         try:
-            fingerprint = tokenizer_fingerprint(AutoTokenizer.from_pretrained(text))
+            shipped = AutoTokenizer.from_pretrained(text)
         except (OSError, ValueError):
+            shipped = None
+        # for some families transformers makes up an empty tokenizer where the checkpoint has none
+        if shipped is None or len(shipped) < config.get_text_config().vocab_size // 2:
             logger.warning(f"{text!r} ships no tokenizer, so {tokenizer_name!r} cannot be compared with it")
             return None
+        fingerprint = tokenizer_fingerprint(shipped)
     check_tokenizer(fingerprint, tokenizer, model_name=text, tokenizer_name=tokenizer_name)
     return fingerprint
 
@@ -210,6 +227,7 @@ def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
 
 
 def check_model_arguments(args: ModelArguments) -> None:
+    """Refuse arguments that name neither a checkpoint nor a pair, or both."""
     pair = (args.vision_model, args.text_model)
     if args.model_name_or_path is not None and any(pair):
         raise ValueError(

@@ -1,0 +1,39 @@
+"""Starting the scripts as people do, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONHASHSEED": "random", **extra}
+
+
+def launch(script: str, arguments: list[str], processes: int = 1) -> subprocess.Popen:
+    """`accelerate launch script arguments`, stdout and stderr together in a pipe.
+
+    `--cpu --num_processes 2` would silently start one process; `--multi_gpu` with ACCELERATE_USE_CPU starts two.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["--multi_gpu"] if processes > 1 else []
+    return subprocess.Popen(
+        [*command, str(ROOT / script), *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: int = 240) -> str:
+    """Its output; fails when it does."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-6000:]
+    return output

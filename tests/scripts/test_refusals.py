@@ -1,0 +1,186 @@
+"""Bad input: each is refused before a model is loaded, with field, value and remedy in the message."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+import run_align
+import run_pretrain
+import run_sft
+from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
+from tests.tiny import save_tiny_text
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading or building any model fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the check")
+
+    for script in (run_align, run_sft):
+        monkeypatch.setattr(script, "prepare_model", refuse)
+    monkeypatch.setattr(run_pretrain, "prepare_text_model", refuse)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_data": "missing/captions.json"}, "train_data 'missing/captions.json' does not exist"),
+        ({"image_folder": "missing"}, "image_folder 'missing' is not a folder"),
+        ({"eval_strategy": "steps"}, "eval_strategy is 'steps' but eval_data is not set"),
+        ({"sample_steps": 5}, "sample_steps is 5 but eval_data is not set"),
+        ({"streaming": "true", "max_steps": -1}, "streaming is true but max_steps is -1"),
+        ({"output_dir": "/proc/nowhere"}, "output_dir '/proc/nowhere' cannot be written to"),
+        ({"model_name_or_path": "somewhere"}, "exclude each other"),
+        ({"chat_template": "nonsense"}, "chat_template='nonsense' is neither"),
+        ({"max_length": 3}, "max_length=3"),
+    ],
+)
+def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_align.main(align_options(data, vision, pretrained, **{"output_dir": tmp_path, **changes}))
+
+
+def test_half_a_pair(no_model, data, vision, tmp_path):
+    arguments = {"vision_model": vision, "train_data": data / "captions.json", "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="text_model is None; give both"):
+        run_align.main(options(**arguments))
+
+
+def test_no_jnana_checkpoint(no_model, data, vision, tmp_path):
+    with pytest.raises(ValueError, match="is not a Jnana checkpoint: it has no processor_config.json"):
+        run_sft.main(sft_options(data, vision, output_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_r": 0, "merge_adapter": "true"}, "merge_adapter is true but lora_r is 0"),
+        ({"lora_r": -4}, "lora_r is -4"),
+        ({"lora_dropout": 1.5}, "lora_dropout 1.5"),
+    ],
+)
+def test_sft_refuses(no_model, data, aligned, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_sft.main(sft_options(data, aligned, **{"output_dir": tmp_path, **changes}))
+
+
+def test_another_rank_than_the_adapters(no_model, data, tuned, tmp_path):
+    with pytest.raises(ValueError, match="lora_r is 16, but the adapter .* has rank 4"):
+        run_sft.main(sft_options(data, tuned, output_dir=tmp_path, lora_r=16))
+
+
+def test_align_on_an_adapter(no_model, data, tuned, tmp_path):
+    arguments = {"model_name_or_path": tuned, "train_data": data / "captions.json", "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="is an adapter; align from a full checkpoint"):
+        run_align.main(options(**arguments, image_folder=data / "images"))
+
+
+def test_another_projector_than_the_checkpoints(data, aligned, tmp_path):
+    with pytest.raises(ValueError, match="projector_type is 'linear', but the checkpoint .* has 'mlp'"):
+        run_sft.main(sft_options(data, aligned, output_dir=tmp_path, projector_type="linear"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config_name_or_path": "somewhere"}, "exactly one must be set"),
+        ({"tokenizer_name_or_path": "somewhere"}, "exclude each other"),
+        ({"text_config": '{"model_type": "fi"}'}, "model_type is 'fi'"),
+        ({"text_config": '{"hidden_size": 64}'}, "model_type is None"),
+        ({"train_data": "missing.txt"}, "train_data 'missing.txt' does not exist"),
+        ({"block_size": 100000}, "shorter than one block"),
+    ],
+)
+def test_pretrain_refuses(no_model, data, tmp_path, changes, message):
+    arguments = {**PRETRAIN, "train_data": data / "corpus.txt", "output_dir": tmp_path, **changes}
+    with pytest.raises(ValueError, match=message):
+        run_pretrain.main(options(**arguments))
+
+
+def test_a_vocabulary_larger_than_the_embedding(data, tmp_path):
+    fields = {**json.loads(PRETRAIN["text_config"]), "vocab_size": 200}
+    arguments = {**PRETRAIN, "text_config": json.dumps(fields), "train_data": data / "corpus.txt"}
+    with pytest.raises(ValueError, match="vocab_size is 200, but the tokenizer has 2[0-9]+ entries"):
+        run_pretrain.main(options(**arguments, output_dir=tmp_path))
+
+
+class TestForeignTokenizer:
+    """A language model joined or continued under a vocabulary that is not its own, both named."""
+
+    @pytest.fixture
+    def foreign(self, tmp_path):
+        """The same number of entries, two of them swapped: nothing else would notice."""
+        folder = save_tiny_text(tmp_path / "foreign")
+        content = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        return folder
+
+    def test_joining_with_our_own_fingerprint(self, no_model, data, vision, pretrained, foreign, tmp_path):
+        arguments = align_options(
+            data, vision, pretrained, output_dir=tmp_path / "out", tokenizer_name_or_path=foreign
+        )
+        with pytest.raises(ValueError, match=f"{foreign}.* is not the one that {pretrained} was trained with"):
+            run_align.main(arguments)
+
+    def test_joining_with_what_the_checkpoint_ships(self, no_model, data, vision, foreign, tmp_path):
+        text = save_tiny_text(tmp_path / "hub")
+        arguments = align_options(data, vision, text, output_dir=tmp_path / "out", tokenizer_name_or_path=foreign)
+        with pytest.raises(ValueError, match=f"{foreign}.* is not the one that {text} was trained with"):
+            run_align.main(arguments)
+
+    def test_its_own_tokenizer_from_elsewhere_is_taken(self, data, vision, pretrained, tmp_path):
+        """The control: the same vocabulary in another folder is no stranger."""
+        AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "copy")
+        changes = {"tokenizer_name_or_path": tmp_path / "copy", "max_steps": 1, "save_strategy": "no"}
+        run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "out", **changes))
+
+    def test_files_exchanged_in_a_checkpoint(self, no_model, data, aligned, foreign, tmp_path):
+        shutil.copytree(aligned, tmp_path / "align", ignore=shutil.ignore_patterns("checkpoint-*"))
+        content = json.loads((tmp_path / "align" / "tokenizer.json").read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (tmp_path / "align" / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"is not the one that .*align was trained with"):
+            run_sft.main(sft_options(data, tmp_path / "align", output_dir=tmp_path / "out"))
+
+    def test_continuing_stage_0(self, no_model, data, pretrained, foreign, tmp_path):
+        arguments = {"model_name_or_path": pretrained, "tokenizer_name_or_path": foreign, "block_size": 32}
+        with pytest.raises(ValueError, match=f"{foreign}.* is not the one that {pretrained} was trained with"):
+            run_pretrain.main(options(**arguments, train_data=data / "corpus.txt", output_dir=tmp_path / "out"))
+
+    def test_resuming_with_a_tokenizer_from_another_corpus(self, no_model, data, pretrained, tmp_path):
+        shutil.copytree(pretrained, tmp_path / "run")
+        (tmp_path / "other.txt").write_text("quite other words in a text of its own, again and again\n\n" * 80)
+        arguments = {**PRETRAIN, "train_data": tmp_path / "other.txt", "output_dir": tmp_path / "run"}
+        with pytest.raises(ValueError, match="tokenizer trained on train_data .* is not the one that .*checkpoint-12"):
+            run_pretrain.main(options(**arguments))
+
+
+class TestBadSamples:
+    """The whole list of problems before training, or skipped and listed."""
+
+    @pytest.fixture
+    def spoilt(self, data, tmp_path):
+        shutil.copytree(data / "images", tmp_path / "images")
+        (tmp_path / "images" / "red_blue.png").unlink()
+        (tmp_path / "images" / "blue_red.png").write_bytes(b"no image")
+        return tmp_path
+
+    def test_raise(self, no_model, data, vision, pretrained, spoilt):
+        arguments = align_options(data, vision, pretrained, output_dir=spoilt / "out", image_folder=spoilt / "images")
+        with pytest.raises(ValueError, match="2 of 16 rows can't be used") as error:
+            run_align.main(arguments)
+        assert "red_blue.png" in str(error.value) and "captions.json, image" in str(error.value)
+
+    def test_skip(self, data, vision, pretrained, spoilt, capsys):
+        changes = {"on_bad_sample": "skip", "max_steps": 2, "save_strategy": "no"}
+        arguments = align_options(data, vision, pretrained, output_dir=spoilt / "out", **changes)
+        run_align.main([*arguments, f"--image_folder={spoilt / 'images'}"])
+        assert "14 of 16 rows, 14 conversations" in capsys.readouterr().out
+        assert len((spoilt / "out" / "bad_samples.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,114 @@
+"""Cut off and started again: the same weights as without the cut, and broken checkpoints passed over."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import run_align
+import run_pretrain
+import run_sft
+from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
+from tests.scripts.launching import launch
+from training.callbacks import read_lines
+
+
+def assert_same_weights(folder, reference, name="model.safetensors"):
+    ours, theirs = load_file(folder / name), load_file(reference / name)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def cut(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def test_kill_9_and_start_again(pretrained, data, tmp_path, capsys):
+    """A real process, killed by SIGKILL after its second checkpoint, with samples and validation switched on."""
+    output = tmp_path / "killed"
+    corpus = data / "corpus.txt"
+    samples = {"eval_data": corpus, "sample_steps": 6, "sample_count": 1, "eval_strategy": "steps", "eval_steps": 6}
+    arguments = options(**PRETRAIN, train_data=corpus, output_dir=output, **samples)
+    process = launch("run_pretrain.py", [*arguments, "--save_total_limit=10"])
+    deadline = time.monotonic() + 200
+    while not (output / "checkpoint-8" / "trainer_state.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # wherever exactly the kill came, make it the worst moment: step 12 half written, step 8 broken too
+    shutil.rmtree(output / "checkpoint-12", ignore_errors=True)
+    (output / "model.safetensors").unlink(missing_ok=True)
+    shutil.copytree(output / "checkpoint-8", output / "checkpoint-12")
+    cut(output / "checkpoint-12" / "model.safetensors")
+    run_pretrain.main(arguments)
+    said = capsys.readouterr().out
+    assert "checkpoint-12 is passed over: model.safetensors is truncated" in said
+    assert f"resuming from {output / 'checkpoint-8'}" in said
+    assert_same_weights(output, pretrained)
+    assert [line["step"] for line in read_lines(output / "samples.jsonl")] == [6, 12]
+
+
+def test_a_resume_that_lost_its_optimizer_would_differ(pretrained, data, tmp_path):
+    """The control for the test above: the same steps from the same checkpoint with a fresh optimizer end elsewhere."""
+    start = pretrained / "checkpoint-8"
+    output = tmp_path / "fresh"
+    changes = {
+        key: value for key, value in PRETRAIN.items() if key not in ("text_config", "train_tokenizer_vocab_size")
+    }
+    run_pretrain.main(
+        options(
+            **{**changes, "max_steps": 4}, model_name_or_path=start, train_data=data / "corpus.txt", output_dir=output
+        )
+    )
+    with pytest.raises(AssertionError):
+        assert_same_weights(output, pretrained)
+
+
+def test_align_and_adapter_resume(data, vision, pretrained, aligned, tuned, tmp_path):
+    """The last checkpoint of each is broken, so both go on from the one before."""
+    shutil.copytree(aligned, tmp_path / "align")
+    cut(tmp_path / "align" / "checkpoint-6" / "optimizer.pt")
+    (tmp_path / "align" / "model.safetensors").unlink()
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align"))
+    assert_same_weights(tmp_path / "align", aligned)
+
+    shutil.copytree(tuned, tmp_path / "sft")
+    cut(tmp_path / "sft" / "checkpoint-6" / "adapter_model.safetensors")
+    (tmp_path / "sft" / "adapter_model.safetensors").unlink()
+    run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "sft"))
+    assert_same_weights(tmp_path / "sft", tuned, "adapter_model.safetensors")
+
+
+def test_a_finished_run_stays_as_it_is(data, vision, pretrained, aligned, tmp_path, capsys):
+    """Stock Trainer takes one step too many from the last checkpoint of a run."""
+    shutil.copytree(aligned, tmp_path / "align")
+    (tmp_path / "align" / "model.safetensors").unlink()
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align"))
+    assert "is the end of this run; nothing is trained" in capsys.readouterr().out
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "align", aligned))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_overwriting_starts_anew(data, vision, pretrained, aligned, tmp_path):
+    shutil.copytree(aligned, tmp_path / "align")
+    changes = {"overwrite_output_dir": "true", "max_steps": 2}
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align", **changes))
+    assert [path.name for path in (tmp_path / "align").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_stream_resumes_exactly(data, tmp_path):
+    """A streamed corpus has no length; the batches already seen are read past."""
+    corpus = data / "corpus.txt"
+    arguments = {**PRETRAIN, "train_data": corpus, "streaming": "true", "logging_steps": 1}
+    run_pretrain.main(options(**arguments, output_dir=tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-12")
+    run_pretrain.main(options(**arguments, output_dir=tmp_path / "again"))
+    assert_same_weights(tmp_path / "again", tmp_path / "whole")

@@ -1,23 +1,26 @@
 """The language model's corpus: little boards of letters in reading order, with captions and questions about them.
 
-A document is what the assistant will see later, in text: where the picture's patches will be there is a letter for each
-cell of a board, then the chat template's separators, questions and answers.
+A document is what the assistant will see later, in text: where the picture's patches will be there is a letter for
+each cell of a board, then the chat template's separators, questions and answers.
 
      . . K . . . q . .
     caption image: Which piece is at the top? end of question: a white king
     Is there a black queen? end of question: yes
 
-The corpus begins with boards of 3 x 3 cells, one a piece, which are quickly learnt from; later boards are 6 x 6, as the
-picture's patches, and a piece covers several cells.
+The corpus begins with boards of 3 x 3 cells, one a piece, which are quickly learnt from; later boards are 6 x 6, as
+the picture's patches, and a piece covers several cells.
 """
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
-from scenes import IMAGE_SIZE, PIECES, QUESTION_TYPES, Scene, caption, draw_scene, question_of_type
+from scenes import IMAGE_SIZE, PIECES, QUESTION_TYPES, Scene, draw_scene, question_of_type
 
 
 SMALL, LARGE = 3, 6
+BLOCK_SIZE = 128  # `block_size` of recipes/chess_demo/pretrain.yaml
+WORDS = re.compile(r"\n| ?\w+| ?[^\w\s]+")
 # The letters of chess notation (FEN): capitals are white.
 LETTERS = dict(zip(PIECES, "KQRBNPkqrbnp", strict=True))
 BESIDE = ("left", "right")
@@ -51,30 +54,45 @@ def large_board(scene: Scene, rng: np.random.Generator) -> list[str]:
 def ask(
     scene: Scene, rng: np.random.Generator, extra: int, kinds: list[str] = QUESTION_TYPES
 ) -> list[tuple[str, str]]:
-    """Each kind of question that the scene allows, in random order, and `extra` more of the yes/no and colour kinds."""
+    """Each kind of question that the scene allows, in random order, and `extra` more yes/no and colour questions."""
     asked = [question_of_type(kind, scene, rng) for kind in kinds]
     asked += [question_of_type("exists" if rng.random() < 0.7 else "colour", scene, rng) for _ in range(extra)]
     different = list(dict.fromkeys(pair for pair in asked if pair is not None))
     return [different[index] for index in rng.permutation(len(different))]
 
 
-def document(rng: np.random.Generator, small: bool, captions: float, questions: int) -> str:
-    """One board and, with probability `captions`, its caption, else up to `questions` questions."""
+def count_tokens(text: str) -> int:
+    """Tokens of a text when every word, number and mark has become one token, as in the demo's tokenizer."""
+    return len(WORDS.findall(text))
+
+
+def document(rng: np.random.Generator, small: bool, describe: float = 0.5) -> str:
+    """One board and as many questions about it as fit; with its closing token exactly `BLOCK_SIZE` tokens long.
+
+    So every block of the packed corpus is one document, and a board begins where a picture will: at position 0. What
+    is left over is filled with dots.
+    """
     scene = draw_scene(rng, int(rng.choice(3, p=(0.2, 0.4, 0.4))) + 1)
-    board = " " + " ".join(small_board(scene, rng) if small else large_board(scene, rng))
-    if rng.random() < captions:
-        return f"{board}\ncaption image: {caption(scene)}"
+    board = small_board(scene, rng) if small else large_board(scene, rng)
     # A small board has no left and right; the description comes last, for it gives all other answers away.
     kinds = [kind for kind in QUESTION_TYPES if kind != "describe" and not (small and kind in BESIDE)]
-    asked = ask(scene, rng, extra=2, kinds=kinds)[:questions]
-    if rng.random() < 0.5:
-        asked.append(question_of_type("describe", scene, rng))
-    turns = [f"{question} end of question: {answer}" for question, answer in asked]
-    return f"{board}\ncaption image: " + "\n".join(turns)
+    turns = ask(scene, rng, extra=6, kinds=kinds)
+    last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []
+    text = " " + " ".join(board) + "\ncaption image:"
+    lines = [f"{question} end of question: {answer}" for question, answer in turns]
+    closing = [f"{question} end of question: {answer}" for question, answer in last]
+    room = BLOCK_SIZE - 1 - count_tokens(text) - sum(count_tokens("\n" + line) for line in closing)
+    chosen = []
+    for line in lines:
+        needed = count_tokens("\n" + line)
+        if needed <= room:
+            chosen.append(line)
+            room -= needed
+    text += " " + "\n".join(chosen + closing)
+    return text + " ." * (BLOCK_SIZE - 1 - count_tokens(text))
 
 
 def documents(rng: np.random.Generator, number: int, small_share: float = 0.4) -> Iterator[str]:
     """The corpus in order: the first `small_share` are small boards, then few are."""
     for index in range(number):
-        small = index < small_share * number or rng.random() < 0.1
-        yield document(rng, small, captions=0.3, questions=5)
+        yield document(rng, small=index < small_share * number or rng.random() < 0.1)

@@ -1,7 +1,7 @@
 """Turns scenes into pictures: glyphs of the DejaVu font (shipped with matplotlib) on backgrounds drawn by numpy.
 
-Backgrounds are computed for many pictures at once and the glyphs are rendered once per size and angle, so that thousands
-of pictures take seconds on one core.
+Backgrounds are computed for many pictures at once and the glyphs are rendered once per size and angle, so that
+thousands of pictures take seconds on one core.
 """
 
 from functools import cache
@@ -74,7 +74,7 @@ def _blend_up(grids: np.ndarray, size: int) -> np.ndarray:
 
 
 def draw_backgrounds(rng: np.random.Generator, number: int, size: int) -> np.ndarray:
-    """`number` backgrounds (number, size, size, 3), float32 in 0..255: gradients, chequered boards, wood, coloured clouds."""
+    """Gradients, chequered boards, wood and coloured clouds, `(number, size, size, 3)`, float32 in 0..255."""
     kinds = rng.integers(4, size=number)
     colours = rng.uniform(50, 215, (number, 2, 1, 1, 3)).astype(np.float32)
     y, x = np.meshgrid(np.arange(size, dtype=np.float32), np.arange(size, dtype=np.float32), indexing="ij")

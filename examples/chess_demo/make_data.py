@@ -71,7 +71,7 @@ def instruct_records(scenes: list[Scene], names: list[str], rng: np.random.Gener
 
 
 def question_records(scenes: list[Scene], names: list[str], rng: np.random.Generator, number: int) -> list[dict]:
-    """`number` records of one question each; the types take turns, a type's pictures in order, none asked twice alike."""
+    """`number` records of one question each; the types take turns, each going through the pictures in order."""
     records: list[dict] = []
     next_picture = dict.fromkeys(QUESTION_TYPES, 0)
     while len(records) < number:

@@ -4,7 +4,8 @@
     python examples/chess_demo/run_demo.py --seed 1 --output_dir outputs/chess_demo_1
 
 Each stage is an ordinary script in a process of its own, started by `accelerate launch` with a recipe of
-recipes/chess_demo/. The vision tower and the language model do not need each other and train side by side, one core each.
+recipes/chess_demo/. The vision tower and the language model do not need each other and train side by side, one core
+each.
 A stage that is complete is not run again, so an interrupted demo goes on where it was; --fresh starts anew.
 """
 
@@ -162,7 +163,8 @@ def run_stage(stage: Stage, output: Path) -> dict[str, float]:
 
 def failure(job: Job, code: int, log: Path) -> str:
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-    return f"{tail}\n\nThe stage {job.name!r} failed (exit code {code}); its log is {log}. Once the cause is mended, the same command goes on from here."
+    advice = "Once the cause is mended, the same command goes on from here."
+    return f"{tail}\n\nThe stage {job.name!r} failed (exit code {code}); its log is {log}. {advice}"
 
 
 def is_complete(job: Job, output: Path) -> bool:

@@ -1,7 +1,8 @@
 """What stands in a picture and what can be asked about it: the part of the data set that knows nothing of pixels.
 
 A scene is one to three chess pieces, stacked from top to bottom. Everything said about a picture (caption, questions,
-answers, the board of letters in the language model's corpus) is computed from its scene, so every answer can be checked.
+answers, the board of letters in the language model's corpus) is computed from its scene, so every answer can be
+checked.
 """
 
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def draw_scenes(
     unseen: bool = False,
     shares: tuple[float, float, float] = (0.2, 0.4, 0.4),
 ) -> list[Scene]:
-    """`number` scenes without any held-out pair or, if `unseen`, each with at least one (so of two or three pieces)."""
+    """`number` scenes without any held-out pair or, if `unseen`, each with at least one."""
     scenes: list[Scene] = []
     while len(scenes) < number:
         scene = draw_scene(rng, int(rng.choice(3, p=shares)) + 1)

@@ -3,8 +3,8 @@
     python examples/chess_demo/train_clip.py --data_dir outputs/chess_demo/data --output_dir outputs/chess_demo/clip
 
 The first phase shows one piece a picture at 36 pixels (9 patches: cheap steps); then the position embeddings are
-interpolated to 72 pixels and the second phase shows one to three pieces. Beside the captions of the batch, each picture
-is compared with captions that are wrong in one piece or in the order, as NegCLIP does (Yuksekgonul et al. 2023): random
+interpolated to 72 pixels and the second phase shows one to three pieces. Beside the captions of the batch, each
+picture is compared with captions that are wrong in one piece, as NegCLIP does (Yuksekgonul et al. 2023): random
 captions seldom differ so little. The result is an ordinary checkpoint: model, image processor, tokenizer.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 from scenes import PIECES, phrase
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from vocabulary import END, PAD, START, caption_vocabulary
 
 from training.optimizers import MuonWithAdamW
 
@@ -32,25 +32,12 @@ PATCH_SIZE, START_SIZE, FULL_SIZE = 12, 36, 72
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE over everything a caption can say, with CLIP's start and end tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|startoftext|>", "<|endoftext|>", "<|pad|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([phrase([first, second]) for first in PIECES for second in PIECES], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
-    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|pad|>",
+        tokenizer_object=caption_vocabulary(),
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=PAD,
         model_max_length=32,
     )
 
@@ -105,14 +92,12 @@ def pixel_values(pictures: torch.Tensor, rng: np.random.Generator | None = None)
 
 
 def nearly_right(caption: str, rng: np.random.Generator) -> str:
-    """The caption with one piece exchanged for another, or with two different pieces in each other's place."""
+    """The caption with one piece exchanged for another; often only its colour is exchanged."""
     names = [part.removeprefix("a ") for part in caption.replace(" and ", ", ").split(", ")]
-    first = int(rng.integers(len(names)))
-    second = int(rng.integers(len(names)))
-    if names[first] != names[second] and rng.random() < 0.5:
-        names[first], names[second] = names[second], names[first]
-    else:
-        names[first] = PIECES[(PIECES.index(names[first]) + int(rng.integers(1, len(PIECES)))) % len(PIECES)]
+    wrong = int(rng.integers(len(names)))
+    number = PIECES.index(names[wrong])
+    shift = len(PIECES) // 2 if rng.random() < 0.3 else int(rng.integers(1, len(PIECES)))
+    names[wrong] = PIECES[(number + shift) % len(PIECES)]
     return phrase(names)
 
 

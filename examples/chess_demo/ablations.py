@@ -1,0 +1,115 @@
+"""What the parts contribute: the demo's later stages, run in variants that share vision tower and language model.
+
+    python examples/chess_demo/run_demo.py --seed 0 --output_dir outputs/seed_0
+    python examples/chess_demo/ablations.py --demo_dir outputs/seed_0 --output_dir outputs/ablations_0
+
+Each variant is one folder with a `result.json`; a variant that has one is not run again. Everything else (data, seeds,
+steps of fine-tuning, test questions) is the demo's.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from run_demo import Job, Stage, launch, run_stage
+
+
+# Options of run_align.py; `align_steps` 0 leaves the align stage out: the projector starts sft at random.
+VARIANTS: dict[str, dict] = {
+    "as in the demo": {},
+    "no align": {"align_steps": 0},
+    "linear projector": {"projector_type": "linear"},
+    "mlp projector": {"projector_type": "mlp"},
+    "resblock projector": {"projector_type": "resblock"},
+    "last layer alone": {"vision_feature_layer": "-1"},
+    "second last layer alone": {"vision_feature_layer": "-2"},
+    "language model from random weights": {"random_text_model": True},
+}
+
+
+def variant_stages(name: str, demo: Path, output: Path, seed: int) -> list[Stage]:
+    """The stages of one variant, single-threaded, so that two can run side by side on two cores."""
+    options = dict(VARIANTS[name])
+    data = demo / "data"
+    pictures = {"image_folder": data / "train", "seed": seed}
+    text_model = demo / "pretrain"
+    stages = []
+    if options.pop("random_text_model", False):
+        text_model = output / "pretrain"
+        corpus = {"train_data": data / "corpus.txt", "seed": seed}
+        # One step with a learning rate of 0: the checkpoint of a random language model and its tokenizer.
+        random_start = {"max_steps": 1, "learning_rate": 0.0, "output_dir": text_model}
+        command = launch("run_pretrain.py", "pretrain.yaml", **corpus, **random_start)
+        stages.append(Stage("pretrain", [Job("pretrain", command, 1)]))
+    steps = options.pop("align_steps", None)
+    if steps == 0:
+        options |= {"max_steps": 1, "learning_rate": 0.0}  # the pair is joined, nothing is trained
+    align = launch(
+        "run_align.py",
+        "align.yaml",
+        vision_model=demo / "clip",
+        text_model=text_model,
+        train_data=data / "captions_train.json",
+        output_dir=output / "align",
+        **pictures,
+        **options,
+    )
+    sft = launch(
+        "run_sft.py",
+        "sft.yaml",
+        model_name_or_path=output / "align",
+        train_data=data / "instruct_train.json",
+        output_dir=output / "sft",
+        **pictures,
+    )
+    evaluate = launch(
+        "run_evaluate.py",
+        "evaluate.yaml",
+        model_name_or_path=output / "sft" / "merged",
+        eval_data=json.dumps({split: str(data / f"instruct_{split}.json") for split in ("test", "unseen")}),
+        image_folder=json.dumps({split: str(data / split) for split in ("test", "unseen")}),
+        output_dir=output / "evaluation",
+        blind="false",
+    )
+    commands = {"align": align, "sft": sft, "evaluate": evaluate}
+    return stages + [Stage(job, [Job(job, command, 1)]) for job, command in commands.items()]
+
+
+def run_variant(name: str, demo: Path, output: Path, seed: int) -> dict:
+    """Train and test one variant; returns and writes its result."""
+    result_file = output / "result.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    for folder in ("logs", "done"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for stage in variant_stages(name, demo, output, seed):
+        run_stage(stage, output)
+    results = json.loads((output / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    splits = {split: results["splits"][split]["overall"] for split in ("test", "unseen")}
+    result: dict = {"variant": name, "seed": seed, "seconds": time.monotonic() - started}
+    for split, scores in splits.items():
+        result[split] = {"exact_match": scores["exact_match"], "questions": scores["n"]}
+    result_file.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo_dir", type=Path, required=True, help="a complete run of run_demo.py")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    arguments = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in arguments.variants:
+        folder = arguments.output_dir.resolve() / name.replace(" ", "_")
+        result = run_variant(name, arguments.demo_dir.resolve(), folder, arguments.seed)
+        shares = ", ".join(f"{split} {100 * result[split]['exact_match']:.1f} %" for split in ("test", "unseen"))
+        print(f"{name}: {shares}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

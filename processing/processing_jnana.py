@@ -210,13 +210,14 @@ class JnanaProcessor(ProcessorMixin):
         here too.
         """
         texts = [text] if isinstance(text, str) else text
-        if texts is not None and any(BREAK in sample for sample in texts):
-            flat_images = self._flatten_images(images)
-            return self._tokenize_chats(list(texts), flat_images, kwargs)[0]
         bos_token = self.tokenizer.bos_token
         if texts and bos_token is not None and all(sample.startswith(bos_token) for sample in texts):
             kwargs.setdefault("add_special_tokens", False)  # the template wrote it: not twice
-        return super().__call__(images=images, text=text, **kwargs)
+        if texts is None or not any(BREAK in sample for sample in texts):
+            return super().__call__(images=images, text=text, **kwargs)
+        if kwargs.pop("add_special_tokens", True) and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]:
+            texts = [bos_token + sample for sample in texts]
+        return self._tokenize_chats(list(texts), self._flatten_images(images), kwargs)[0]
 
     # ------------------------------------------------------------------ chats
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from processing import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
 from tests.processing.chats import llama_like_tokenizer, num_images, random_chat, text_of
@@ -186,6 +187,24 @@ def test_rendered_text_stays_safe_when_tokenised_later(processors, template):
     plain = processor.tokenizer(text)["input_ids"]  # by a tool that knows nothing of this
     assert plain.count(processor.image_token_id) == 1
     assert plain.count(processor.tokenizer.eos_token_id) == 0
+
+
+def test_a_begin_of_text_token_is_written_once():
+    """By the template, or by a tokenizer that adds it by itself, with and without neutralised passages."""
+    tokenizer = llama_like_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for template in ("llava_chess", "phi35_pooled"):
+        processor = make_processor(read_chat_template(template), tokenizer)
+        for question in ("why?", "why <s> and </s>?"):
+            chat = [{"role": "user", "content": question}]
+            text = processor.apply_chat_template(chat)
+            ids = processor(text=text)["input_ids"][0]
+            assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+            assert tokenizer.eos_token_id not in ids
+            rendered = encode(processor, [chat])["input_ids"][0]
+            assert rendered == (ids if template == "llava_chess" else ids[1:])
 
 
 def test_batches_are_padded_on_either_side(processor):

@@ -259,6 +259,12 @@ def test_flattening_is_lazy_and_keeps_added_columns(coco, pictures):
     assert all(name in shuffled[0] for name in ROW_FEATURES)
     assert [row["source"] for row in iterate_rows(flat)] == [row["source"] for row in flat]
     assert flatten_conversations(flat)[1] == flat[1]
+    chosen = flatten_conversations(rows.select([1, 0]))  # as after a check that left rows out
+    assert [row["source"].split(",")[1] for row in chosen] == [
+        " image 1 (id 10)",
+        " image 0 (id 11)",
+        " image 0 (id 11)",
+    ]
 
 
 def test_json_that_does_not_parse_names_line_and_column(tmp_path):

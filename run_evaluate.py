@@ -114,7 +114,7 @@ def answer_test_set(args: EvaluationArguments, model, processor, name: str, ques
 
 
 def write_results(args: EvaluationArguments, results: list[SplitResult], fingerprint: str) -> None:
-    """Write results.json, the pages and the pictures, and print the tables."""
+    """Write results.json, the pages and the pictures, and log the tables."""
     folder = Path(args.output_dir)
     written = {
         "model": args.model_name_or_path,
@@ -127,7 +127,7 @@ def write_results(args: EvaluationArguments, results: list[SplitResult], fingerp
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     for result in results:
         write_contact_sheet(args.folder_of(result.name) / "examples.png", result.questions, result.records)
-        print(f"\n{format_table(result.summary, f'{result.name} ({args.test_sets[result.name]})')}")
+        logger.info(f"\n{format_table(result.summary, f'{result.name} ({args.test_sets[result.name]})')}")
     settings = {
         "model": args.model_name_or_path,
         "data": ", ".join(args.test_sets.values()),
@@ -138,7 +138,7 @@ def write_results(args: EvaluationArguments, results: list[SplitResult], fingerp
     report = write_report(
         folder / "report.html", results, title=title, settings=settings, max_examples=args.max_examples
     )
-    print(f"\nPictures and answers: {report}\nAll numbers: {folder / 'results.json'}")
+    logger.info(f"\nPictures and answers: {report}\nAll numbers: {folder / 'results.json'}")
 
 
 if __name__ == "__main__":

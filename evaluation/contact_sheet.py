@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from evaluation.questions import QuestionSet
+from evaluation.report import drawn_at_random
 from evaluation.summary import is_right, normalize_space
 
 
@@ -28,8 +29,8 @@ def write_contact_sheet(
 ) -> Path | None:
     """Draw a contact sheet.
 
-    The questions are spread evenly over those with exactly one picture that were answered; nobody picks them by their
-    answers.
+    The questions are drawn at random from those with exactly one picture that were answered; nobody picks them by
+    their answers.
 
     Args:
         path (`str` or `Path`): The PNG file; its folder must exist.
@@ -41,14 +42,12 @@ def write_contact_sheet(
     Returns:
         `Path` or `None`: The file; `None`, and no file, if there is no such question.
     """
-    from evaluation.report import evenly_spread
-
     usable = [
         index
         for index, question in enumerate(questions.questions)
         if records[index]["prediction"] is not None and len(questions.rows[question.row]["images"]) == 1
     ]
-    chosen = [usable[position] for position in evenly_spread(len(usable), max_examples)]
+    chosen = [usable[position] for position in drawn_at_random(len(usable), max_examples)]
     if not chosen:
         return None
     texts = [_lines(records[index]) for index in chosen]

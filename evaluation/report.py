@@ -7,6 +7,7 @@ policy forbids it to load anything.
 
 import base64
 import io
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ def write_report(
         splits (`list[SplitResult]`): One or more test sets.
         title (`str`): Heading, say the model's name.
         settings (`dict`): Shown under the heading as they are.
-        max_examples (`int`): Questions shown with their pictures per test set, spread evenly over it; scores are
-            always of all questions, and the page says how many of how many it shows.
+        max_examples (`int`): Questions shown with their pictures per test set, drawn at random; scores are always of
+            all questions, and the page says how many of how many it shows.
 
     Returns:
         `Path`: The file.
@@ -91,18 +92,19 @@ def write_report(
     return path
 
 
-def evenly_spread(count: int, limit: int) -> list[int]:
-    """At most `limit` of the indices below `count`, evenly spaced: a sample that nobody picked by its answers."""
-    if count <= limit:
-        return list(range(count))
-    return [position * count // limit for position in range(limit)]
+def drawn_at_random(count: int, limit: int) -> list[int]:
+    """At most `limit` of the indices below `count`, in order: the same draw each time, and nobody's choice.
+
+    Every k-th would not do: test sets often list the question types in turns.
+    """
+    return sorted(random.Random(0).sample(range(count), min(count, limit)))
 
 
 def _cards(split: SplitResult, limit: int) -> list[dict[str, Any]]:
     """What the page shows of single questions."""
     blind = {} if split.blind_records is None else dict(enumerate(split.blind_records))
     cards = []
-    for index in evenly_spread(len(split.records), limit):
+    for index in drawn_at_random(len(split.records), limit):
         record = split.records[index]
         question = split.questions.questions[index]
         score = None if record["prediction"] is None else vqa_accuracy(record["prediction"], record["references"])

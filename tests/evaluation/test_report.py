@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from evaluation import QuestionSet, SplitResult, summarise, write_contact_sheet, write_report
-from evaluation.report import THUMBNAIL_SIDE, evenly_spread, thumbnail
+from evaluation.report import THUMBNAIL_SIDE, drawn_at_random, thumbnail
 from processing import load_rows
 from tests.evaluation.conftest import write_test_set
 
@@ -120,8 +120,11 @@ def test_limit_of_pictures(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert len(page.of("article")) == len(page.of("img")) == 2
     assert "2 of 6 questions" in text and "exact match on 6 questions" in text
-    assert "of 6 questions, evenly" not in written(tmp_path / "all.html", [result], max_examples=6)
-    assert [evenly_spread(6, limit) for limit in (0, 2, 6, 7)] == [[], [0, 3], list(range(6)), list(range(6))]
+    assert "drawn at" in text and "drawn at" not in written(tmp_path / "all.html", [result], max_examples=6)
+    assert [drawn_at_random(6, limit) for limit in (0, 6, 7)] == [[], list(range(6)), list(range(6))]
+    chosen = drawn_at_random(540, 30)
+    assert len(set(chosen)) == 30 and chosen == sorted(chosen) == drawn_at_random(540, 30)
+    assert len({index % 9 for index in chosen}) >= 7  # nine types in turns: a draw of every 18th would see one
     with pytest.raises(ValueError, match="max_examples is -1"):
         written(tmp_path / "none.html", [result], max_examples=-1)
 
@@ -161,11 +164,12 @@ def test_contact_sheet(tmp_path, recwarn):
     assert (0xC3, 0x28, 0x1C) in colours and (0x12, 0x75, 0x2F) in colours  # a wrong and a right answer
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
-    write_contact_sheet(tmp_path / "right.png", result.questions, result.records[:], columns=6, max_examples=2)
+    write_contact_sheet(tmp_path / "right.png", result.questions, result.records, columns=6, max_examples=2)
     with Image.open(tmp_path / "right.png") as sheet:
         assert sheet.width == 2 * wide
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(maxcolors=1 << 24)}
-    assert (40 * 3 % 256, 90, 200) in colours and (40 * 1, 90, 200) not in colours  # questions 0 and 3 of six
+    shown = [number for number in range(6) if (40 * number % 256, 90, 200) in colours]
+    assert shown == drawn_at_random(6, 2)
 
 
 def test_no_contact_sheet_without_pictures(tmp_path):

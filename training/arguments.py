@@ -131,7 +131,9 @@ class DataArguments:
     image_check: Literal["none", "header", "decode"] = field(
         default="header", metadata={"help": "How far every image is read in the check before training."}
     )
-    streaming: bool = field(default=False)
+    streaming: bool = field(
+        default=False, metadata={"help": "Read while training; of several processes each reads files of its own."}
+    )
     max_train_rows: int | None = field(default=None)
     max_eval_rows: int | None = field(default=None)
 

@@ -20,7 +20,7 @@ from processing import JnanaCollator
 from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from training.checks import check_run
+from training.checks import check_models, check_run
 from training.data import collator_options, load_conversations
 from training.loading import check_model_arguments, is_adapter, prepare_model, prepare_processor
 from training.model_card import use_our_card
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Everything that can be refused before a model is loaded
     check_model_arguments(model_args)
+    check_models(model_args)
     check_run(training_args, data_args, run_args)
     if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
         raise ValueError(

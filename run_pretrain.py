@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from training.checks import check_run
+from training.checks import check_models, check_run
 from training.data import load_blocks, load_documents
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Everything that can be refused before a model is loaded
     check_text_arguments(model_args)
+    check_models(model_args)
     check_run(training_args, data_args, run_args)
 
     # 3. Where to start

@@ -24,7 +24,7 @@ from processing import JnanaCollator
 from training.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
 from training.callbacks import BaseReferenceCallback, LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from training.checks import check_lora, check_run
+from training.checks import check_lora, check_models, check_run
 from training.data import collator_options, load_conversations
 from training.loading import (
     base_reference,
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Everything that can be refused before a model is loaded
     check_model_arguments(model_args)
+    check_models(model_args)
     check_run(training_args, data_args, run_args)
     continues_adapter = model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path)
     check_lora(lora_args, model_args.model_name_or_path if continues_adapter else None)

@@ -1,7 +1,7 @@
-"""What the training scripts and the evaluation share: arguments, stages, loading, checks, callbacks, checkpoints, card.
+"""What the scripts share: arguments, stages, loading, checks, callbacks, checkpoints and the model card.
 
-Importing it registers the processor with `AutoProcessor` in this process. It happens here because the registration needs
-the config and the processor, and `modeling` and `processing` don't know each other.
+Importing it registers the processor with `AutoProcessor` in this process. It happens here because the registration
+needs the config and the processor, and `modeling` and `processing` don't know each other.
 """
 
 from transformers import AutoProcessor

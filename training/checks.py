@@ -6,7 +6,14 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from .arguments import DataArguments, LoraArguments, RunArguments, TextDataArguments
+from .arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    TextDataArguments,
+    TextModelArguments,
+)
 
 
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow", ".gz"}
@@ -42,6 +49,15 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
         )
 
 
+def check_models(args: ModelArguments | TextModelArguments) -> None:
+    """Refuse models that look like folders and are none; the others may be Hub ids."""
+    names = ("model_name_or_path", "vision_model", "text_model", "config_name_or_path", "tokenizer_name_or_path")
+    for name in names:
+        value = vars(args).get(name)
+        if value is not None:
+            check_source(name, value, "give a folder or a Hub id; the recipes' earlier stages write such folders")
+
+
 def check_output_dir(folder: str) -> None:
     """Create the folder and write a file in it."""
     try:
@@ -52,12 +68,12 @@ def check_output_dir(folder: str) -> None:
         raise ValueError(f"output_dir {folder!r} cannot be written to ({error.strerror}); choose another") from error
 
 
-def check_source(name: str, source: str) -> None:
+def check_source(name: str, source: str, remedy: str = "give a file, a folder or a Hub data set") -> None:
     """Refuse what looks like a path and does not exist; anything else may be a Hub id."""
     path = Path(source)
     looks_local = path.is_absolute() or source.startswith(".") or path.suffix in FILE_SUFFIXES or len(path.parts) > 2
     if looks_local and not path.exists() and not any(mark in source for mark in "*?["):
-        raise ValueError(f"{name} {source!r} does not exist; give a file, a folder or a Hub data set")
+        raise ValueError(f"{name} {source!r} does not exist; {remedy}")
 
 
 def check_lora(args: LoraArguments, adapter: str | None) -> None:

@@ -38,7 +38,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     if not is_finished(checkpoint, trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         return
-    logger.info(f"{checkpoint} is the end of this run; nothing is trained, the final files are written again")
+    logger.info(f"{checkpoint} is the end of this run: nothing is trained, the final files are written again")
     trainer._load_from_checkpoint(checkpoint)  # what Trainer.train itself calls first
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 

@@ -35,6 +35,8 @@ def no_model(monkeypatch):
         ({"streaming": "true", "max_steps": -1}, "streaming is true but max_steps is -1"),
         ({"output_dir": "/proc/nowhere"}, "output_dir '/proc/nowhere' cannot be written to"),
         ({"model_name_or_path": "somewhere"}, "exclude each other"),
+        ({"text_model": "outputs/tiny/pretrain"}, "text_model 'outputs/tiny/pretrain' does not exist"),
+        ({"vision_model": "./clip"}, "vision_model './clip' does not exist"),
         ({"chat_template": "nonsense"}, "chat_template='nonsense' is neither"),
         ({"max_length": 3}, "max_length=3"),
     ],

@@ -91,7 +91,7 @@ def test_a_finished_run_stays_as_it_is(data, vision, pretrained, aligned, tmp_pa
     shutil.copytree(aligned, tmp_path / "align")
     (tmp_path / "align" / "model.safetensors").unlink()
     run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align"))
-    assert "is the end of this run; nothing is trained" in capsys.readouterr().out
+    assert "is the end of this run: nothing is trained" in capsys.readouterr().out
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "align", aligned))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 

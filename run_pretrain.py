@@ -47,8 +47,6 @@ def main(argv: list[str]) -> None:
 
     # 4. Tokenizer and data: the first process prepares, the others read what it cached
     with training_args.main_process_first(desc="tokenizer and data"):
-        if run_args.overwrite_output_dir and training_args.should_save:
-            delete_checkpoints(training_args.output_dir)
         tokenizer = prepare_tokenizer(model_args, load_documents(data_args), checkpoint)
         train_blocks = load_blocks(data_args, tokenizer)
         eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)
@@ -76,6 +74,8 @@ def main(argv: list[str]) -> None:
     use_our_card(trainer, "pretrain", model_args, data_args, recipe=recipe_name(argv))
 
     # 7. Train, save, share
+    if run_args.overwrite_output_dir and training_args.should_save:
+        delete_checkpoints(training_args.output_dir)
     train(trainer, checkpoint)
     finish_run(trainer)
 

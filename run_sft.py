@@ -63,8 +63,6 @@ def main(argv: list[str]) -> None:
 
     # 4. Processor and data: the first process prepares, the others read what it cached
     with training_args.main_process_first(desc="processor and data"):
-        if run_args.overwrite_output_dir and training_args.should_save:
-            delete_checkpoints(training_args.output_dir)
         processor = prepare_processor(model_args)
         where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
         train_rows = load_conversations(data_args, processor, **where)
@@ -95,6 +93,8 @@ def main(argv: list[str]) -> None:
     use_our_card(trainer, "sft", model_args, data_args, recipe=recipe_name(argv))
 
     # 7. Train, save, share
+    if run_args.overwrite_output_dir and training_args.should_save:
+        delete_checkpoints(training_args.output_dir)
     train(trainer, checkpoint)
     if with_adapter and training_args.should_save:
         write_base_reference(base_reference(model_args), training_args.output_dir)

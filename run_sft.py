@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
         delete_checkpoints(training_args.output_dir)
     train(trainer, checkpoint)
     if with_adapter and training_args.should_save:
-        write_base_reference(base_reference(model_args), training_args.output_dir)
+        write_base_reference(base_reference(model_args), training_args.output_dir, published=training_args.push_to_hub)
     finish_run(trainer)
     if with_adapter and lora_args.merge_adapter and training_args.should_save:
         merged_folder = f"{training_args.output_dir}/merged"

@@ -140,7 +140,7 @@ class BaseReferenceCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            write_base_reference(self.reference, folder)
+            write_base_reference(self.reference, folder, published=args.push_to_hub)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling import JnanaConfig, JnanaForConditionalGeneration
 from processing import JnanaProcessor, check_tokenizer, read_chat_template, tokenizer_fingerprint
@@ -23,7 +24,6 @@ from .arguments import ModelArguments
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 BASE_REFERENCE = "jnana_base.json"  # beside an adapter: what it was trained on
 
 
@@ -49,17 +49,54 @@ def load_model_and_processor(
         ValueError: if the folder is none of these kinds, the base of an adapter cannot be found, or the tokenizer is
             not the one that the language model was trained with.
     """
-    processor = load_processor(path)
+    processor = load_processor(path, loading_kwargs.get("trust_remote_code", False))
     if dtype is not None:
         loading_kwargs["dtype"] = dtype
     if is_adapter(path):
         model = load_base(path, processor, **loading_kwargs)
-        check_own_tokenizer(model.config, processor, path)
+        check_fit(model.config, processor, path)
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable_adapter)
     else:
-        check_own_tokenizer(JnanaConfig.from_pretrained(path), processor, path)
+        check_fit(load_config(path), processor, path)
         model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
     return model, processor
+
+
+def load_config(path: str) -> JnanaConfig:
+    """The config of a full Jnana checkpoint.
+
+    Raises:
+        ValueError: if `path` holds a model of another type.
+    """
+    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    if model_type != JnanaConfig.model_type:
+        raise ValueError(
+            f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a folder "
+            "written by run_align or run_sft, or name two backbones as vision_model and text_model"
+        )
+    return JnanaConfig.from_pretrained(path)
+
+
+def check_fit(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
+    """Refuse a checkpoint whose tokenizer or image processor was exchanged for another."""
+    check_own_tokenizer(config, processor, path)
+    check_image_tokens(config, processor, model_name=f"the model in {path}", processor_name=f"the processor in {path}")
+
+
+def check_image_tokens(config: JnanaConfig, processor: JnanaProcessor, model_name: str, processor_name: str) -> None:
+    """Refuse a processor that writes another number of image tokens than the model gives vectors.
+
+    Raises:
+        ValueError: naming both, with their numbers.
+    """
+    # every image is brought to one size, so any size of the original will do
+    written = processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"][0]
+    if written != config.image_seq_length:
+        raise ValueError(
+            f"{processor_name} writes {written} image tokens an image, but {model_name} gives "
+            f"{config.image_seq_length} vectors an image (vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r}); they must agree in image size, patch size and strategy"
+        )
 
 
 def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
@@ -73,34 +110,35 @@ def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: st
         )
 
 
-def load_processor(path: str) -> JnanaProcessor:
-    """The processor of a Jnana checkpoint.
+def load_processor(path: str, trust_remote_code: bool = False) -> JnanaProcessor:
+    """The processor of a Jnana checkpoint; only a backbone's own tokenizer or image processor may need trust.
 
     Raises:
         ValueError: if `path` is a folder without one.
     """
     if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
+        unfinished = sorted(folder.name for folder in Path(path).glob("checkpoint-*"))
         raise ValueError(
-            f"{path!r} is not a Jnana checkpoint: it has no processor_config.json. Give a folder written by run_align "
-            "or run_sft, or name two backbones as vision_model and text_model"
+            f"{path!r} is not a Jnana checkpoint: it has no processor_config.json. "
+            + (f"Its run was cut off: take one of {unfinished} in it, or finish the run. " if unfinished else "")
+            + "Give a folder written by run_align or run_sft, or name two backbones as vision_model and text_model"
         )
-    return JnanaProcessor.from_pretrained(path)
+    return JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def prepare_processor(args: ModelArguments) -> JnanaProcessor:
-    """The processor that the arguments ask for, checked against the language model; no weights are read.
+    """The processor that the arguments ask for, checked against the model's parts; no weights are read.
 
     Raises:
-        ValueError: if the tokenizer is refused.
+        ValueError: if the tokenizer, the image processor or a projector field is refused.
     """
+    trust = {"trust_remote_code": args.trust_remote_code}
     if args.model_name_or_path is not None:
-        processor = load_processor(args.model_name_or_path)
+        processor = load_processor(args.model_name_or_path, **trust)
         if args.chat_template is not None:
             processor.chat_template = read_chat_template(args.chat_template)
         if not is_adapter(args.model_name_or_path):
-            check_own_tokenizer(
-                JnanaConfig.from_pretrained(args.model_name_or_path), processor, args.model_name_or_path
-            )
+            check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
         return processor
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
     processor = JnanaProcessor.from_vision_text_pretrained(
@@ -108,8 +146,12 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         tokenizer_name,
         chat_template=args.chat_template or "jnana",
         vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
+        **trust,
     )
-    check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name)
+    check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name, **trust)
+    backbones = [AutoConfig.from_pretrained(name, **trust) for name in (args.vision_model, args.text_model)]
+    config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields)
+    check_image_tokens(config, processor, args.vision_model, f"the image processor of {args.vision_model}")
     return processor
 
 
@@ -158,17 +200,23 @@ def build_pair(
         ValueError: if the tokenizer is not the one that the language model was trained with.
     """
     tokenizer = processor.tokenizer
-    fingerprint = check_text_tokenizer(text, tokenizer, tokenizer_name or text)
+    trust_remote_code = fields.get("trust_remote_code", False)
+    fingerprint = check_text_tokenizer(text, tokenizer, tokenizer_name or text, trust_remote_code)
     model = JnanaForConditionalGeneration.from_vision_text_pretrained(
         vision, text, image_token_id=processor.image_token_id, **fields
     )
+    check_image_tokens(model.config, processor, model_name=vision, processor_name="the processor")
     model.config.tokenizer_fingerprint = fingerprint
+    for part in (model.config.vision_config, model.config.text_config):
+        part._name_or_path = ""  # it would be written into config.json, and a folder of this machine be published
     grow_embeddings(model, len(tokenizer))
     set_special_tokens(model, processor)
     return model
 
 
-def check_text_tokenizer(text: str, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str) -> str | None:
+def check_text_tokenizer(
+    text: str, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str, trust_remote_code: bool = False
+) -> str | None:
     """Compare a tokenizer with the one that the language model `text` was trained with.
 
     That is the fingerprint in the model's config where run_pretrain wrote one, else the tokenizer the checkpoint
@@ -180,11 +228,11 @@ def check_text_tokenizer(text: str, tokenizer: PreTrainedTokenizerBase, tokenize
     Raises:
         ValueError: if they differ; the message names both.
     """
-    config = AutoConfig.from_pretrained(text)
+    config = AutoConfig.from_pretrained(text, trust_remote_code=trust_remote_code)
     fingerprint = getattr(config, "tokenizer_fingerprint", None)
     if fingerprint is None:
         try:
-            shipped = AutoTokenizer.from_pretrained(text)
+            shipped = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             shipped = None
         # for some families transformers makes up an empty tokenizer where the checkpoint has none
@@ -199,7 +247,8 @@ def check_text_tokenizer(text: str, tokenizer: PreTrainedTokenizerBase, tokenize
 def grow_embeddings(model: nn.Module, rows: int) -> None:
     """Give the embedding at least `rows` rows; a larger one (Phi-2: 51,200 for 50,295 tokens) is left as it is.
 
-    New rows are the mean of the old ones, so that an adapter's base can be built again exactly.
+    New rows are the mean of the old ones, so that an adapter's base can be built again exactly. Only the image token's
+    is longer by a sixteenth: given embeddings alone, the model finds the images' places by that row.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     old = embedding.weight.shape[0]
@@ -209,8 +258,10 @@ def grow_embeddings(model: nn.Module, rows: int) -> None:
         mean_in, mean_out = embedding.weight.mean(0), head.weight.mean(0)
         mean_bias = None if head.bias is None else head.bias.mean()
         model.resize_token_embeddings(rows, mean_resizing=False)
-        model.get_input_embeddings().weight[old:] = mean_in
         model.get_output_embeddings().weight[old:] = mean_out
+        model.get_input_embeddings().weight[old:] = mean_in
+        if model.config.image_token_id >= old:
+            model.get_input_embeddings().weight[model.config.image_token_id] = mean_in * (17 / 16)
         if mean_bias is not None:
             model.get_output_embeddings().bias[old:] = mean_bias
     logger.info(f"the embedding grew from {old:,} to {rows:,} rows for the tokenizer's new tokens")
@@ -242,12 +293,8 @@ def check_model_arguments(args: ModelArguments) -> None:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether `path` is an adapter folder (or an adapter repository on the Hub)."""
-    if Path(path).is_dir():
-        return (Path(path) / ADAPTER_CONFIG).is_file()
-    from huggingface_hub import file_exists
-
-    return file_exists(path, ADAPTER_CONFIG)
+    """Whether `path` is an adapter folder (or an adapter repository on the Hub; offline, one in the cache)."""
+    return find_adapter_config_file(path) is not None
 
 
 def base_reference(args: ModelArguments) -> dict[str, Any]:
@@ -264,11 +311,18 @@ def base_reference(args: ModelArguments) -> dict[str, Any]:
     return {"names": {"model": args.model_name_or_path}, "projector_fields": {}}
 
 
-def write_base_reference(reference: dict[str, Any], folder: str | Path) -> None:
-    """Write `reference` beside an adapter, with the way from the adapter's folder to a local base."""
+def write_base_reference(reference: dict[str, Any], folder: str | Path, published: bool = False) -> None:
+    """Write `reference` beside an adapter, with the way from the adapter's folder to a local base.
+
+    `published` keeps this machine's folders out of it: of a local base it names the last part, and the way only if the
+    base lies close by.
+    """
     names = reference["names"]
     relative = {key: os.path.relpath(name, folder) for key, name in names.items() if Path(name).is_dir()}
-    text = json.dumps({**reference, "relative_paths": relative}, indent=2, sort_keys=True)
+    if published:
+        names = {key: Path(name).name if key in relative else name for key, name in names.items()}
+        relative = {key: way if Path(way).parts.count("..") <= 2 else "" for key, way in relative.items()}
+    text = json.dumps({**reference, "names": names, "relative_paths": relative}, indent=2, sort_keys=True)
     (Path(folder) / BASE_REFERENCE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -276,7 +330,7 @@ def read_base_reference(path: str) -> dict[str, Any]:
     """The base of the adapter `path`, local names resolved to folders that exist.
 
     Raises:
-        ValueError: if the adapter was not written by run_sft.
+        ValueError: if the adapter was not written by run_sft, or its base is a folder that is not there any more.
     """
     if Path(path).is_dir():
         file = Path(path) / BASE_REFERENCE
@@ -289,29 +343,23 @@ def read_base_reference(path: str) -> dict[str, Any]:
 
         file = Path(hf_hub_download(path, BASE_REFERENCE))
     reference = json.loads(file.read_text(encoding="utf-8"))
-    relative = reference.pop("relative_paths")
-    for key, way in relative.items():
+    names = reference["names"]
+    for key, way in reference.pop("relative_paths").items():  # the local ones; the other names are Hub ids
         beside = Path(path) / way
-        if beside.is_dir():
-            reference["names"][key] = str(beside)
+        if way and beside.is_dir():
+            names[key] = str(beside)
+        elif not Path(names[key]).is_dir():
+            raise ValueError(
+                f"the adapter {path!r} was trained on {key} {names[key]!r}, which is no folder here; bring it back, "
+                f"or correct {BASE_REFERENCE} in the adapter's folder"
+            )
     return reference
 
 
 def load_base(path: str, processor: JnanaProcessor, **loading_kwargs) -> nn.Module:
-    """The model that the adapter `path` was trained on.
-
-    Raises:
-        ValueError: if its folder is not there any more.
-    """
+    """The model that the adapter `path` was trained on."""
     reference = read_base_reference(path)
     names = reference["names"]
-    for key, name in names.items():
-        local = name.startswith((".", "/")) or name.count("/") != 1
-        if local and not Path(name).is_dir():
-            raise ValueError(
-                f"the adapter {path!r} was trained on {key} {name!r}, which is no folder here; bring it back, or "
-                f"correct {BASE_REFERENCE} in the adapter's folder"
-            )
     if "model" in names:
         model, _ = load_model_and_processor(names["model"], **loading_kwargs)
         return model

@@ -10,6 +10,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
-# What trains in which stage. `pretrain` knows a bare language model only; there everything trains.
+# What trains in which stage. `pretrain` knows a bare language model only; there everything trains. A stage that trains
+# the tower would have to leave `model.model.unused_vision_parameters()` frozen: DDP waits for every gradient.
 STAGES: dict[str, dict[str, bool]] = {
     "pretrain": {"language_model": True, "lm_head": True},
     "align": {"vision_tower": False, "multi_modal_projector": True, "language_model": False, "lm_head": False},
@@ -89,6 +91,9 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
         # without a task type PEFT writes the name of the model's (temporary) remote-code module into the adapter
         task_type="CAUSAL_LM",
     )
+    if Path(model.name_or_path).is_dir():
+        # PEFT would write this machine's folder into the adapter and its card; jnana_base.json names the base
+        model.name_or_path = model.config.name_or_path = ""
     return get_peft_model(model, config)
 
 

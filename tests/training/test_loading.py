@@ -2,10 +2,22 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from modeling import JnanaForConditionalGeneration
 from processing import JnanaProcessor, tokenizer_fingerprint
 from tests.tiny import save_tiny_text, save_tiny_vision, tiny_tokenizer
-from training.loading import build_pair, check_text_tokenizer, load_processor, write_base_reference
+from training.arguments import LoraArguments, ModelArguments
+from training.loading import (
+    build_pair,
+    check_text_tokenizer,
+    load_model_and_processor,
+    load_processor,
+    prepare_processor,
+    read_base_reference,
+    write_base_reference,
+)
+from training.stages import apply_stage
 
 
 ENTRIES = len(tiny_tokenizer())
@@ -37,9 +49,22 @@ def test_a_full_embedding_grows_by_what_is_needed(vision, tmp_path, kind):
     again, _ = build(vision, text)  # an adapter's base is built a second time
     for name, tensor in model.state_dict().items():
         assert "projector" in name or torch.equal(again.state_dict()[name], tensor), name
-    head = model.get_output_embeddings()
-    torch.testing.assert_close(head.weight[ENTRIES], head.weight[:ENTRIES].mean(0))
-    assert (head.weight is model.get_input_embeddings().weight) == (kind == "qwen2")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
+    torch.testing.assert_close(head.weight[pad], head.weight[:ENTRIES].mean(0))
+    torch.testing.assert_close(embedding.weight[image], embedding.weight[:ENTRIES].mean(0) * 17 / 16)
+    assert (head.weight is embedding.weight) == (kind == "qwen2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_no_image_to_embeddings_alone(vision, tmp_path, dtype):
+    text = str(save_tiny_text(tmp_path, vocab_size=ENTRIES))
+    processor = JnanaProcessor.from_vision_text_pretrained(vision, text)
+    model = build_pair(vision, text, processor, dtype=dtype)
+    pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
+    embeds = model.get_input_embeddings()(torch.tensor([[pad, pad, image, image, image, image, 5]]))
+    mask = model.model.get_placeholder_mask(None, embeds, torch.zeros(4, embeds.shape[-1]))
+    assert mask[0, :, 0].tolist() == [False, False, True, True, True, True, False]
 
 
 def test_generate_knows_the_tokens(vision, tmp_path):
@@ -75,3 +100,77 @@ def test_a_hub_base_stays_a_name(tmp_path):
     names = {"vision_model": "openai/clip-vit-base-patch32", "text_model": "microsoft/phi-2"}
     write_base_reference({"names": names, "projector_fields": {"projector_type": "mlp"}}, tmp_path)
     assert '"relative_paths": {}' in (tmp_path / "jnana_base.json").read_text()
+
+
+def test_a_published_adapter_names_no_folder_of_this_machine(tmp_path):
+    """Of a base close by the way is kept; of one elsewhere only the name, and the reader is told."""
+    near, far, adapter = tmp_path / "runs/align", tmp_path / "secret/clip", tmp_path / "runs/a/b/sft"
+    for folder in (near, far, adapter):
+        folder.mkdir(parents=True)
+    names = {"vision_model": str(far), "text_model": "gpt2"}
+    write_base_reference({"names": {"model": str(near)}, "projector_fields": {}}, near.parent / "a", published=True)
+    assert read_base_reference(str(near.parent / "a"))["names"] == {"model": str(near.parent / "a" / "../align")}
+    write_base_reference({"names": names, "projector_fields": {}}, adapter, published=True)
+    assert "secret" not in (adapter / "jnana_base.json").read_text()
+    with pytest.raises(ValueError, match="was trained on vision_model 'clip', which is no folder here"):
+        read_base_reference(str(adapter))
+    write_base_reference({"names": names, "projector_fields": {}}, adapter)  # the control
+    assert read_base_reference(str(adapter))["names"]["text_model"] == "gpt2"
+
+
+def test_nothing_saved_names_the_backbones_folders(vision, tmp_path):
+    model, _ = build(vision, str(save_tiny_text(tmp_path / "phi")))
+    model.save_pretrained(tmp_path / "pair")
+    assert str(tmp_path) not in (tmp_path / "pair/config.json").read_text() and vision not in str(model.config)
+    checkpoint = JnanaForConditionalGeneration.from_pretrained(tmp_path / "pair")
+    adapted = apply_stage(checkpoint, "sft", LoraArguments(lora_r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    for file in ("adapter_config.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "adapter" / file).read_text(), file
+
+
+def test_model_and_processor_that_count_an_image_differently(vision, tmp_path):
+    model, processor = build(vision, str(save_tiny_text(tmp_path / "phi")))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "pair")
+    load_model_and_processor(str(tmp_path / "pair"))  # the control
+    processor.image_processor.size = processor.image_processor.crop_size = {"height": 48, "width": 48}
+    processor.save_pretrained(tmp_path / "pair")
+    message = "the processor in .*pair writes 16 image tokens an image, but the model in .*pair gives 4 vectors"
+    with pytest.raises(ValueError, match=message):
+        load_model_and_processor(str(tmp_path / "pair"))
+    with pytest.raises(ValueError, match="16 image tokens an image, but .* gives 4"):
+        build_pair(vision, str(tmp_path / "phi"), processor)
+
+
+def test_a_checkpoint_of_another_type(vision, tmp_path):
+    _, processor = build(vision, str(save_tiny_text(tmp_path)))
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not a Jnana checkpoint: its config.json says model_type 'phi'"):
+        load_model_and_processor(str(tmp_path))
+
+
+def test_a_run_that_was_cut_off_names_its_checkpoints(tmp_path):
+    (tmp_path / "checkpoint-40").mkdir()
+    with pytest.raises(ValueError, match=r"Its run was cut off: take one of \['checkpoint-40'\]"):
+        load_processor(str(tmp_path))
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_trust_reaches_the_backbones_own_classes(vision, tmp_path, monkeypatch, trust):
+    """Ours need none; a third-party tokenizer, image processor or config does."""
+    text = str(save_tiny_text(tmp_path))
+    asked = []
+    for auto in (AutoConfig, AutoTokenizer, AutoImageProcessor):
+        original = auto.from_pretrained
+
+        def spy(*args, original=original, **kwargs):
+            asked.append(kwargs.get("trust_remote_code", False))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(auto, "from_pretrained", spy)
+    processor = prepare_processor(ModelArguments(vision_model=vision, text_model=text, trust_remote_code=trust))
+    build_pair(vision, text, processor, trust_remote_code=trust)
+    processor.save_pretrained(tmp_path / "pair")
+    load_processor(str(tmp_path / "pair"), trust)
+    assert len(asked) >= 8 and set(asked) == {trust}

@@ -28,9 +28,6 @@ MARKS = re.compile(f"([{BREAK}{ANSWER_START}{ANSWER_END}])")
 # transformers marks passages with two characters of its own: in people's text they would hide a placeholder from it
 FOREIGN_MARKS = re.compile(f"[{BREAK}{ANSWER_START}{ANSWER_END}\U000f0000\U000f0001]")
 
-# Keys whose values templates compare or that refer to an image: not text that people wrote
-UNTOUCHED_KEYS = ("role", "type", "image", "url", "path", "base64", "bytes")
-
 
 @lru_cache
 def _control_pattern(control_tokens: tuple[str, ...]) -> re.Pattern:
@@ -66,15 +63,16 @@ class ChatEncoder:
             value (`Any`): a string, or a list or dict (conversations, messages, tools) of them.
 
         Returns:
-            `Any`: a copy with a break after the first character of each control token. Adjacent text parts of one
-            message are joined first, so that two parts can't spell a token together.
+            `Any`: a copy with a break after the first character of each control token, names of fields included (a
+            tool's arguments are anyone's text). Adjacent text parts of one message are joined first, so that two parts
+            can't spell a token together.
         """
         if isinstance(value, str):
             return self._neutralise_text(value)
         if isinstance(value, (list, tuple)):
             return [self.neutralise(item) for item in _join_text_parts(value)]
         if isinstance(value, dict):
-            return {k: v if k in UNTOUCHED_KEYS else self.neutralise(v) for k, v in value.items()}
+            return {self.neutralise(k): self.neutralise(v) for k, v in value.items()}
         return value
 
     def _neutralise_text(self, text: str) -> str:

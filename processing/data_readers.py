@@ -5,8 +5,6 @@ a row, so that `check_rows` can list all of them at once, with file and record. 
 file that does not parse, a missing file or column) is an error here.
 """
 
-import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import datasets
 from .data_rows import caption_conversation, make_row, rows_to_dataset
 from .dataset_readers import CAPTION_COLUMNS, read_dataset
 from .llava_records import llava_row
+from .local_files import column_names, parse_json, read_records
 
 
 FORMATS = ("coco_captions", "llava_instruct", "imagefolder", "dataset")
@@ -44,8 +43,8 @@ def load_rows(
             data set.
         format (`str`, *optional*, defaults to `"auto"`): `coco_captions`, `llava_instruct`, `imagefolder`, `dataset`,
             or `auto`: told from the file itself.
-        image_folder (`str` or `Path`, *optional*): joined in front of the file names of the first two formats; the
-            file's own folder when not given.
+        image_folder (`str` or `Path`, *optional*): joined in front of the file names; the folder of the file that
+            names them when not given.
         split (`str`, *optional*, defaults to `"train"`): of a Hub data set, or the sub-folder of an image folder.
         streaming (`bool`, *optional*, defaults to `False`): give an `IterableDataset`; Hub data is then never stored
             whole.
@@ -88,9 +87,9 @@ def load_rows(
     if not path.exists():
         raise FileNotFoundError(f"source={str(source)!r} does not exist.")
     if format == "imagefolder":
-        iterator = _read_image_folder(path, split, prompt)
+        iterator = _read_image_folder(path, split, image_folder, prompt)
     else:
-        content = _parse_json(path) if content is None else content
+        content = parse_json(path) if content is None else content
         folder = path.parent if image_folder is None else Path(image_folder)
         if format == "coco_captions":
             iterator = _read_coco(content, path, folder, prompt)
@@ -98,7 +97,7 @@ def load_rows(
             iterator = _read_llava(content, path, folder, independent_turns)
     rows = (
         rows_to_dataset(row for row, _ in zip(iterator, range(max_rows), strict=False))
-        if max_rows
+        if max_rows is not None
         else rows_to_dataset(iterator)
     )
     if len(rows) == 0:
@@ -111,50 +110,23 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
     if path.is_dir():
         is_image_folder = any((folder / name).is_file() for folder in (path, path / split) for name in METADATA_FILES)
         return ("imagefolder" if is_image_folder else "dataset"), None
-    if path.name in METADATA_FILES:
+    if path.name.lower() in METADATA_FILES:
         return "imagefolder", None
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
+    if path.suffix.lower() not in (".json", ".jsonl") or not path.is_file():
         return "dataset", None
-    content = _parse_json(path)
+    content = parse_json(path)
     if isinstance(content, dict) and "annotations" in content and "images" in content:
         return "coco_captions", content
     if isinstance(content, list) and any(
         isinstance(record, dict) and "conversations" in record for record in content[:100]
     ):
         return "llava_instruct", content
-    if isinstance(content, list) and content and all(isinstance(record, dict) for record in content[:100]):
+    if isinstance(content, list) and all(isinstance(record, dict) for record in content[:100]):
         return "dataset", None
     raise ValueError(
         f"{path}: neither COCO captions ('images' and 'annotations') nor LLaVA-Instruct (a list of records with "
         "'conversations'). Name its format."
     )
-
-
-def _parse_json(path: Path) -> Any:
-    """The content of a `.json` file, or the list of a `.jsonl` file's records."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
-    if path.suffix != ".jsonl":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}."
-            ) from error
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}."
-                ) from error
-    return records
 
 
 # ---------------------------------------------------------------------- COCO captions
@@ -164,6 +136,10 @@ def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> It
     """One row an image, one conversation a caption; images without captions are left out."""
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise ValueError(f"{path}: COCO captions need an object with the lists 'images' and 'annotations'.")
+    for field in ("images", "annotations"):
+        for index, entry in enumerate(content.get(field, [])):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}, {field} {index}: an object with named fields is needed, not {entry!r:.80}.")
     names = {image.get("id"): image.get("file_name") for image in content.get("images", [])}
     captions: dict[Any, list[str]] = {}
     for annotation in content["annotations"]:
@@ -200,18 +176,15 @@ def _read_llava(content: Any, path: Path, folder: Path, independent_turns: bool)
 # ---------------------------------------------------------------------- image folder
 
 
-def _read_image_folder(path: Path, split: str, prompt: str | None) -> Iterator[dict]:
+def _read_image_folder(path: Path, split: str, image_folder: str | Path | None, prompt: str | None) -> Iterator[dict]:
     """`metadata.csv` (or `.jsonl`): `file_name`; a caption under `text`, `caption` or `answer`; perhaps `question`."""
     candidates = [path] if path.is_file() else [f / name for f in (path, path / split) for name in METADATA_FILES]
     metadata = next((candidate for candidate in candidates if candidate.is_file()), None)
     if metadata is None:
         raise FileNotFoundError(f"{path}: no {' or '.join(METADATA_FILES)} in it, nor in its sub-folder {split!r}.")
-    if metadata.suffix == ".csv":
-        with open(metadata, encoding="utf-8-sig", newline="") as file:
-            records = list(csv.DictReader(file))
-    else:
-        records = _parse_json(metadata)
-    columns = list(records[0]) if records else []
+    folder = metadata.parent if image_folder is None else Path(image_folder)
+    records = read_records(metadata)
+    columns = column_names(records)
     caption_column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if records and ("file_name" not in columns or caption_column is None):
         raise ValueError(
@@ -220,7 +193,7 @@ def _read_image_folder(path: Path, split: str, prompt: str | None) -> Iterator[d
         )
     for index, record in enumerate(records):
         name = record.get("file_name")
-        images = [_reference(metadata.parent, name)] if name else []
+        images = [_reference(folder, name)] if name else []
         chat = caption_conversation(record.get(caption_column), record.get("question") or prompt)
         category = record.get("category") or None
         yield make_row(images, [chat], f"{metadata.name}, record {index} ({name})", categories=[category])

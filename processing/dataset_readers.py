@@ -3,25 +3,23 @@
 Embedded images are never copied or decoded here: the row's table takes over the data set's own Arrow buffers.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 from datasets import Image, List
 
-from .data_rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, text_part
+from .data_rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset, text_part
 from .llava_records import llava_row
+from .local_files import RECORD_FILES, column_names, read_records
 
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers")
 IMAGE_COLUMNS = ("images", "image", "image_path", "file_name")
 QUESTION_COLUMNS = ("question", "query")
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def read_dataset(
@@ -51,13 +49,25 @@ def read_dataset(
         ValueError: if the columns hold neither chats nor texts; names them.
     """
     name = source if isinstance(source, str) else "dataset"
-    data = _load(source, split, streaming, **load_options) if isinstance(source, str) else source
-    if max_rows is not None:
-        streamed = isinstance(data, datasets.IterableDataset)
-        data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
-    if isinstance(data, datasets.IterableDataset) and data.features is None:
-        data = data._resolve_features()
-    columns = list(data.features)
+    suffix = Path(name).suffix.lower()
+    records, data = None, source
+    if isinstance(source, str) and suffix in (*RECORD_FILES, ".parquet"):
+        if load_options:
+            raise ValueError(f"{', '.join(load_options)}: not an option of a local file ({name}).")
+        image_folder = Path(source).parent if image_folder is None else image_folder
+    if isinstance(source, str) and suffix in RECORD_FILES:
+        records = read_records(Path(source))[:max_rows]
+        if not records:
+            raise ValueError(f"source={source!r} holds no records.")
+        columns = column_names(records)
+    else:
+        data = _load(source, split, streaming, **load_options) if isinstance(source, str) else source
+        if max_rows is not None:
+            streamed = isinstance(data, datasets.IterableDataset)
+            data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
+        if isinstance(data, datasets.IterableDataset) and data.features is None:
+            data = data._resolve_features()
+        columns = list(data.features)
     image_column = image_column or next((column for column in IMAGE_COLUMNS if column in columns), None)
     text_column = text_column or next((column for column in CAPTION_COLUMNS if column in columns), None)
     for column in (image_column, text_column, question_column, category_column):
@@ -71,10 +81,13 @@ def read_dataset(
     question_column = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
     category_column = category_column or ("category" if "category" in columns else None)
     convert = _Converter(name, columns, text_column, question_column, category_column, prompt, independent_turns)
+    whole_row = _RowConverter(convert, image_column, image_folder)
+    if records is not None:
+        rows = rows_to_dataset(whole_row(record, index) for index, record in enumerate(records))
+        return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
     data = _undecoded(data, image_column)
     if isinstance(data, datasets.IterableDataset):
-        stream = _StreamConverter(convert, image_column, image_folder)
-        return data.map(stream, with_indices=True, remove_columns=columns, features=ROW_FEATURES)
+        return data.map(whole_row, with_indices=True, remove_columns=columns, features=ROW_FEATURES)
     return _map_style_rows(data, image_column, image_folder, convert)
 
 
@@ -84,36 +97,16 @@ def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
         data = datasets.load_from_disk(source)
         data = data[split] if isinstance(data, datasets.DatasetDict) else data
         return data.to_iterable_dataset() if streaming else data
-    if path.suffix in BUILDERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"source={source!r} does not exist.")
-        if streaming:
-            return datasets.load_dataset(BUILDERS[path.suffix], data_files=source, split="train", streaming=True)
-        return datasets.Dataset(_read_table(path))
-    if path.is_absolute() and not path.exists():
+    is_parquet = path.suffix.lower() == ".parquet"
+    if not path.exists() and (is_parquet or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"source={source!r} does not exist.")
+    if path.is_file() and not is_parquet:
+        raise ValueError(f"{source}: files read are {', '.join(RECORD_FILES)} and .parquet.")
+    if is_parquet:
+        if streaming:
+            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+        return datasets.Dataset(pa.parquet.read_table(path, memory_map=True))  # no cache is left behind
     return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
-
-
-def _read_table(path: Path) -> pa.Table:
-    """A local file as an Arrow table, with no cache left behind."""
-    if path.suffix == ".parquet":
-        return pa.parquet.read_table(path, memory_map=True)
-    if path.suffix == ".csv":
-        return pa.csv.read_csv(path)
-    with open(path, encoding="utf-8-sig") as file:
-        if path.suffix == ".json":
-            return pa.Table.from_pylist(json.load(file))
-        records = []
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}."
-                    ) from error
-    return pa.Table.from_pylist(records)
 
 
 def _undecoded(data: Any, image_column: str | None) -> Any:
@@ -144,10 +137,10 @@ class _Converter:
         category = record.get(self.category_column) if self.category_column else None
         category = None if category is None else str(category)
         if "messages" in self.columns:
-            chat = _chat_messages(record["messages"] or [], len(images))
+            chat = _chat_messages(record.get("messages") or [], len(images))
             return make_row(images, [chat] if chat else [], source, categories=[category] if chat else None)
         question = (record.get(self.question_column) if self.question_column else None) or self.prompt
-        texts = _texts(record[self.text_column])
+        texts = _texts(record.get(self.text_column))
         has_question = self.question_column is not None
         if (
             has_question and len(texts) > 1
@@ -163,23 +156,25 @@ class _Converter:
         return make_row(images, chats, source, categories=[category] * len(chats))
 
 
-class _StreamConverter:
-    """The whole row of one streamed record."""
+class _RowConverter:
+    """The whole row of one record."""
 
     def __init__(self, convert: _Converter, image_column: str | None, image_folder: str | Path | None):
         self.convert, self.image_column, self.image_folder = convert, image_column, image_folder
 
     def __call__(self, record: dict, index: int) -> dict:
-        value = record.pop(self.image_column) if self.image_column else None
+        value = record.pop(self.image_column, None) if self.image_column else None
         values = value if isinstance(value, list) else [value]
-        images = [_reference(item, self.image_folder) for item in values if item is not None]
+        images = [_reference(item, self.image_folder) for item in values if item]
         return self.convert(record, images, index)
 
 
 def _reference(item: str | dict, image_folder: str | Path | None) -> dict:
     if isinstance(item, dict):
         return {"path": item.get("path"), "bytes": item.get("bytes")}
-    return {"path": item if image_folder is None else str(Path(image_folder) / item), "bytes": None}
+    if image_folder is None or "://" in item:
+        return {"path": item, "bytes": None}
+    return {"path": str(Path(image_folder) / item), "bytes": None}
 
 
 def _map_style_rows(data: Any, image_column: str | None, image_folder: Any, convert: _Converter) -> datasets.Dataset:
@@ -242,7 +237,8 @@ def _chat_messages(messages: list[dict], num_images: int) -> list[dict]:
             parts = [text_part("" if content is None else str(content))]
         else:
             parts = [
-                IMAGE_PART if part.get("type") == "image" else text_part(part.get("text") or "") for part in content
+                IMAGE_PART if part.get("type") in ("image", "image_url") else text_part(part.get("text") or "")
+                for part in content
             ]
         chat.append(message(str(item.get("role")), *parts))
     if num_images and not any(part["type"] == "image" for m in chat for part in m["content"]):

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # 64 megapixels: every camera picture one trains on, 192 MB when decoded
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 
+# A line of pixels: an image processor that scales the shorter side to 224 would make gigabytes of it
+MAX_ASPECT_RATIO = 100
+
 # Formats that run an interpreter or another program on what they read (EPS) are left out. JPEG opens MPO too
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
 ORIENTATION = ExifTags.Base.Orientation
@@ -42,8 +45,8 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
             bits.
 
     Raises:
-        BadSampleError: if it is missing, not an image, truncated or too large; names `source`, the path and the
-            remedy.
+        BadSampleError: if it is missing, not an image, truncated, too large, or more than 100 times as long as wide;
+            names `source`, the path and the remedy.
     """
     if isinstance(image, Image.Image):
         name = f"image of {image.width}x{image.height}"
@@ -134,6 +137,12 @@ def _check_size(image: Image.Image, name: str, source: str, max_image_pixels: in
             f"{name} has {image.width}x{image.height} = {pixels:,} pixels, more than "
             f"max_image_pixels={max_image_pixels:,}.",
             "Scale it down, or raise max_image_pixels.",
+        )
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise bad_sample(
+            source,
+            f"{name} has {image.width}x{image.height} pixels, one side more than {MAX_ASPECT_RATIO} times the other.",
+            "Crop it.",
         )
 
 

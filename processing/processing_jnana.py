@@ -32,13 +32,14 @@ from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_seque
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# Vectors a tower puts before its patches (CLS, registers), by the model type of its config
-PREFIX_TOKENS = {
+# Vectors a tower puts before its patches, registers not counted: the same table as the model's config has, which this
+# file must not import (a test keeps the two equal)
+TOWER_CLS_TOKENS = {
     "clip_vision_model": 1,
-    "siglip_vision_model": 0,
-    "siglip2_vision_model": 0,
     "dinov2": 1,
     "dinov2_with_registers": 1,
+    "dinov3_vit": 1,
+    "siglip_vision_model": 0,
     "vit": 1,
 }
 
@@ -137,7 +138,8 @@ class JnanaProcessor(ProcessorMixin):
         Build the processor of a pair of backbones.
 
         The image token, and a padding token if the tokenizer has none of its own, are added behind the tokenizer's
-        entries: no existing id changes. (Padding with the closing token would teach a model never to stop.)
+        entries: no existing id changes. (Padding with the closing token would teach a model never to stop.) Batches
+        are padded on the left, as generation needs them; the collator pads training batches by itself.
 
         Args:
             vision (`str` or `Path`): Hub id or folder of the vision checkpoint, with its image processor.
@@ -157,7 +159,8 @@ class JnanaProcessor(ProcessorMixin):
         patch_size = getattr(vision_config, "patch_size", None) if patch_size is None else patch_size
         if num_additional_image_tokens is None:
             num_additional_image_tokens = _prefix_tokens(vision_config)
-        tokenizer = AutoTokenizer.from_pretrained(text, **kwargs)
+        # given here, because a side set afterwards is not saved
+        tokenizer = AutoTokenizer.from_pretrained(text, **{"padding_side": "left", **kwargs})
         add_jnana_tokens(tokenizer, image_token)
         return cls(
             AutoImageProcessor.from_pretrained(vision, **kwargs),
@@ -262,10 +265,15 @@ class JnanaProcessor(ProcessorMixin):
             in reading order (absent without images), and `assistant_masks`.
 
         Raises:
-            ValueError: if truncation is asked for (it could cut image tokens), or images and placeholders differ in
-                number.
+            ValueError: if truncation is asked for (it could cut image tokens), images and placeholders differ in
+                number, or `chat_template` is not Jinja (a template's name).
         """
         template = self._resolve_chat_template(chat_template)
+        if "{" not in template:  # Jinja would answer with this very word, whatever the chat
+            raise ValueError(
+                f"chat_template={template!r} is not a Jinja template. Give the template's text: "
+                "`read_chat_template(name)` reads that of a shipped one."
+            )
         call_kwargs = self._prepare_processor_kwargs(
             template, dict(processor_kwargs or {}), kwargs, add_generation_prompt, bool(continue_final_message), False
         )
@@ -396,12 +404,13 @@ def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<im
 
 
 def _prefix_tokens(vision_config: PreTrainedConfig) -> int:
-    if vision_config.model_type not in PREFIX_TOKENS:
+    if vision_config.model_type not in TOWER_CLS_TOKENS:
         raise ValueError(
             f"vision tower of model_type={vision_config.model_type!r}: how many vectors it puts before its patches is "
-            "not known here. Give num_additional_image_tokens (1 for a CLS vector)."
+            f"not known here. Give num_additional_image_tokens (1 for a CLS vector), or choose one of "
+            f"{', '.join(TOWER_CLS_TOKENS)}."
         )
-    return PREFIX_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
+    return TOWER_CLS_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
 
 
 JnanaProcessor.register_for_auto_class()

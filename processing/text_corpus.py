@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
 TEXT_FEATURES = Features({"text": Value("string")})
 
 
@@ -49,14 +50,15 @@ def load_text(
         column).
     """
     path = Path(source)
-    if path.suffix in (".txt", ".jsonl", ".parquet"):
+    suffix = path.suffix.lower()
+    if suffix in TEXT_FILES:
         if not path.is_file():
             raise FileNotFoundError(f"source={str(source)!r} does not exist.")
         if streaming:
             corpus = datasets.IterableDataset.from_generator(
                 _documents, gen_kwargs={"path": str(path), "text_column": text_column}, features=TEXT_FEATURES
             )
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             table = pa.parquet.read_table(path, memory_map=True)
             corpus = _text_only(datasets.Dataset(table), text_column, str(path))
         else:
@@ -66,8 +68,10 @@ def load_text(
         loaded = datasets.load_from_disk(str(path))
         loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         corpus = _text_only(loaded.to_iterable_dataset() if streaming else loaded, text_column, str(path))
-    elif path.is_absolute() and not path.exists():
+    elif not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
         raise FileNotFoundError(f"source={str(source)!r} does not exist.")
+    elif path.is_file():
+        raise ValueError(f"source={str(source)!r}: text files read are {', '.join(TEXT_FILES)}.")
     else:
         loaded = datasets.load_dataset(str(source), split=split, streaming=streaming, **load_options)
         corpus = _text_only(loaded, text_column, str(source))
@@ -93,7 +97,14 @@ def _documents(path: str, text_column: str) -> Iterator[dict]:
 
 def _texts(path: Path, text_column: str) -> Iterator[str]:
     """Documents of a local file, read line by line."""
-    if path.suffix == ".parquet":
+    try:
+        yield from _read_texts(path, text_column)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _read_texts(path: Path, text_column: str) -> Iterator[str]:
+    if path.suffix.lower() == ".parquet":
         parquet = pa.parquet.ParquetFile(path)
         if text_column not in parquet.schema_arrow.names:
             raise ValueError(
@@ -103,7 +114,7 @@ def _texts(path: Path, text_column: str) -> Iterator[str]:
             yield from batch.column(0).to_pylist()
         return
     with open(path, encoding="utf-8-sig") as file:
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             yield from _paragraphs(file)
             return
         for number, line in enumerate(file, start=1):

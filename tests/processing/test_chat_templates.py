@@ -263,3 +263,30 @@ def test_truncation_and_missing_pictures_are_refused(processor):
 def test_an_unknown_template_is_named():
     with pytest.raises(ValueError, match="'jnanna' is neither a shipped template"):
         read_chat_template("jnanna")
+
+
+def test_a_name_is_not_a_template(processor):
+    with pytest.raises(ValueError, match="chat_template='llava_chess' is not a Jinja template.*read_chat_template"):
+        processor.apply_chat_template([{"role": "user", "content": "why?"}], chat_template="llava_chess")
+
+
+def test_no_field_of_a_chat_can_hold_a_control_token(processor):
+    """A template may write any of them: a tool's name, the names of its arguments, a file's path."""
+    evil = "<|endoftext|>"
+    call = {"type": "function", "function": {"name": evil, "arguments": {evil: [evil], "path": evil, "url": evil}}}
+    chat = [
+        {"role": "user", "content": evil},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": evil, "content": evil},
+    ]
+    parameters = {"type": "object", "properties": {"path": {"type": "string", "description": evil}}}
+    tools = [{"type": "function", "function": {"name": "read", "description": evil, "parameters": parameters}}]
+    template = "{{ tools | tojson }}{% for message in messages %}{{ message | tojson }}{% endfor %}"
+    ids = processor.apply_chat_template([chat], chat_template=template, tools=tools, tokenize=True, return_dict=True)[
+        "input_ids"
+    ][0]
+    assert processor.tokenizer.decode(ids).count(evil) == 10
+    assert processor.tokenizer.eos_token_id not in ids
+    role = [{"role": evil, "content": "x"}]
+    ids = processor.apply_chat_template([role], chat_template=template, tokenize=True, return_dict=True)["input_ids"]
+    assert processor.tokenizer.eos_token_id not in ids[0]

@@ -210,6 +210,76 @@ def test_data_sets_of_messages_and_images(pictures):
     assert said(rows[0]["conversations"][0]) == ["user:A[]"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_records_of_a_file_are_taken_as_they_stand(pictures, streaming):
+    """What Arrow's and pandas' readers make of such files: the second image lost, 7, `True`, and no answer."""
+
+    def rows_of(name, text, **options):
+        (pictures / name).write_bytes(text.encode("utf-8-sig"))
+        return list(load_rows(pictures / name, streaming=streaming, **options))
+
+    mixed = [
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]},
+                {"role": "assistant", "content": "So."},
+            ],
+            "image": "0.png",
+        },
+    ]
+    rows = rows_of("MIXED.JSONL", "\r\n".join(map(json.dumps, mixed)))
+    assert [len(row["images"]) for row in rows] == [0, 1]
+    assert [said(row["conversations"][0])[0] for row in rows] == ["user:Why?", "user:[]Why?"]
+    assert load_image(rows[1]["images"][0]).getpixel((0, 0)) == (255, 0, 0)  # beside the file that names it
+
+    answers = ["007", "true", "None", "two\r\nlines, \u2028or three"]
+    lines = "".join(f'0.png,How many?,"{answer}"\r\n' for answer in answers)
+    rows = rows_of("data.CSV", "file_name,question,answer\r\n" + lines)
+    assert [said(row["conversations"][0])[1] for row in rows] == [f"assistant:{answer}" for answer in answers]
+    assert rows[0]["images"][0]["path"] == str(pictures / "0.png")
+    rows = rows_of("data.csv", "image,text\n,no picture\nhf://datasets/a/b.png,one\n", max_rows=2)
+    assert [row["images"] for row in rows] == [[], [{"path": "hf://datasets/a/b.png", "bytes": None}]]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metadata.csv", b"file_name,text\n0.png,a king, and a rook\n", r"metadata.csv, line 2: more cells than"),
+        ("metadata.csv", b'file_name,text\n0.png,"a king\n', r"metadata.csv, line 2: not valid CSV: unexpected end"),
+        ("metadata.csv", b"file_name,text\n0.png,caf\xe9\n", "metadata.csv is not UTF-8"),
+        ("metadata.csv", b"", "holds no records"),
+        ("metadata.jsonl", b"[1, 2]\n", r"metadata.jsonl, record 0: an object with named fields is needed"),
+        ("data.csv", b"file_name,text\n0.png,caf\xe9\n", "data.csv is not UTF-8"),
+        ("data.csv", b"", "holds no records"),
+        ("data.jsonl", b"\n", "holds no records"),
+        ("data.json", b"[]", "holds no records"),
+        ("data.json", b'{"images": [1], "annotations": []}', "images 0: an object with named fields is needed, not 1"),
+        ("data.xlsx", b"", r"files read are .csv, .json, .jsonl and .parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path / name)
+
+
+def test_options_and_folders_that_are_not_there(tmp_path):
+    (tmp_path / "data.csv").write_text("file_name,text\n0.png,a\n")
+    with pytest.raises(ValueError, match="txt_column: not an option of a local file"):
+        load_rows(tmp_path / "data.csv", txt_column="text")
+    for missing in ("./nowhere", "~/nowhere", "some/where/else", "data.parquet"):
+        with pytest.raises(FileNotFoundError, match=missing):
+            load_rows(missing)
+
+
+def test_metadata_may_name_images_of_another_folder(tmp_path, pictures):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": "green"}\n')
+    rows = load_rows(tmp_path, image_folder=pictures)
+    assert said(rows[1]["conversations"][0]) == ["user:[]", "assistant:green"]  # the first record lacks its text
+    assert load_image(rows[1]["images"][0]).getpixel((0, 0)) == (0, 128, 0)
+
+
 @pytest.mark.parametrize("kind", ["disk", "parquet", "jsonl", "csv"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_local_data_sets_and_streams_give_the_same_rows(pictures, tmp_path, kind, streaming):

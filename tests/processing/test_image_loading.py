@@ -101,6 +101,16 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
     assert load_image(Image.new("RGB", (40, 30)), max_image_pixels=1200).size == (40, 30)
 
 
+def test_a_line_of_pixels_is_refused(tmp_path):
+    """Few pixels, but an image processor that scales the shorter side to 224 would make 3 GB of them."""
+    path = tmp_path / "line.png"
+    path.write_bytes(png_header(1, 20_000))
+    for opener in (load_image, check_image):
+        with pytest.raises(BadSampleError, match="r1: image '.*line.png' has 1x20000 pixels, one side more than 100"):
+            opener(path, source="r1")
+    assert load_image(Image.new("RGB", (3, 300))).size == (3, 300)
+
+
 def test_what_is_wrong_is_said(tmp_path, pictures):
     def refused(image, message):
         with pytest.raises(BadSampleError, match=message):

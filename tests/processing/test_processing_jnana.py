@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
+from transformers import CONFIG_MAPPING, AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from processing import JnanaProcessor, chat_template_names, read_chat_template
+from modeling import configuration_jnana
+from processing import JnanaProcessor, chat_template_names, processing_jnana, read_chat_template
 from processing.chat_encoding_jnana import BREAK
-from tests.tiny import save_tiny_vision, tiny_image_processor, tiny_tokenizer
+from tests.tiny import save_tiny_vision, tiny_image_processor, tiny_tokenizer, tiny_vision_config
 
 
 PICTURE = Image.new("RGB", (30, 24), "red")
@@ -145,6 +146,38 @@ def test_the_towers_prefix_and_patches_are_known(backbones, tmp_path, kind, addi
     vision = save_tiny_vision(tmp_path, kind)
     processor = JnanaProcessor.from_vision_text_pretrained(vision, backbones[1])
     assert (processor.patch_size, processor.num_additional_image_tokens) == (12, additional)
+
+
+def test_model_and_processor_know_the_same_towers():
+    """Neither may import the other, so each has the table."""
+    assert processing_jnana.TOWER_CLS_TOKENS == configuration_jnana.TOWER_CLS_TOKENS
+    for model_type in processing_jnana.TOWER_CLS_TOKENS:
+        vision_config = CONFIG_MAPPING[model_type]()
+        config = configuration_jnana.JnanaConfig(vision_config=vision_config)
+        assert config.num_prefix_tokens == processing_jnana._prefix_tokens(vision_config)
+    with pytest.raises(ValueError, match="'swin'.*num_additional_image_tokens.*or choose one of clip_vision_model"):
+        processing_jnana._prefix_tokens(CONFIG_MAPPING["swin"]())
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("strategy", ["default", "full", "pooled"])
+def test_the_processor_writes_as_many_tokens_as_the_config_says(backbones, tmp_path, kind, strategy):
+    vision = save_tiny_vision(tmp_path, kind)
+    processor = JnanaProcessor.from_vision_text_pretrained(
+        vision, backbones[1], vision_feature_select_strategy=strategy
+    )
+    config = configuration_jnana.JnanaConfig(
+        vision_config=tiny_vision_config(kind), vision_feature_select_strategy=strategy
+    )
+    assert processor._get_num_multimodal_tokens([[30, 24]]).num_image_tokens == [config.image_seq_length]
+
+
+def test_batches_are_made_for_generation(processor, tmp_path):
+    """A batch padded on the right would be continued behind its padding."""
+    processor.save_pretrained(tmp_path)
+    for made in (processor, JnanaProcessor.from_pretrained(tmp_path)):
+        mask = made(text=["a", "a white king and a rook"], padding=True, return_tensors="pt")["attention_mask"]
+        assert mask[0, 0] == 0 and mask[:, -1].tolist() == [1, 1]
 
 
 def test_a_processor_that_resizes_to_a_fixed_size_needs_no_crop(processor):

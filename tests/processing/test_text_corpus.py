@@ -52,6 +52,24 @@ def test_a_document_may_have_several_lines(tmp_path):
     assert list(load_text(tmp_path / "a.txt")["text"]) == ["one\ntwo", "three"]
 
 
+def test_a_name_in_capitals_and_windows_line_ends(tmp_path):
+    (tmp_path / "A.TXT").write_bytes("\ufeffone\r\ntwo\r\n\r\nthree\r\n".encode())
+    assert list(load_text(tmp_path / "A.TXT")["text"]) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_of_another_encoding_or_format_is_refused(tmp_path, streaming):
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
+        with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
+            list(load_text(tmp_path / name, streaming=streaming))
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match="a.json': text files read are .txt, .jsonl, .parquet"):
+        load_text(tmp_path / "a.json", streaming=streaming)
+    with pytest.raises(FileNotFoundError, match="./nowhere"):
+        load_text("./nowhere", streaming=streaming)
+
+
 def test_wrong_sources_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.txt"):
         load_text(tmp_path / "gone.txt")

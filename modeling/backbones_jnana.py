@@ -155,6 +155,7 @@ def join_pretrained(
     kwargs: dict[str, Any],
 ) -> Any:
     """The work behind [`JnanaForConditionalGeneration.from_vision_text_pretrained`]; `model_class` is that class."""
+    vision, text = str(vision), str(text)  # errors quote them
     names = {field.name for field in fields(JnanaConfig)}
     config_fields = {key: value for key, value in kwargs.items() if key in names}
     shared = {key: value for key, value in kwargs.items() if key not in names}

@@ -166,10 +166,10 @@ class JnanaConfig(PreTrainedConfig):
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"`{field}` is {getattr(self, field)!r}; choose one of {', '.join(choices)}.")
-        if self.projector_num_blocks < 1:
+        if not isinstance(self.projector_num_blocks, int) or self.projector_num_blocks < 1:
             raise ValueError(
-                f"`projector_num_blocks` is {self.projector_num_blocks}; a `resblock` projector has at least 1 block. "
-                "For none choose `projector_type: linear`."
+                f"`projector_num_blocks` is {self.projector_num_blocks!r}; a `resblock` projector has at least 1 "
+                "block. For none choose `projector_type: linear`."
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; it must be a token id of the tokenizer.")
@@ -177,9 +177,9 @@ class JnanaConfig(PreTrainedConfig):
             [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
         )
         states = self.vision_config.num_hidden_layers + 1
-        if not layers or any(not -states <= layer < states for layer in layers):
+        if not layers or any(not isinstance(layer, int) or not -states <= layer < states for layer in layers):
             raise ValueError(
-                f"`vision_feature_layer` is {self.vision_feature_layer}; the tower has {states} hidden states, so "
+                f"`vision_feature_layer` is {self.vision_feature_layer!r}; the tower has {states} hidden states, so "
                 f"choose from {-states} to {states - 1}, or a list of such."
             )
 

@@ -107,7 +107,17 @@ class JnanaModel(JnanaPreTrainedModel):
 
         Returns:
             `list[torch.FloatTensor]`: One tensor of shape `(num_image_tokens, hidden_size)` an image.
+
+        Raises:
+            ValueError: If the features are of another shape.
         """
+        width = self.config.vision_feature_size
+        if image_features.ndim != 3 or image_features.shape[-1] != width:
+            raise ValueError(
+                f"`image_features` has shape {tuple(image_features.shape)}; give (num_images, num_image_tokens, "
+                f"{width}), as `get_vision_features` gives them with this config's `vision_feature_layer` and "
+                "`vision_feature_select_strategy`."
+            )
         # PEFT keeps the frozen original beside the copy that trains, and 4-bit weights are of no float dtype.
         weights = [weight for weight in self.multi_modal_projector.parameters() if weight.is_floating_point()]
         weight = next((weight for weight in weights if weight.requires_grad), weights[0])

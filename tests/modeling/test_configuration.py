@@ -95,6 +95,8 @@ def test_round_trip(tmp_path):
         ({"projector_type": "mpl"}, "`projector_type` is 'mpl'; choose one of linear, mlp, resblock"),
         ({"vision_feature_select_strategy": "cls"}, "`vision_feature_select_strategy` is 'cls'"),
         ({"projector_num_blocks": 0}, "`projector_num_blocks` is 0"),
+        ({"projector_num_blocks": "2"}, "`projector_num_blocks` is '2'"),
+        ({"vision_feature_layer": "-1"}, "`vision_feature_layer` is '-1'"),
         ({"vision_feature_layer": 4}, "`vision_feature_layer` is 4; the tower has 4 hidden states"),
         ({"vision_feature_layer": []}, "`vision_feature_layer`"),
         ({"image_token_id": -1}, "`image_token_id` is -1"),

@@ -136,6 +136,12 @@ def test_precomputed_features_instead_of_pixels(model, beams):
     assert not torch.equal(generate(model, ids, num_beams=beams, image_features=features.flip(0)), expected)
 
 
+@pytest.mark.parametrize("shape", [(4, 32), (1, 4, 31)])
+def test_features_of_another_shape_are_refused(model, shape):
+    with pytest.raises(ValueError, match=r"`image_features` has shape \(.*num_images, num_image_tokens, 32\)"):
+        model(input_ids=torch.tensor([[IMAGE] * 4 + [5]]), image_features=torch.zeros(shape))
+
+
 def test_images_are_encoded_once(model):
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))

@@ -5,14 +5,15 @@ Every question is answered greedily, once with its pictures and once blind (with
     results.json         all scores with intervals, overall and by question type, and how they are defined
     report.html          the same for people, with pictures, questions, true and given answers
     examples.png         a contact sheet of such examples
-    predictions.jsonl    every single answer; an interrupted run that is started again goes on from here
+    predictions.jsonl    every single answer (predictions_blind.jsonl: the blind ones); an interrupted run that is
+                         started again goes on from here
 
     python run_evaluate.py recipes/chess_demo/evaluate.yaml
-    python run_evaluate.py --model_name_or_path outputs/sft --eval_data test.json --image_folder images --output_dir
-    out python run_evaluate.py recipes/chess_demo/evaluate.yaml --eval_data '{"test": "test.json", "unseen":
-    "unseen.json"}' accelerate launch --num_processes 4 run_evaluate.py recipes/jnana/evaluate.yaml --dtype bfloat16
+    python run_evaluate.py recipes/chess_demo/evaluate.yaml --eval_data '{"test": "a.json", "unseen": "b.json"}'
+    python run_evaluate.py --model_name_or_path outputs/sft --eval_data a.json --image_folder images --output_dir out
+    accelerate launch --num_processes 4 run_evaluate.py recipes/chess_demo/evaluate.yaml --dtype bfloat16
 
-With several test sets predictions.jsonl and examples.png are in a folder each. `python run_evaluate.py --help` lists
+With several test sets the predictions and examples.png are in a folder each. `python run_evaluate.py --help` lists
 all options.
 """
 

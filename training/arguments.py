@@ -142,7 +142,7 @@ class DataArguments:
 class TextDataArguments:
     """A text corpus, for stage 0."""
 
-    train_data: str | None = field(default=None, metadata={"help": ".txt, .jsonl or .parquet file(s), or a Hub id."})
+    train_data: str | None = field(default=None, metadata={"help": "A .txt, .jsonl or .parquet file, or a Hub id."})
     train_split: str = field(default="train")
     eval_data: str | None = field(default=None)
     eval_split: str = field(default="train")
@@ -192,7 +192,8 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
         `tuple`: One instance of each class, in the order given.
 
     Raises:
-        ValueError: if the recipe cannot be read, or a key is unknown (the message names the nearest known key).
+        ValueError: if the recipe cannot be read, a word belongs to no option, or a key is unknown (the message names
+            the nearest known key).
     """
     recipe = recipe_name(argv)
     argv = list(argv[0 if recipe is None else 1 :])
@@ -209,6 +210,11 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
     *parsed, remaining = parser.parse_args_into_dataclasses(
         [*as_command_line(values), *argv], return_remaining_strings=True, look_for_args_file=False
     )
+    if remaining and not remaining[0].startswith("-"):
+        raise ValueError(
+            f"{remaining[0]!r} belongs to no option: the recipe is the first word of the command line, and an option "
+            "that takes one value was given several"
+        )
     if remaining:
         key = remaining[0].lstrip("-").split("=")[0].replace("-", "_")
         raise ValueError(unknown_key_message(key, known, where="the command line"))
@@ -230,8 +236,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"recipe {str(path)!r} is not a file; the first argument is a YAML file, or starts with `--`")
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":  # JSON is YAML, but for the tabs that many editors indent it with
+            text = text.replace("\t", " ")
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        values = yaml.load(text, Loader=yaml.BaseLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {str(path)!r} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     if values is None:

@@ -1,14 +1,19 @@
 """Validation samples as prompts: what a model is asked while it trains, and what it should say."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from processing import JnanaProcessor, load_image
+from processing import BadSampleError, JnanaProcessor, load_image
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,12 +36,21 @@ class Sample:
 
 
 def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor, count: int) -> list[Sample]:
-    """The first question of the first `count` rows (one conversation a row, as training sees them)."""
-    samples = []
-    for row in first(rows, count):
+    """The first question of the first `count` rows (one conversation a row, as training sees them).
+
+    A picture that cannot be decoded is passed over with a warning: validation itself raises or skips, as asked.
+    """
+    samples: list[Sample] = []
+    for row in rows:
+        if len(samples) == count:
+            break
         messages = [{"role": m["role"], "content": [clean(c) for c in m["content"]]} for m in row["conversations"][0]]
         answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        images = [load_image(reference) for reference in row["images"]]
+        try:
+            images = [load_image(reference, source=row["source"]) for reference in row["images"]]
+        except BadSampleError as error:
+            logger.warning(f"not among the samples: {error}")
+            continue
         inputs = processor.apply_chat_template(
             with_images(messages[:answer], images),
             add_generation_prompt=True,
@@ -54,22 +68,13 @@ def samples_from_blocks(
 ) -> list[Sample]:
     """The first half of the first `count` blocks of a packed corpus as prompts, what follows as truth."""
     samples = []
-    for number, block in enumerate(first(blocks, count)):
+    for number, block in enumerate(islice(blocks, count)):
         ids = torch.as_tensor(block["input_ids"])
         half = len(ids) // 2
         inputs = {"input_ids": ids[None, :half], "attention_mask": torch.ones(1, half, dtype=torch.long)}
         truth = tokenizer.decode(ids[half : half + max_new_tokens])
         samples.append(Sample(f"validation block {number}", tokenizer.decode(ids[:half]), truth, inputs))
     return samples
-
-
-def first(rows: Iterable, count: int) -> list:
-    chosen = []
-    for row in rows:
-        if len(chosen) == count:
-            break
-        chosen.append(row)
-    return chosen
 
 
 def clean(part: dict[str, Any]) -> dict[str, Any]:

@@ -94,11 +94,32 @@ def test_nested_numbers_of_a_text_config(tmp_path):
         ("seed: 1\nseed: 2", [], r"sets 'seed' 2 times"),
         ("seed: [1", [], r"is not valid YAML"),
         ("- seed", [], r"holds a list; it must be a mapping"),
+        ("seed: 1", ["--seed", "1", "2"], r"'2' belongs to no option: the recipe is the first word"),
+        ("seed: [1, 2]", [], r"'2' belongs to no option: .* takes one value was given several"),
     ],
 )
 def test_refused_with_the_remedy(tmp_path, text, argv, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments(CLASSES, [write(tmp_path, text), *argv])
+
+
+def test_a_recipe_behind_the_options(tmp_path):
+    with pytest.raises(ValueError, match="recipe.yaml' belongs to no option: the recipe is the first word"):
+        parse_arguments(CLASSES, ["--seed", "1", write(tmp_path, "seed: 1")])
+
+
+def test_a_recipe_in_json_with_tabs(tmp_path):
+    (tmp_path / "recipe.json").write_text('{\n\t"seed":\t7,\n\t"lora_target_modules": ["q_proj", "fc1"]\n}\n')
+    _, _, lora, _, training = parse_arguments(CLASSES, [str(tmp_path / "recipe.json")])
+    assert training.seed == 7 and lora.lora_target_modules == ["q_proj", "fc1"]
+    with pytest.raises(ValueError, match="is not valid YAML"):  # the control: YAML itself forbids them
+        parse_arguments(CLASSES, [write(tmp_path, "seed:\n\t7")])
+
+
+def test_a_recipe_in_another_encoding(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("prompt: Größe?".encode("latin-1"))
+    with pytest.raises(ValueError, match="recipe.yaml' is not UTF-8 text"):
+        parse_arguments(CLASSES, [str(tmp_path / "recipe.yaml")])
 
 
 def test_a_recipe_that_is_not_there():

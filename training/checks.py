@@ -1,9 +1,9 @@
 """Errors that would come after the model is loaded, or after an hour: found first, from the arguments alone."""
 
-import json
 import tempfile
 from pathlib import Path
 
+from peft import PeftConfig
 from transformers import TrainingArguments
 
 from .arguments import (
@@ -36,6 +36,21 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
             folder = getattr(data_args, name)
             if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f"{name} {folder!r} is not a folder; give the folder that holds the images")
+        if args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but the Trainer would smooth each token's "
+                "own label instead of the next token's, as it does not know this model; leave it out"
+            )
+    least = {"max_length": 2, "block_size": 2, "max_image_pixels": 1, "max_train_rows": 1, "max_eval_rows": 1}
+    least |= {"sample_count": 1, "sample_max_new_tokens": 1, "sample_steps": 0}
+    for name, value in {**vars(data_args), **vars(run_args)}.items():
+        if name in least and value is not None and value < least[name]:
+            raise ValueError(f"{name} is {value}; it must be at least {least[name]}, or be left out")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, and DataParallel would cut rows and pictures apart; start with "
+            f"`accelerate launch --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
     if data_args.eval_data is None:
         if args.eval_strategy != "no":
             raise ValueError(
@@ -81,7 +96,7 @@ def check_lora(args: LoraArguments, adapter: str | None) -> None:
 
     Args:
         args (`LoraArguments`): The options.
-        adapter (`str`, *optional*): The adapter folder that is continued, if one is.
+        adapter (`str`, *optional*): The adapter folder or Hub id that is continued, if one is.
 
     Raises:
         ValueError: if `lora_r` contradicts the adapter to continue, or `merge_adapter` has nothing to merge.
@@ -91,7 +106,7 @@ def check_lora(args: LoraArguments, adapter: str | None) -> None:
             f"lora_r is {args.lora_r} and lora_dropout {args.lora_dropout}; give a rank >= 0 and 0 <= p < 1"
         )
     if adapter is not None:
-        rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        rank = PeftConfig.from_pretrained(adapter).r
         if args.lora_r not in (0, rank):
             raise ValueError(
                 f"lora_r is {args.lora_r}, but the adapter {adapter!r} to continue has rank {rank}; leave it out, or "

@@ -2,13 +2,22 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
+from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+
+from modeling import JnanaConfig
+
+from .arguments import PROJECTOR_FIELDS
 
 
 logger = logging.getLogger(__name__)
+
+TEXT_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 
 
 def start_run(args: TrainingArguments) -> None:
@@ -33,8 +42,40 @@ def is_finished(checkpoint: str | None, args: TrainingArguments) -> bool:
     return same_epochs and state["global_step"] >= wanted
 
 
+def check_same_model(model: nn.Module, checkpoint: str) -> None:
+    """Refuse to resume a run with another model: the Trainer would take what fits and leave the rest as it is.
+
+    Raises:
+        ValueError: naming the checkpoint, the option, both values and the remedy.
+    """
+    remedy = "give the run's own options, another output_dir, or overwrite_output_dir: true to start anew"
+    adapter = isinstance(model, PeftModel)
+    holds_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
+    if not holds_adapter and not (Path(checkpoint) / "config.json").is_file():
+        return  # sharded weights without a config
+    if adapter != holds_adapter:
+        held, wanted = ("a whole model", "an adapter") if adapter else ("an adapter", "a whole model")
+        raise ValueError(f"{checkpoint} holds {held}, but this run trains {wanted} (lora_r); {remedy}")
+    if adapter:
+        now, saved = model.peft_config["default"], PeftConfig.from_pretrained(checkpoint)
+        names = ("r", "lora_alpha")
+    else:
+        now, saved = model.config, type(model.config).from_pretrained(checkpoint)
+        names = PROJECTOR_FIELDS if isinstance(now, JnanaConfig) else TEXT_FIELDS
+    for name in names:
+        if getattr(now, name, None) != getattr(saved, name, None):
+            raise ValueError(
+                f"{checkpoint} was trained with {name} {getattr(saved, name, None)!r}, this run has "
+                f"{getattr(now, name, None)!r}; {remedy}"
+            )
+
+
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train from `checkpoint` on, or only take its weights when it is the end of the run."""
+    if checkpoint is not None:
+        check_same_model(trainer.model, checkpoint)
+    # set only now, for the dataloader's workers: tokenizing and checking the data was faster with it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_finished(checkpoint, trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         return

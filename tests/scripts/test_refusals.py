@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 import run_align
 import run_pretrain
@@ -39,6 +39,8 @@ def no_model(monkeypatch):
         ({"vision_model": "./clip"}, "vision_model './clip' does not exist"),
         ({"chat_template": "nonsense"}, "chat_template='nonsense' is neither"),
         ({"max_length": 3}, "max_length=3"),
+        ({"max_train_rows": 0}, "max_train_rows is 0; it must be at least 1"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but the Trainer would smooth"),
     ],
 )
 def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, message):
@@ -73,6 +75,39 @@ def test_sft_refuses(no_model, data, aligned, tmp_path, changes, message):
 def test_another_rank_than_the_adapters(no_model, data, tuned, tmp_path):
     with pytest.raises(ValueError, match="lora_r is 16, but the adapter .* has rank 4"):
         run_sft.main(sft_options(data, tuned, output_dir=tmp_path, lora_r=16))
+
+
+def test_many_gpus_in_one_process(no_model, data, vision, pretrained, tmp_path, monkeypatch):
+    """DataParallel would cut `pixel_values` and `input_ids` at different rows."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="one process sees 2 GPUs, .* `accelerate launch --num_processes 2`"):
+        run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projector_type": "linear"}, "checkpoint-6 was trained with projector_type 'mlp', this run has 'linear'"),
+        ({"vision_feature_layer": -2}, "checkpoint-6 was trained with vision_feature_layer -1, this run has -2"),
+    ],
+)
+def test_resuming_align_with_another_projector(data, vision, pretrained, aligned, tmp_path, changes, message):
+    shutil.copytree(aligned, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "run", max_steps=8, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_r": 8}, "checkpoint-6 was trained with r 4, this run has 8"),
+        ({"lora_r": 0}, r"checkpoint-6 holds an adapter, but this run trains a whole model \(lora_r\)"),
+    ],
+)
+def test_resuming_sft_with_another_adapter(data, aligned, tuned, tmp_path, changes, message):
+    shutil.copytree(tuned, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "run", **{"max_steps": 8, **changes}))
 
 
 def test_align_on_an_adapter(no_model, data, tuned, tmp_path):

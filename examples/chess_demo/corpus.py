@@ -1,24 +1,25 @@
 """The language model's corpus: little boards of letters in reading order, with captions and questions about them.
 
-A document is what the assistant will see later, in text: where the picture's patches will be there is a letter for
-each cell of a board, then the chat template's separators, questions and answers.
+A document is what the assistant will see later, in text: where the picture's patches will be there is a word for
+each cell of a board (a dot, or the letter of the piece that covers it), then the chat template's separators, questions
+and answers.
 
-     . . K . . . q . .
+     . . K K . . . . K K . . . . . . . . q q . . ...
     caption image: Which piece is at the top? end of question: a white king
     Is there a black queen? end of question: yes
 
-The corpus begins with boards of 3 x 3 cells, one a piece, which are quickly learnt from; later boards are 6 x 6, as
-the picture's patches, and a piece covers several cells.
+The corpus begins with what is quickly learnt from: rows of one to three letters, then boards of 3 x 3 cells with one
+cell a piece. Later boards are 6 x 6, as the picture's patches, and a piece covers several cells.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scenes import IMAGE_SIZE, PIECES, QUESTION_TYPES, Scene, draw_scene, question_of_type
 
 
-SMALL, LARGE = 3, 6
+SMALL, LARGE = 3, 6  # the picture has 6 x 6 patches
 BLOCK_SIZE = 128  # `block_size` of recipes/chess_demo/pretrain.yaml
 WORDS = re.compile(r"\n| ?\w+| ?[^\w\s]+")
 # The letters of chess notation (FEN): capitals are white.
@@ -26,11 +27,16 @@ LETTERS = dict(zip(PIECES, "KQRBNPkqrbnp", strict=True))
 BESIDE = ("left", "right")
 
 
+def row_of_pieces(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Nothing but the pieces, from top to bottom."""
+    return [LETTERS[placed.piece] for placed in scene]
+
+
 def small_board(scene: Scene, rng: np.random.Generator) -> list[str]:
     """3 x 3 cells in reading order: each piece on a row of its own, in one cell."""
     cells = ["."] * SMALL * SMALL
     for row, placed in zip(np.sort(rng.permutation(SMALL)[: len(scene)]), scene, strict=True):
-        cells[row * SMALL + int(rng.integers(SMALL))] = LETTERS[placed.piece]
+        cells[int(row) * SMALL + int(rng.integers(SMALL))] = LETTERS[placed.piece]
     return cells
 
 
@@ -66,16 +72,17 @@ def count_tokens(text: str) -> int:
     return len(WORDS.findall(text))
 
 
-def document(rng: np.random.Generator, small: bool, describe: float = 0.5) -> str:
+def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0.5) -> str:
     """One board and as many questions about it as fit; with its closing token exactly `BLOCK_SIZE` tokens long.
 
     So every block of the packed corpus is one document, and a board begins where a picture will: at position 0. What
     is left over is filled with dots.
     """
     scene = draw_scene(rng, int(rng.choice(3, p=(0.2, 0.4, 0.4))) + 1)
-    board = small_board(scene, rng) if small else large_board(scene, rng)
-    # A small board has no left and right; the description comes last, for it gives all other answers away.
-    kinds = [kind for kind in QUESTION_TYPES if kind != "describe" and not (small and kind in BESIDE)]
+    board = draw_board(scene, rng)
+    # Only a large board has left and right; the description comes last, for it gives all other answers away.
+    left_out = ("describe",) if draw_board is large_board else ("describe", *BESIDE)
+    kinds = [kind for kind in QUESTION_TYPES if kind not in left_out]
     turns = ask(scene, rng, extra=6, kinds=kinds)
     last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []
     text = " " + " ".join(board) + "\ncaption image:"
@@ -92,7 +99,12 @@ def document(rng: np.random.Generator, small: bool, describe: float = 0.5) -> st
     return text + " ." * (BLOCK_SIZE - 1 - count_tokens(text))
 
 
-def documents(rng: np.random.Generator, number: int, small_share: float = 0.4) -> Iterator[str]:
-    """The corpus in order: the first `small_share` are small boards, then few are."""
+def documents(rng: np.random.Generator, number: int, easy: tuple[float, float] = (0.3, 0.3)) -> Iterator[str]:
+    """The corpus in order: rows of pieces, then small boards (their shares: `easy`), then mostly large boards."""
     for index in range(number):
-        yield document(rng, small=index < small_share * number or rng.random() < 0.1)
+        place = index / number
+        if rng.random() < 0.1:
+            draw_board = small_board
+        else:
+            draw_board = row_of_pieces if place < easy[0] else small_board if place < sum(easy) else large_board
+        yield document(rng, draw_board)

@@ -47,7 +47,7 @@ def write_pictures(folder: Path, scenes: list[Scene], rng: np.random.Generator, 
     for start in range(0, len(scenes), CHUNK):
         pictures = draw_pictures(rng, scenes[start : start + CHUNK], size)
         for name, picture in zip(names[start:], pictures, strict=False):
-            Image.fromarray(picture).save(folder / name, compress_level=1)
+            Image.fromarray(picture).save(folder / name, compress_level=0)  # noise does not compress
     return names
 
 
@@ -143,9 +143,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0, help="of everything but the test and unseen pictures")
     parser.add_argument("--test_seed", type=int, default=1000, help="of the test and unseen pictures")
-    parser.add_argument("--documents", type=int, default=16000, help="of the language model's corpus")
+    parser.add_argument("--documents", type=int, default=8000, help="of the language model's corpus")
     parser.add_argument("--single_images", type=int, default=4000)
-    parser.add_argument("--train_images", type=int, default=8000)
+    parser.add_argument("--train_images", type=int, default=10000)
     parser.add_argument("--validation_questions", type=int, default=270)
     parser.add_argument("--test_questions", type=int, default=540)
     parser.add_argument("--unseen_questions", type=int, default=270)

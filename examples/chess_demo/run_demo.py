@@ -131,7 +131,7 @@ def run_stage(stage: Stage, output: Path) -> dict[str, float]:
     logs, running, seconds = output / "logs", {}, {}
     for job in stage.jobs:
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
-        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         log = (logs / f"{job.name}.log").open("w", encoding="utf-8")
         process = subprocess.Popen(job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         log.close()

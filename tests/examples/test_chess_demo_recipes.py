@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import TrainingArguments
 
 from evaluation.arguments import EvaluationArguments
@@ -45,6 +46,23 @@ def test_recipes_hold_known_options_and_so_do_the_runners_commands(stage, run_de
     recipe = next(word for word in command if word.endswith(".yaml"))
     parsed = parse_arguments(CLASSES[stage], [str(ROOT / recipe), *command[command.index(recipe) + 1 :]])
     assert any(str(tmp_path) in str(part) for part in parsed)
+
+
+def test_every_document_of_the_corpus_is_one_block(run_demo):
+    import corpus
+    import make_data
+    import numpy as np
+
+    from processing import train_tokenizer
+
+    recipe = yaml.safe_load((ROOT / "recipes" / "chess_demo" / "pretrain.yaml").read_text(encoding="utf-8"))
+    texts = list(corpus.documents(np.random.default_rng(0), 1500))
+    tokenizer = train_tokenizer(texts, recipe["train_tokenizer_vocab_size"])
+    lengths = {len(tokenizer(text)["input_ids"]) + 1 for text in texts}  # with the closing token
+    assert lengths == {recipe["block_size"]} == {corpus.BLOCK_SIZE}
+    documents = make_data.parse_arguments(["--output_dir", "unused"]).documents
+    # Streamed in order: the steps reach the end of the curriculum exactly once.
+    assert documents == recipe["max_steps"] * recipe["per_device_train_batch_size"]
 
 
 def job(run_demo, name: str, program: str):

@@ -20,7 +20,7 @@ from scenes import IMAGE_SIZE, PIECES, QUESTION_TYPES, Scene, draw_scene, questi
 
 
 SMALL, LARGE = 3, 6  # the picture has 6 x 6 patches
-BLOCK_SIZE = 128  # `block_size` of recipes/chess_demo/pretrain.yaml
+BLOCK_SIZE = 64  # `block_size` of recipes/chess_demo/pretrain.yaml
 WORDS = re.compile(r"\n| ?\w+| ?[^\w\s]+")
 # The letters of chess notation (FEN): capitals are white.
 LETTERS = dict(zip(PIECES, "KQRBNPkqrbnp", strict=True))
@@ -80,9 +80,9 @@ def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0
     """
     scene = draw_scene(rng, int(rng.choice(3, p=(0.2, 0.4, 0.4))) + 1)
     board = draw_board(scene, rng)
-    # Only a large board has left and right; the description comes last, for it gives all other answers away.
-    left_out = ("describe",) if draw_board is large_board else ("describe", *BESIDE)
-    kinds = [kind for kind in QUESTION_TYPES if kind not in left_out]
+    # The description comes last, for it gives all other answers away. Which column a cell stands in, a line of letters does
+    # not show; a picture's patches do, so left and right are learnt there.
+    kinds = [kind for kind in QUESTION_TYPES if kind not in ("describe", *BESIDE)]
     turns = ask(scene, rng, extra=6, kinds=kinds)
     last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []
     text = " " + " ".join(board) + "\ncaption image:"
@@ -99,7 +99,7 @@ def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0
     return text + " ." * (BLOCK_SIZE - 1 - count_tokens(text))
 
 
-def documents(rng: np.random.Generator, number: int, easy: tuple[float, float] = (0.3, 0.3)) -> Iterator[str]:
+def documents(rng: np.random.Generator, number: int, easy: tuple[float, float] = (0.2, 0.1)) -> Iterator[str]:
     """The corpus in order: rows of pieces, then small boards (their shares: `easy`), then mostly large boards."""
     for index in range(number):
         place = index / number

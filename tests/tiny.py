@@ -1,7 +1,7 @@
 """Tiny random models, tokenizers and image processors that stand in for the real ones in every test.
 
-Nothing here is downloaded: each builder is seeded, takes milliseconds on a CPU, and keeps the features that matter of the
-real thing (Phi's biased head, Phi-3's fused projections and sliding window, Qwen's tied embeddings, CLIP's CLS token).
+Nothing here is downloaded: each builder is seeded, takes milliseconds on a CPU, and keeps the features that matter of
+the real thing (Phi's biased head, Phi-3's fused projections and sliding window, Qwen's tied embeddings, CLIP's CLS).
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ CORPUS = [
 
 
 def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
-    """The config of a small vision tower: `clip`, `siglip` or `dinov2` (vision part only), or `clip_full` (a `CLIPConfig`)."""
+    """The config of a small vision tower: `clip`, `siglip`, `dinov2` (vision part only), `clip_full` (a `CLIPConfig`)."""
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 3,
@@ -67,7 +67,7 @@ def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
 
 
 def tiny_text_config(kind: str = "phi", **changes) -> PreTrainedConfig:
-    """The config of a small causal language model: phi, phi3, gpt_neox, llama, qwen2, qwen3 (the Qwens with tied embeddings)."""
+    """The config of a small language model: phi, phi3, gpt_neox, llama, qwen2, qwen3 (the Qwens with tied embeddings)."""
     sizes = {
         "vocab_size": VOCAB_ROWS,
         "hidden_size": 64,

@@ -41,7 +41,7 @@ CORPUS = [
 
 
 def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
-    """The config of a small vision tower: `clip`, `siglip`, `dinov2` (vision part only), `clip_full` (a `CLIPConfig`)."""
+    """The config of a small vision tower: `clip`, `siglip`, `dinov2` (vision parts), `clip_full` (a `CLIPConfig`)."""
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 3,
@@ -67,7 +67,7 @@ def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
 
 
 def tiny_text_config(kind: str = "phi", **changes) -> PreTrainedConfig:
-    """The config of a small language model: phi, phi3, gpt_neox, llama, qwen2, qwen3 (the Qwens with tied embeddings)."""
+    """The config of a small language model: phi, phi3, gpt_neox, llama, qwen2, qwen3 (the Qwens' heads are tied)."""
     sizes = {
         "vocab_size": VOCAB_ROWS,
         "hidden_size": 64,

@@ -80,8 +80,8 @@ def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0
     """
     scene = draw_scene(rng, int(rng.choice(3, p=(0.2, 0.4, 0.4))) + 1)
     board = draw_board(scene, rng)
-    # The description comes last, for it gives all other answers away. Which column a cell stands in, a line of letters does
-    # not show; a picture's patches do, so left and right are learnt there.
+    # The description comes last, for it gives all other answers away. Which column a cell stands in, a line of letters
+    # does not show; a picture's patches do, so left and right are learnt there.
     kinds = [kind for kind in QUESTION_TYPES if kind not in ("describe", *BESIDE)]
     turns = ask(scene, rng, extra=6, kinds=kinds)
     last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []

@@ -7,7 +7,7 @@ instead.
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from .configuration_jnana import JnanaConfig
+from .configuration_jnana import RESIZING_TOWERS, JnanaConfig
 from .modeling_jnana import JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
 
 
@@ -16,4 +16,10 @@ AutoModel.register(JnanaConfig, JnanaModel, exist_ok=True)
 AutoModelForImageTextToText.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
 
-__all__ = ["JnanaConfig", "JnanaForConditionalGeneration", "JnanaModel", "JnanaPreTrainedModel"]
+__all__ = [
+    "RESIZING_TOWERS",
+    "JnanaConfig",
+    "JnanaForConditionalGeneration",
+    "JnanaModel",
+    "JnanaPreTrainedModel",
+]

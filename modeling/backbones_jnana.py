@@ -220,10 +220,8 @@ def select_image_features(
 
 
 def image_shape(config: JnanaConfig) -> tuple[int, int, int, int]:
-    """`pixel_values`' shape for one image at the tower's own resolution."""
-    size = config.vision_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return (1, config.vision_config.num_channels, height, width)
+    """`pixel_values`' shape for one image."""
+    return (1, config.vision_config.num_channels, *config.image_height_and_width)
 
 
 def find_unused_parameters(tower: PreTrainedModel, config: JnanaConfig) -> list[str]:

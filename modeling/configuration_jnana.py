@@ -25,6 +25,10 @@ TOWER_CLS_TOKENS = {
     "vit": 1,
 }
 
+# Towers that interpolate their position embedding to whatever size comes: DINOv2's config says 518 pixels, its image
+# processor gives 224.
+RESIZING_TOWERS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+
 # Where the Auto classes find the code in a saved folder; files lie flat there.
 AUTO_MAP = {
     "AutoConfig": "configuration_jnana.JnanaConfig",
@@ -61,6 +65,9 @@ class JnanaConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image
             embedding, one vector an image; CLIP's is the projected one).
+        image_size (`int`, *optional*):
+            Side in pixels of the images that enter the tower, where that is not `vision_config.image_size`: DINOv2's
+            image processor gives 224, its config says 518. Only for towers that interpolate their positions.
         image_seq_length (`int`, *optional*):
             Tokens an image takes. Derived from the tower; when given it must agree.
         num_prefix_tokens (`int`, *optional*):
@@ -88,6 +95,7 @@ class JnanaConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
+    image_size: int | None = None
     image_seq_length: int | None = None
     num_prefix_tokens: int = None  # type: ignore[assignment]
     tie_word_embeddings: bool = False
@@ -134,10 +142,16 @@ class JnanaConfig(PreTrainedConfig):
         return cls(vision_config=vision_part, text_config=copy.deepcopy(text_config), **fields)
 
     @property
+    def image_height_and_width(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Pixels of the images that enter the tower."""
+        size = self.image_size or self.vision_config.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
     def num_patches(self) -> int:
-        """`int`: Patches of one image at the tower's own resolution."""
-        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        """`int`: Patches of one image."""
+        patch_size = self.vision_config.patch_size
+        height, width = self.image_height_and_width
         patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         return (height // patch_height) * (width // patch_width)
 
@@ -170,6 +184,14 @@ class JnanaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`projector_num_blocks` is {self.projector_num_blocks!r}; a `resblock` projector has at least 1 "
                 "block. For none choose `projector_type: linear`."
+            )
+        if self.image_size not in (None, self.vision_config.image_size) and (
+            self.vision_config.model_type not in RESIZING_TOWERS
+        ):
+            raise ValueError(
+                f"`image_size` is {self.image_size}, but a {self.vision_config.model_type!r} tower takes images of its own "
+                f"{self.vision_config.image_size} pixels only. Leave it out, or choose one of "
+                f"{', '.join(RESIZING_TOWERS)}."
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; it must be a token id of the tokenizer.")

@@ -200,7 +200,9 @@ class JnanaProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        num_tokens = self._tokens_per_image(**self._merge_kwargs(**kwargs)["images_kwargs"])
+        num_tokens = self.num_image_tokens(
+            *self.image_height_and_width(**self._merge_kwargs(**kwargs)["images_kwargs"])
+        )
         return MultiModalData(
             num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
@@ -315,7 +317,7 @@ class JnanaProcessor(ProcessorMixin):
         """
         texts = self._render(conversations, self._resolve_chat_template(None), mark=True)
         all_ids, masks = self._encoder().encode(texts)
-        tokens_per_image = self._tokens_per_image()
+        tokens_per_image = self.num_image_tokens(*self.image_height_and_width())
         return [
             measure_sequence(ids, mask, self.image_token_id, tokens_per_image)
             for ids, mask in zip(all_ids, masks, strict=True)
@@ -323,8 +325,18 @@ class JnanaProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------ inside
 
-    def _tokens_per_image(self, crop_size: dict | None = None, size: dict | None = None, **kwargs) -> int:
-        """Placeholder tokens of any image, from the size that the image processor gives every image."""
+    def image_height_and_width(
+        self, crop_size: dict | None = None, size: dict | None = None, **kwargs
+    ) -> tuple[int, int]:
+        """
+        The size that the image processor gives every image.
+
+        Args:
+            crop_size, size (`dict`, *optional*): instead of the image processor's own.
+
+        Raises:
+            ValueError: if its images differ in size.
+        """
         crops = getattr(self.image_processor, "do_center_crop", False)
         target = crop_size or size or (self.image_processor.crop_size if crops else self.image_processor.size)
         if "height" not in target or "width" not in target:
@@ -332,7 +344,7 @@ class JnanaProcessor(ProcessorMixin):
                 f"image_processor.size={dict(target)} gives images of different sizes. Use an image processor that "
                 "crops or resizes to a fixed height and width."
             )
-        return self.num_image_tokens(target["height"], target["width"])
+        return target["height"], target["width"]
 
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, (self.image_token,))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
+from modeling import RESIZING_TOWERS, JnanaConfig, JnanaForConditionalGeneration
 from processing import JnanaProcessor, check_tokenizer, read_chat_template, tokenizer_fingerprint
 
 from .arguments import ModelArguments
@@ -99,6 +99,13 @@ def check_image_tokens(config: JnanaConfig, processor: JnanaProcessor, model_nam
         )
 
 
+def image_size_field(vision_config: PreTrainedConfig, processor: JnanaProcessor) -> dict[str, int]:
+    """`JnanaConfig.image_size` for a tower that takes images of any size; empty for one that takes its own only."""
+    height, width = processor.image_height_and_width()
+    resizes = getattr(vision_config, "vision_config", vision_config).model_type in RESIZING_TOWERS
+    return {"image_size": height} if resizes and height == width else {}
+
+
 def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
     """Refuse a checkpoint whose tokenizer files were exchanged for others."""
     if config.tokenizer_fingerprint is not None:
@@ -150,7 +157,8 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     )
     check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name, **trust)
     backbones = [AutoConfig.from_pretrained(name, **trust) for name in (args.vision_model, args.text_model)]
-    config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields)
+    size = image_size_field(backbones[0], processor)
+    config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields, **size)
     check_image_tokens(config, processor, args.vision_model, f"the image processor of {args.vision_model}")
     return processor
 
@@ -202,8 +210,10 @@ def build_pair(
     tokenizer = processor.tokenizer
     trust_remote_code = fields.get("trust_remote_code", False)
     fingerprint = check_text_tokenizer(text, tokenizer, tokenizer_name or text, trust_remote_code)
+    vision_config = AutoConfig.from_pretrained(vision, trust_remote_code=trust_remote_code)
+    size = image_size_field(vision_config, processor)
     model = JnanaForConditionalGeneration.from_vision_text_pretrained(
-        vision, text, image_token_id=processor.image_token_id, **fields
+        vision, text, image_token_id=processor.image_token_id, **size, **fields
     )
     check_image_tokens(model.config, processor, model_name=vision, processor_name="the processor")
     model.config.tokenizer_fingerprint = fingerprint

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Config
 
 from modeling import JnanaForConditionalGeneration
 from processing import JnanaProcessor, tokenizer_fingerprint
-from tests.tiny import save_tiny_text, save_tiny_vision, tiny_tokenizer
+from tests.tiny import (
+    save_tiny_text,
+    save_tiny_vision,
+    tiny_image_processor,
+    tiny_tokenizer,
+    tiny_vision_config,
+)
 from training.arguments import LoraArguments, ModelArguments
 from training.loading import (
     build_pair,
@@ -141,6 +148,33 @@ def test_model_and_processor_that_count_an_image_differently(vision, tmp_path):
         load_model_and_processor(str(tmp_path / "pair"))
     with pytest.raises(ValueError, match="16 image tokens an image, but .* gives 4"):
         build_pair(vision, str(tmp_path / "phi"), processor)
+
+
+def test_dinov2_takes_the_size_its_image_processor_gives(tmp_path):
+    """Published DINOv2 checkpoints say 518 pixels and come with an image processor that gives 224."""
+    vision = tmp_path / "dinov2"
+    AutoModel.from_config(
+        Dinov2Config(**{**tiny_vision_config("dinov2").to_dict(), "image_size": 36})
+    ).save_pretrained(vision)
+    tiny_image_processor().save_pretrained(vision)  # 24 pixels: 2 x 2 patches of 12
+    text = str(save_tiny_text(tmp_path / "text"))
+    processor = prepare_processor(ModelArguments(vision_model=str(vision), text_model=text))
+    model = build_pair(str(vision), text, processor)
+    assert (model.config.image_size, model.config.image_seq_length) == (24, 4)
+    chat = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (50, 40))}]}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    before = model(**inputs).logits
+    model.save_pretrained(tmp_path / "pair")
+    processor.save_pretrained(tmp_path / "pair")
+    again, _ = load_model_and_processor(str(tmp_path / "pair"))
+    torch.testing.assert_close(again(**inputs).logits, before, rtol=0, atol=0)
+
+
+def test_clip_takes_its_own_size_only(vision, tmp_path):
+    with pytest.raises(ValueError, match="`image_size` is 36"):
+        JnanaForConditionalGeneration.from_vision_text_pretrained(
+            vision, str(save_tiny_text(tmp_path)), image_token_id=300, image_size=36
+        )
 
 
 def test_a_checkpoint_of_another_type(vision, tmp_path):

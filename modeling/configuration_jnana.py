@@ -189,8 +189,8 @@ class JnanaConfig(PreTrainedConfig):
             self.vision_config.model_type not in RESIZING_TOWERS
         ):
             raise ValueError(
-                f"`image_size` is {self.image_size}, but a {self.vision_config.model_type!r} tower takes images of its "
-                f"own {self.vision_config.image_size} pixels only. Leave it out, or choose one of "
+                f"`image_size` is {self.image_size}, but a {self.vision_config.model_type!r} tower takes images of "
+                f"its own {self.vision_config.image_size} pixels only. Leave it out, or choose one of "
                 f"{', '.join(RESIZING_TOWERS)}."
             )
         if self.image_token_id < 0:

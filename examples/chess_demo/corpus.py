@@ -99,7 +99,7 @@ def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0
     return text + " ." * (BLOCK_SIZE - 1 - count_tokens(text))
 
 
-def documents(rng: np.random.Generator, number: int, easy: tuple[float, float] = (0.3, 0.1)) -> Iterator[str]:
+def documents(rng: np.random.Generator, number: int, easy: tuple[float, float] = (0.4, 0.2)) -> Iterator[str]:
     """The corpus in order: rows of pieces, then small boards (their shares: `easy`), then mostly large boards."""
     for index in range(number):
         place = index / number

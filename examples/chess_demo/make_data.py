@@ -143,7 +143,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0, help="of everything but the test and unseen pictures")
     parser.add_argument("--test_seed", type=int, default=1000, help="of the test and unseen pictures")
-    parser.add_argument("--documents", type=int, default=25600, help="of the language model's corpus")
+    parser.add_argument("--documents", type=int, default=16000, help="of the language model's corpus")
     parser.add_argument("--single_images", type=int, default=4000)
     parser.add_argument("--train_images", type=int, default=10000)
     parser.add_argument("--validation_questions", type=int, default=270)

@@ -4,7 +4,7 @@ from .bad_samples import BadSampleError, append_bad_samples, read_bad_samples
 from .data_checks import CheckReport, check_rows
 from .data_collator import JnanaCollator
 from .data_readers import load_rows
-from .data_rows import ROW_FEATURES, flatten_conversations
+from .data_rows import ROW_FEATURES, flatten_conversations, with_images
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
 from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
 from .text_corpus import load_text, pack_blocks, train_tokenizer
@@ -33,4 +33,5 @@ __all__ = [
     "read_chat_template",
     "tokenizer_fingerprint",
     "train_tokenizer",
+    "with_images",
 ]

@@ -14,6 +14,7 @@ from PIL import Image
 from .bad_samples import BadSampleError, append_bad_samples
 from .chat_encoding_jnana import measure_sequence
 from .data_checks import check_row, check_size
+from .data_rows import with_images
 from .image_loading import MAX_IMAGE_PIXELS, load_image
 from .processing_jnana import JnanaProcessor
 
@@ -107,7 +108,7 @@ class JnanaCollator:
         check_row(row)
         source = row["source"]
         images = [load_image(image, source=source, max_image_pixels=self.max_image_pixels) for image in row["images"]]
-        return [(_with_images(chat, images), source) for chat in row["conversations"]]
+        return [(with_images(chat, images), source) for chat in row["conversations"]]
 
     def _tokenize(self, chats: list[tuple[list[dict], str]], problems: list[str]) -> dict[str, Any]:
         """One call of the processor for the batch; sequences that do not fit are taken out of it."""
@@ -171,18 +172,3 @@ class JnanaCollator:
             {"role": "assistant", "content": [{"type": "text", "text": ""}]},
         ]
         return chat, "substitute for a batch without a good row"
-
-
-def _with_images(chat: list[dict], images: list[Image.Image]) -> list[dict]:
-    """The chat with its images in its image parts, in order."""
-    remaining = iter(images)
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(remaining)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in chat
-    ]

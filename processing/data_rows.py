@@ -145,6 +145,30 @@ def single_conversation(row: dict, index: int) -> dict:
     }
 
 
+def with_images(chat: list[dict], images: list[Any]) -> list[dict]:
+    """
+    A chat with its images in its image parts, in reading order, as `JnanaProcessor.apply_chat_template` takes it.
+
+    Args:
+        chat (`list[dict]`): messages of a row.
+        images (`list[PIL.Image.Image]`): as many as the chat has image parts, or more.
+
+    Returns:
+        `list[dict]`: a copy.
+    """
+    remaining = iter(images)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(remaining)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in chat
+    ]
+
+
 def iterate_rows(rows: Any, batch_size: int = 1000) -> Iterator[dict]:
     """Rows one by one, read in blocks where the data set is map-style."""
     if not isinstance(rows, datasets.Dataset):

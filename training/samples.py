@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from processing import BadSampleError, JnanaProcessor, load_image
+from processing import BadSampleError, JnanaProcessor, load_image, with_images
 
 
 logger = logging.getLogger(__name__)
@@ -84,18 +84,3 @@ def clean(part: dict[str, Any]) -> dict[str, Any]:
 
 def text_of(message: dict[str, Any]) -> str:
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def with_images(messages: list[dict[str, Any]], images: list[Image]) -> list[dict[str, Any]]:
-    """The messages with the pictures put into their image parts, in reading order."""
-    pending = iter(images)
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(pending)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from run_demo import Job, Stage, launch, run_stage
+from run_demo import Job, Stage, assistant_commands, launch, run_stage
 
 
 # Options of run_align.py; `align_steps` 0 leaves the align stage out: the projector starts sft at random.
@@ -33,7 +33,6 @@ def variant_stages(name: str, demo: Path, output: Path, seed: int) -> list[Stage
     """The stages of one variant, single-threaded, so that two can run side by side on two cores."""
     options = dict(VARIANTS[name])
     data = demo / "data"
-    pictures = {"image_folder": data / "train", "seed": seed}
     text_model = demo / "pretrain"
     stages = []
     if options.pop("random_text_model", False):
@@ -46,34 +45,7 @@ def variant_stages(name: str, demo: Path, output: Path, seed: int) -> list[Stage
     steps = options.pop("align_steps", None)
     if steps == 0:
         options |= {"max_steps": 1, "learning_rate": 0.0}  # the pair is joined, nothing is trained
-    align = launch(
-        "run_align.py",
-        "align.yaml",
-        vision_model=demo / "clip",
-        text_model=text_model,
-        train_data=data / "captions_train.json",
-        output_dir=output / "align",
-        **pictures,
-        **options,
-    )
-    sft = launch(
-        "run_sft.py",
-        "sft.yaml",
-        model_name_or_path=output / "align",
-        train_data=data / "instruct_train.json",
-        output_dir=output / "sft",
-        **pictures,
-    )
-    evaluate = launch(
-        "run_evaluate.py",
-        "evaluate.yaml",
-        model_name_or_path=output / "sft" / "merged",
-        eval_data=json.dumps({split: str(data / f"instruct_{split}.json") for split in ("test", "unseen")}),
-        image_folder=json.dumps({split: str(data / split) for split in ("test", "unseen")}),
-        output_dir=output / "evaluation",
-        blind="false",
-    )
-    commands = {"align": align, "sft": sft, "evaluate": evaluate}
+    commands = assistant_commands(data, demo / "clip", text_model, output, seed, options, {"blind": "false"})
     return stages + [Stage(job, [Job(job, command, 1)]) for job, command in commands.items()]
 
 

@@ -57,29 +57,20 @@ def example(script: str, **options: object) -> list[str]:
     return [sys.executable, str(HERE / script), *words]
 
 
-def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
-    """The stages in order.
-
-    Args:
-        output (`Path`): Folder of this run.
-        seed (`int`): Of data, weights and order; the test pictures have a seed that no other part uses.
-        cores (`int`): Threads for the jobs that run alone.
-    """
-    data = output / "data"
+def assistant_commands(
+    data: Path, clip: Path, text_model: Path, output: Path, seed: int, align_options: dict, evaluate_options: dict
+) -> dict[str, list[str]]:
+    """The command lines of align, sft and evaluate, once the vision tower `clip` and `text_model` are trained."""
     pictures = {"image_folder": data / "train", "seed": seed}
-    make_data = example("make_data.py", output_dir=data, seed=seed, test_seed=1_000_000 + seed)
-    clip = example("train_clip.py", data_dir=data, output_dir=output / "clip", seed=seed)
-    pretrain = launch(
-        "run_pretrain.py", "pretrain.yaml", train_data=data / "corpus.txt", output_dir=output / "pretrain", seed=seed
-    )
     align = launch(
         "run_align.py",
         "align.yaml",
-        vision_model=output / "clip",
-        text_model=output / "pretrain",
+        vision_model=clip,
+        text_model=text_model,
         train_data=data / "captions_train.json",
         output_dir=output / "align",
         **pictures,
+        **align_options,
     )
     sft = launch(
         "run_sft.py",
@@ -96,15 +87,34 @@ def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
         eval_data=json.dumps({name: str(data / f"instruct_{name}.json") for name in ("test", "unseen")}),
         image_folder=json.dumps({name: str(data / name) for name in ("test", "unseen")}),
         output_dir=output / "evaluation",
+        **evaluate_options,
     )
+    return {"align": align, "sft": sft, "evaluate": evaluate}
+
+
+def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
+    """The stages in order.
+
+    Args:
+        output (`Path`): Folder of this run.
+        seed (`int`): Of data, weights and order; the test pictures have a seed that no other part uses.
+        cores (`int`): Threads for the jobs that run alone.
+    """
+    data = output / "data"
+    make_data = example("make_data.py", output_dir=data, seed=seed, test_seed=1_000_000 + seed)
+    clip = example("train_clip.py", data_dir=data, output_dir=output / "clip", seed=seed)
+    pretrain = launch(
+        "run_pretrain.py", "pretrain.yaml", train_data=data / "corpus.txt", output_dir=output / "pretrain", seed=seed
+    )
+    later = assistant_commands(data, output / "clip", output / "pretrain", output, seed, {}, {})
     return [
         Stage("draw pictures, write captions, questions and text", [Job("data", make_data, 1)]),
         Stage(
             "train the vision tower beside the language model", [Job("clip", clip, 1), Job("pretrain", pretrain, 1)]
         ),
-        Stage("align: train the projector on captions", [Job("align", align, cores)]),
-        Stage("sft: LoRA and projector on questions and answers", [Job("sft", sft, cores)]),
-        Stage("evaluate on new pictures, and blind", [Job("evaluate", evaluate, cores)]),
+        Stage("align: train the projector on captions", [Job("align", later["align"], cores)]),
+        Stage("sft: LoRA and projector on questions and answers", [Job("sft", later["sft"], cores)]),
+        Stage("evaluate on new pictures, and blind", [Job("evaluate", later["evaluate"], cores)]),
     ]
 
 

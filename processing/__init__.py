@@ -1,6 +1,7 @@
 """Turns people's data into model inputs: processor, chat templates, readers, checks, collator, text for stage 0."""
 
 from .bad_samples import BadSampleError, append_bad_samples, read_bad_samples
+from .chat_encoding_jnana import transcribe_chat
 from .data_checks import CheckReport, check_rows
 from .data_collator import JnanaCollator
 from .data_readers import load_rows
@@ -9,6 +10,7 @@ from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
 from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
 from .text_corpus import load_text, pack_blocks, train_tokenizer
 from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
+from .transcription import Transcriber, Transcript, TranscriptionError
 
 
 __all__ = [
@@ -18,6 +20,9 @@ __all__ = [
     "CheckReport",
     "JnanaCollator",
     "JnanaProcessor",
+    "Transcriber",
+    "Transcript",
+    "TranscriptionError",
     "add_jnana_tokens",
     "append_bad_samples",
     "chat_template_names",
@@ -33,5 +38,6 @@ __all__ = [
     "read_chat_template",
     "tokenizer_fingerprint",
     "train_tokenizer",
+    "transcribe_chat",
     "with_images",
 ]

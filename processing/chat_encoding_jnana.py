@@ -9,8 +9,9 @@ A chat is cut into pieces before it is tokenised, at two kinds of places, and ea
 * inside every piece of the user's text that spells a control token, such as `<image>` or `<|endoftext|>`. What is left
   on either side is ordinary text to the tokenizer: the model reads the same characters, and no control token.
 
-The cuts are marked by three private-use characters, removed from people's text beforehand. This file is copied beside
-`processing_jnana.py` into every shared checkpoint.
+The cuts are marked by three private-use characters, removed from people's text beforehand. Spoken parts of a chat are
+replaced by their words before all this (`transcribe_chat`). This file is copied beside `processing_jnana.py` into
+every shared checkpoint.
 """
 
 import re
@@ -135,6 +136,76 @@ class ChatEncoder:
         before = self.added_tokens.get(ids[-1], "\n")
         context, both = self._encode_all([before, before + piece])
         return both[len(context) :] if both[: len(context)] == context else self._encode_all([piece])[0]
+
+
+def transcribe_chat(chat: list[dict], transcriber: Any) -> list[dict]:
+    """
+    A chat whose recordings, `{"type": "audio", ...}` parts, are replaced by what is said in them.
+
+    The words of a recording stand where it stood, a space between them and the text beside them; one without speech is
+    left out.
+
+    Args:
+        chat (`list[dict]`): messages. An audio part holds a file's path under `path`, or under `audio` a path, samples
+            `(num_samples,)` with their `sampling_rate` beside them, or a dict of `array` and `sampling_rate`.
+        transcriber (`Any`): has a method `transcribe(recording)`, or `transcribe(samples, sampling_rate)`, that
+            returns something with a `text`: a `Transcriber` of the package `processing`, for one.
+
+    Returns:
+        `list[dict]`: the chat itself if nothing in it is spoken, else a copy.
+
+    Raises:
+        ValueError: if a recording is there and no transcriber, a part holds no local recording, or a message without
+            text has recordings without speech alone.
+    """
+    contents = [message.get("content") for message in chat]
+    if not any(_is_audio(part) for content in contents if isinstance(content, list) for part in content):
+        return chat
+    if not hasattr(transcriber, "transcribe"):
+        raise ValueError(
+            "The chat holds a recording, and transcriber=None. Give one, as in "
+            "`apply_chat_template(chat, transcriber=processing.Transcriber())`, or give the words as text."
+        )
+    return [
+        {**message, "content": _in_words(content, transcriber)} if isinstance(content, list) else message
+        for message, content in zip(chat, contents, strict=True)
+    ]
+
+
+def _is_audio(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "audio"
+
+
+def _in_words(parts: list[dict], transcriber: Any) -> list[dict]:
+    words: list[dict] = []
+    after_speech = silent = False
+    for part in parts:
+        spoken = _is_audio(part)
+        if spoken:
+            text = transcriber.transcribe(*_recording(part)).text.strip()
+            if not text:
+                silent = True
+                continue
+            part = {"type": "text", "text": text}
+        if words and words[-1].get("type") == part.get("type") == "text" and (spoken or after_speech):
+            part = {**part, "text": " " + part["text"].lstrip()}
+        words.append(part)
+        after_speech = spoken
+    if silent and not any(part.get("type") == "text" and (part.get("text") or "").strip() for part in words):
+        raise ValueError("No speech was heard in the recording, and no question is typed beside it.")
+    return words
+
+
+def _recording(part: dict) -> tuple:
+    recording = next((part[key] for key in ("audio", "path") if part.get(key) is not None), None)
+    rate = part.get("sampling_rate")
+    if isinstance(recording, dict) and recording.get("array") is not None:
+        recording, rate = recording["array"], recording.get("sampling_rate", rate)
+    if recording is None or isinstance(recording, dict):
+        raise ValueError(
+            f"An audio part with {', '.join(sorted(part))}: give a local file under 'path' or samples under 'audio'."
+        )
+    return (recording,) if rate is None else (recording, rate)
 
 
 def _is_word(token: str) -> bool:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_sequence
+from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_sequence, transcribe_chat
 
 
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
@@ -241,6 +241,7 @@ class JnanaProcessor(ProcessorMixin):
         load_audio_from_video: bool = False,
         processor_kwargs: dict | None = None,
         sanitize_control_tokens: bool = True,
+        transcriber: Any = None,
         **kwargs,
     ) -> Any:
         """
@@ -256,7 +257,9 @@ class JnanaProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): messages, `content` a string or a list of parts; an
-                image part holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`.
+                image part holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`; an audio
+                part, a path under `path` or samples under `audio`.
+            transcriber (`Any`, *optional*): puts words in the place of audio parts; see [`transcribe_chat`].
             processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with
                 `padding="max_length"`), `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the
                 image processor's options.
@@ -268,7 +271,7 @@ class JnanaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if truncation is asked for (it could cut image tokens), images and placeholders differ in
-                number, or `chat_template` is not Jinja (a template's name).
+                number, `chat_template` is not Jinja (a template's name), or a recording has no transcriber.
         """
         template = self._resolve_chat_template(chat_template)
         if "{" not in template:  # Jinja would answer with this very word, whatever the chat
@@ -280,6 +283,7 @@ class JnanaProcessor(ProcessorMixin):
             template, dict(processor_kwargs or {}), kwargs, add_generation_prompt, bool(continue_final_message), False
         )
         conversations, is_batched = self._normalize_conversations(conversation)
+        conversations = [transcribe_chat(chat, transcriber) for chat in conversations]
         images = self._multimodal_inputs_from_conversations(conversations, {})[0] if tokenize else []
         texts = self._render(
             conversations,

@@ -1,0 +1,1 @@
+AudioFile = object

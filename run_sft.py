@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     with training_args.main_process_first(desc="processor and data"):
         processor = prepare_processor(model_args)
         where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
-        train_rows = load_conversations(data_args, processor, **where)
+        train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
         eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole

@@ -27,6 +27,7 @@ from .backbones_jnana import (
     select_image_features,
 )
 from .configuration_jnana import JnanaConfig
+from .packed_attention_jnana import check_packed_inputs, create_packed_mask
 from .pretrained_jnana import (
     JnanaCausalLMOutputWithPast,
     JnanaGenerationMixin,
@@ -197,6 +198,9 @@ class JnanaModel(JnanaPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_indices: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        branch_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | JnanaModelOutputWithPast:
         """
@@ -211,15 +215,23 @@ class JnanaModel(JnanaPreTrainedModel):
                 *optional*): Instead of `pixel_values`: features before the projector, computed earlier.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what
                 [`~JnanaModel.get_image_features`] returned.
+            image_indices (`torch.LongTensor` of shape `(num_image_places,)`, *optional*): The image that each place
+                shows, a place being `config.num_image_tokens` image tokens, in reading order. An image may be shown
+                many times and is encoded once. By default one image after the other.
+            segment_ids, branch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): For
+                packed rows, with `position_ids` and without `attention_mask`: see `packed_attention_jnana.py`.
 
         Raises:
-            ValueError: If images are given in two ways, or their number doesn't fit that of the image tokens.
+            ValueError: If images are given in two ways, or their number doesn't fit that of the image tokens; if the
+                inputs of packed rows are incomplete, or the attention implementation can't follow their mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         image_hidden_states = self._read_images(
             pixel_values, image_features, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy
         )
+        if image_indices is not None:
+            image_hidden_states = self._show_images(image_hidden_states, image_indices)
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
             if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
@@ -234,6 +246,17 @@ class JnanaModel(JnanaPreTrainedModel):
         elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             inputs_embeds = self._touch_image_path(inputs_embeds)
 
+        if segment_ids is not None or branch_ids is not None:
+            shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
+            check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, past_key_values, shape)
+            attention_mask = create_packed_mask(
+                self.language_model.config,
+                inputs_embeds,
+                segment_ids,  # type: ignore[arg-type]  # checked
+                branch_ids,  # type: ignore[arg-type]
+                position_ids,  # type: ignore[arg-type]
+            )
+            kwargs["use_cache"] = False  # type: ignore[typeddict-unknown-key]
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -271,6 +294,21 @@ class JnanaModel(JnanaPreTrainedModel):
             return torch.cat(self.project_vision_features(image_features))
         # A list of (tokens, hidden_size) or a tensor (images, tokens, hidden_size).
         return None if encoded is None else torch.cat(list(encoded.pooler_output))  # type: ignore[arg-type]
+
+    def _show_images(self, vectors: torch.Tensor | None, image_indices: torch.Tensor) -> torch.Tensor:
+        """Vectors `(num_images * num_image_tokens, hidden_size)` of the images that `image_indices` names."""
+        size = self.config.num_image_tokens
+        num_images = 0 if vectors is None else len(vectors) // size
+        if vectors is None or image_indices.ndim != 1:
+            raise ValueError(
+                f"`image_indices` has shape {tuple(image_indices.shape)} for {num_images} images; give one number for "
+                "each place of an image, together with the images."
+            )
+        torch_compilable_check(
+            (image_indices >= 0).all() & (image_indices < num_images).all(),
+            lambda: f"`image_indices` {image_indices.tolist()} must be from 0 to {num_images - 1}, one of the images.",
+        )
+        return vectors.view(num_images, size, -1)[image_indices.to(vectors.device)].flatten(0, 1)
 
     def _check_counts(self, image_mask: torch.Tensor, num_vectors: int) -> None:
         """Raise `ValueError` unless there are as many image tokens as image vectors."""
@@ -391,6 +429,9 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_indices: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        branch_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | JnanaCausalLMOutputWithPast:
         """
@@ -402,7 +443,9 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             shift_labels (`torch.LongTensor`, *optional*): Instead of `labels`: position i holds the token that
                 position i must predict. Shaped as the logits without their last dimension.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Positions to compute logits for: the
-                last n (0 for all), or indices, or a boolean mask `(batch_size, sequence_length)`.
+                last n (0 for all), or indices, or a boolean mask `(batch_size, sequence_length)`. With a mask the
+                logits are `(num_kept, vocab_size)`, and `labels` and `shift_labels` are of the whole rows as always:
+                with the mask of the places that have a label, loss and gradients are those of all logits.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -415,8 +458,16 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             vision_feature_select_strategy=vision_feature_select_strategy,
             image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_indices=image_indices,
+            segment_ids=segment_ids,
+            branch_ids=branch_ids,
             **kwargs,
         )
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+            if shift_labels is None and labels is not None:
+                shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)  # type: ignore[assignment]
+            if shift_labels is not None and shift_labels.shape == logits_to_keep.shape:
+                shift_labels = shift_labels[logits_to_keep]  # type: ignore[assignment]
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None or shift_labels is not None:

@@ -5,9 +5,11 @@ from .chat_encoding_jnana import transcribe_chat
 from .data_checks import CheckReport, check_rows
 from .data_collator import JnanaCollator
 from .data_readers import load_rows
-from .data_rows import ROW_FEATURES, flatten_conversations, with_images
+from .data_rows import ROW_FEATURES, conversation_rows, flatten_conversations, with_images
+from .image_inputs import PixelImages
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
 from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
+from .row_planning import RowPlan, packed_rows, packed_stream, plan_rows
 from .text_corpus import load_text, pack_blocks, train_tokenizer
 from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
 from .transcription import Transcriber, Transcript, TranscriptionError
@@ -20,6 +22,8 @@ __all__ = [
     "CheckReport",
     "JnanaCollator",
     "JnanaProcessor",
+    "PixelImages",
+    "RowPlan",
     "Transcriber",
     "Transcript",
     "TranscriptionError",
@@ -29,11 +33,15 @@ __all__ = [
     "check_image",
     "check_rows",
     "check_tokenizer",
+    "conversation_rows",
     "flatten_conversations",
     "load_image",
     "load_rows",
     "load_text",
     "pack_blocks",
+    "packed_rows",
+    "packed_stream",
+    "plan_rows",
     "read_bad_samples",
     "read_chat_template",
     "tokenizer_fingerprint",

@@ -10,8 +10,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .bad_samples import BadSampleError, append_bad_samples, bad_sample
+from .chat_encoding_jnana import measure_sequence
 from .data_rows import iterate_rows
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
+from .packing import expanded_length, shared_length
 from .processing_jnana import JnanaProcessor
 
 
@@ -28,6 +30,7 @@ class CheckReport:
         kept_indices (`list[int]`): the rows that can be used, in order.
         lengths (`list[list[int]]`): tokens of every conversation of every kept row, image tokens included, before any
             cut.
+        shared (`list[int]`): tokens that the conversations of each kept row can share ([`shared_length`]).
         num_truncated (`int`): conversations longer than `max_length`, whose answers will be cut short.
         problems (`list[str]`): file, record, problem and remedy of every row that can't be used.
     """
@@ -35,6 +38,7 @@ class CheckReport:
     num_rows: int = 0
     kept_indices: list[int] = field(default_factory=list)
     lengths: list[list[int]] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
     num_truncated: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -175,21 +179,59 @@ def _check_block(block, processor, max_length, images: _ImageChecker, report: Ch
         good.append((index, row))
     if not good:
         return
-    sizes = processor.measure_chats([chat for _, row in good for chat in row["conversations"]])
-    position = 0
-    for index, row in good:
-        row_sizes = sizes[position : position + len(row["conversations"])]
-        position += len(row_sizes)
+    for (index, row), measured in zip(good, measure_rows([row for _, row in good], processor), strict=True):
         try:
-            for length, first_label, images_end in row_sizes:
+            for length, first_label, images_end in measured.sizes:
                 check_size(length, first_label, images_end, max_length, row["source"])
         except BadSampleError as error:
             report.problems.append(str(error))
             continue
-        lengths = [size[0] for size in row_sizes]
         report.kept_indices.append(index)
-        report.lengths.append(lengths)
-        report.num_truncated += sum(max_length is not None and length > max_length for length in lengths)
+        report.lengths.append(measured.lengths)
+        report.shared.append(measured.shared)
+        report.num_truncated += sum(max_length is not None and length > max_length for length in measured.lengths)
+
+
+@dataclass
+class RowSizes:
+    """
+    What a row takes in tokens.
+
+    Args:
+        sizes (`list[tuple[int, int | None, int]]`): of each conversation, as [`measure_sequence`] gives them.
+        shared (`int`): tokens that they can share, see [`shared_length`].
+    """
+
+    sizes: list[tuple[int, int | None, int]]
+    shared: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [size[0] for size in self.sizes]
+
+
+def measure_rows(rows: list[dict], processor: JnanaProcessor) -> list[RowSizes]:
+    """
+    Sizes of rows, all of them tokenised together and none of their images opened.
+
+    Args:
+        rows (`list[dict]`): rows that [`check_row`] lets pass.
+        processor (`JnanaProcessor`): tokenises.
+    """
+    chats = [chat for row in rows for chat in row["conversations"]]
+    if not chats:
+        return []
+    all_ids, all_masks = processor.encode_chats(chats)
+    image, size = processor.image_token_id, processor.tokens_per_image
+    measured, first = [], 0
+    for row in rows:
+        last = first + len(row["conversations"])
+        ids, masks = all_ids[first:last], all_masks[first:last]
+        sizes = [measure_sequence(tokens, mask, image, size) for tokens, mask in zip(ids, masks, strict=True)]
+        shared = ids[0][: shared_length(ids, masks, image)]
+        measured.append(RowSizes(sizes, expanded_length(shared, image, size)))
+        first = last
+    return measured
 
 
 def check_size(length: int, first_label: int | None, images_end: int, max_length: int | None, source: str) -> None:

@@ -128,7 +128,7 @@ class _ConversationOf:
         if "row" not in batch or "conversation" not in batch:  # some other column was asked for by itself
             return batch
         needed = sorted(set(batch["row"]))
-        taken = dict(zip(needed, _rows_at(self.rows, needed), strict=True))
+        taken = dict(zip(needed, rows_at(self.rows, needed), strict=True))
         others = {k: v for k, v in batch.items() if k not in ("row", "conversation")}
         pairs = [single_conversation(taken[r], c) for r, c in zip(batch["row"], batch["conversation"], strict=True)]
         return {**{name: [pair[name] for pair in pairs] for name in ROW_FEATURES}, **others}
@@ -136,13 +136,25 @@ class _ConversationOf:
 
 def single_conversation(row: dict, index: int) -> dict:
     """The row holding only conversation `index` of `row`."""
+    return select_conversations(row, [index])
+
+
+def select_conversations(row: dict, indices: list[int]) -> dict:
+    """The row holding only the conversations at `indices` of `row`; its source names them if they aren't all."""
+    names = ", ".join(map(str, indices))
+    some = len(indices) < len(row["conversations"])
     return {
         "images": row["images"],
-        "conversations": [row["conversations"][index]],
-        "categories": [row["categories"][index]],
-        "answers": [row["answers"][index]],
-        "source": row["source"] + (f", conversation {index}" if len(row["conversations"]) > 1 else ""),
+        **{name: [row[name][index] for index in indices] for name in ("conversations", "categories", "answers")},
+        "source": row["source"] + (f", conversation{'s' * (len(indices) > 1)} {names}" if some else ""),
     }
+
+
+def conversation_rows(items: Any) -> Iterator[dict]:
+    """Rows with their first conversation only, from rows or from planned rows of a packed data set."""
+    for item in items:
+        for row in item.get("trees") or [item]:
+            yield single_conversation(row, 0)
 
 
 def with_images(chat: list[dict], images: list[Any]) -> list[dict]:
@@ -175,10 +187,11 @@ def iterate_rows(rows: Any, batch_size: int = 1000) -> Iterator[dict]:
         yield from rows
         return
     for start in range(0, len(rows), batch_size):
-        yield from _rows_at(rows, range(start, min(start + batch_size, len(rows))))
+        yield from rows_at(rows, range(start, min(start + batch_size, len(rows))))
 
 
-def _rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
+def rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
+    """The rows at these places, in this order."""
     block = rows[indices]
     return [{name: block[name][i] for name in ROW_FEATURES} for i in range(len(block["source"]))]
 

@@ -319,13 +319,38 @@ class JnanaProcessor(ProcessorMixin):
         Returns:
             `list[tuple[int, int | None, int]]`: for each chat, as [`measure_sequence`].
         """
+        return [
+            measure_sequence(ids, mask, self.image_token_id, self.tokens_per_image)
+            for ids, mask in zip(*self.encode_chats(conversations), strict=True)
+        ]
+
+    def encode_chats(
+        self, conversations: list[list[dict]], expand: bool = False
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """
+        Tokenise chats without opening their images (`{"type": "image"}` parts need hold none).
+
+        Args:
+            conversations (`list[list[dict]]`): a batch of chats.
+            expand (`bool`, *optional*, defaults to `False`): give each image as many image tokens as
+                [`~JnanaProcessor.apply_chat_template`] does, instead of one.
+
+        Returns:
+            `tuple[list[list[int]], list[list[int]]]`: token ids, and for each id 1 inside an answer and 0 elsewhere.
+        """
         texts = self._render(conversations, self._resolve_chat_template(None), mark=True)
         all_ids, masks = self._encoder().encode(texts)
-        tokens_per_image = self.num_image_tokens(*self.image_height_and_width())
-        return [
-            measure_sequence(ids, mask, self.image_token_id, tokens_per_image)
-            for ids, mask in zip(all_ids, masks, strict=True)
-        ]
+        size = self.tokens_per_image if expand else 1
+        if size > 1:
+            places = [[size if token == self.image_token_id else 1 for token in ids] for ids in all_ids]
+            all_ids = [_repeat(ids, times) for ids, times in zip(all_ids, places, strict=True)]
+            masks = [_repeat(mask, times) for mask, times in zip(masks, places, strict=True)]
+        return all_ids, masks
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Image tokens that stand for one image (`int`)."""
+        return self.num_image_tokens(*self.image_height_and_width())
 
     # ------------------------------------------------------------------ inside
 
@@ -417,6 +442,10 @@ def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<im
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<|pad|>", special=True, normalized=False)})
+
+
+def _repeat(values: list[int], times: list[int]) -> list[int]:
+    return [value for value, count in zip(values, times, strict=True) for _ in range(count)]
 
 
 def _prefix_tokens(vision_config: PreTrainedConfig) -> int:

@@ -136,6 +136,14 @@ class DataArguments:
     )
     max_train_rows: int | None = field(default=None)
     max_eval_rows: int | None = field(default=None)
+    packing: Literal["none", "rows", "shared_image"] = field(
+        default="none",
+        metadata={
+            "help": "Several conversations a row, none of which sees another; with shared_image those about one image "
+            "pay for it once. Exactly what `none` trains; the batch size then counts packed rows."
+        },
+    )
+    max_row_tokens: int = field(default=1024, metadata={"help": "Tokens a packed row may have."})
 
 
 @dataclass

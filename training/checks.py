@@ -42,6 +42,7 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
                 "own label instead of the next token's, as it does not know this model; leave it out"
             )
     least = {"max_length": 2, "block_size": 2, "max_image_pixels": 1, "max_train_rows": 1, "max_eval_rows": 1}
+    least |= {"max_row_tokens": 2}
     least |= {"sample_count": 1, "sample_max_new_tokens": 1, "sample_steps": 0}
     for name, value in {**vars(data_args), **vars(run_args)}.items():
         if name in least and value is not None and value < least[name]:
@@ -58,6 +59,13 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
             )
         if run_args.sample_steps > 0:
             raise ValueError(f"sample_steps is {run_args.sample_steps} but eval_data is not set; give it, or 0")
+    if isinstance(data_args, DataArguments) and data_args.packing != "none":
+        longest = data_args.max_length
+        if data_args.streaming and (longest is None or longest > data_args.max_row_tokens):
+            raise ValueError(
+                f"a stream is packed into rows of max_row_tokens {data_args.max_row_tokens} before all of it is "
+                f"measured, but max_length is {longest}; give max_length, at most max_row_tokens"
+            )
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError(
             f"streaming is true but max_steps is {args.max_steps}; a stream has no length, so give max_steps"

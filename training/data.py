@@ -15,6 +15,9 @@ from processing import (
     load_rows,
     load_text,
     pack_blocks,
+    packed_rows,
+    packed_stream,
+    plan_rows,
 )
 
 from .arguments import DataArguments, TextDataArguments
@@ -32,8 +35,9 @@ def load_conversations(
     *,
     evaluation: bool = False,
     should_write: bool = True,
+    seed: int = 0,
 ) -> Dataset | IterableDataset | None:
-    """One conversation a row, read and checked.
+    """Rows of one conversation, or with `packing` rows of several, read and checked.
 
     Args:
         args (`DataArguments`): Where from.
@@ -41,6 +45,7 @@ def load_conversations(
         output_dir (`str`): Where the list of skipped rows goes.
         evaluation (`bool`, defaults to `False`): The validation rows instead of the training rows.
         should_write (`bool`, defaults to `True`): Whether this is the process that writes files and shows progress.
+        seed (`int`, defaults to 0): Decides which training conversations share a packed row.
 
     Returns:
         `Dataset`, `IterableDataset` or `None`: `None` when no validation data was asked for.
@@ -61,15 +66,31 @@ def load_conversations(
         prompt=args.prompt,
         max_rows=args.max_eval_rows if evaluation else args.max_train_rows,
     )
-    if isinstance(rows, Dataset):
-        options = collator_options(args, output_dir)
-        if not should_write:
-            options["bad_samples_file"] = None
-        report = check_rows(rows, processor, image_check=args.image_check, progress=should_write, **options)
-        logger.info(describe_check(source, report, args.max_length))
-        if report.problems:
-            rows = rows.select(report.kept_indices)
-    return endless(flatten_conversations(rows), evaluation)
+    share = args.packing == "shared_image"
+    if isinstance(rows, IterableDataset):
+        if args.packing == "none":
+            return endless(flatten_conversations(rows), evaluation)
+        limits = {"max_row_tokens": args.max_row_tokens, "max_length": args.max_length}
+        return endless(packed_stream(rows, processor, share=share, **limits), evaluation)
+    options = collator_options(args, output_dir)
+    del options["packing"]
+    if not should_write:
+        options["bad_samples_file"] = None
+    report = check_rows(rows, processor, image_check=args.image_check, progress=should_write, **options)
+    logger.info(describe_check(source, report, args.max_length))
+    if report.problems:
+        rows = rows.select(report.kept_indices)
+    if args.packing == "none":
+        return flatten_conversations(rows)
+    plan = plan_rows(
+        report.lengths,
+        report.shared if share else None,
+        args.max_row_tokens,
+        max_length=args.max_length,
+        seed=None if evaluation else seed,
+    )
+    logger.info(f"{source}: {plan}")
+    return packed_rows(rows, plan)
 
 
 def describe_check(source: str, report: CheckReport, max_length: int | None) -> str:
@@ -83,7 +104,7 @@ def describe_check(source: str, report: CheckReport, max_length: int | None) -> 
 
 def collator_options(args: DataArguments, output_dir: str) -> dict[str, Any]:
     """The options of `JnanaCollator` among the data arguments."""
-    options = {"max_length": args.max_length, "on_bad_sample": args.on_bad_sample}
+    options = {"max_length": args.max_length, "on_bad_sample": args.on_bad_sample, "packing": args.packing}
     if args.max_image_pixels is not None:
         options["max_image_pixels"] = args.max_image_pixels
     return {**options, "bad_samples_file": str(Path(output_dir) / BAD_SAMPLES_FILE)}

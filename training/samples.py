@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from processing import BadSampleError, JnanaProcessor, load_image, with_images
+from processing import BadSampleError, JnanaProcessor, conversation_rows, load_image, with_images
 
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ class Sample:
 
 
 def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor, count: int) -> list[Sample]:
-    """The first question of the first `count` rows (one conversation a row, as training sees them).
+    """The first question of the first `count` rows, packed or not.
 
     A picture that cannot be decoded is passed over with a warning: validation itself raises or skips, as asked.
     """
     samples: list[Sample] = []
-    for row in rows:
+    for row in conversation_rows(rows):
         if len(samples) == count:
             break
         messages = [{"role": m["role"], "content": [clean(c) for c in m["content"]]} for m in row["conversations"][0]]

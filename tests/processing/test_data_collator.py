@@ -29,9 +29,13 @@ def test_labels_are_answers_and_closing_tokens(processor, pictures):
     rows = [row([pictures / "0.png"]), row(question="why?", answer="a white king"), row([pictures / "1.png"] * 2)]
     batch = JnanaCollator(processor)(rows)
     assert supervised(processor, batch) == [" two<|endoftext|>", " a white king<|endoftext|>", " two<|endoftext|>"]
-    assert {k: v.dtype for k, v in batch.items() if k != "pixel_values"} == dict.fromkeys(
-        ("input_ids", "attention_mask", "labels"), torch.int64
-    )
+    assert batch.keys() == {
+        *("input_ids", "attention_mask", "labels", "logits_to_keep"),
+        *("pixel_values", "image_indices"),
+    }
+    assert {batch[name].dtype for name in ("input_ids", "attention_mask", "labels")} == {torch.int64}
+    assert batch["image_indices"].tolist() == [0, 1, 1]
+    assert torch.equal(batch["logits_to_keep"][:, :-1], batch["labels"][:, 1:] != -100)
     on = batch["labels"] != -100
     assert torch.equal(batch["labels"][on], batch["input_ids"][on])
     assert not on[batch["attention_mask"] == 0].any()
@@ -54,7 +58,8 @@ def test_many_conversations_of_a_row_are_many_sequences(processor, pictures):
     two = row([pictures / "0.png"])
     two["conversations"] *= 2
     batch = JnanaCollator(processor)([two])
-    assert batch["input_ids"].shape[0] == 2 and batch["pixel_values"].shape[0] == 2
+    assert batch["input_ids"].shape[0] == 2 and batch["pixel_values"].shape[0] == 1
+    assert batch["image_indices"].tolist() == [0, 0]
     assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
 
 

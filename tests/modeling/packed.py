@@ -1,0 +1,94 @@
+"""Conversations about a few images, laid out in each of the ways that must train the same."""
+
+import torch
+
+from processing.packing import EncodedConversation, pack_row, stack_rows
+from tests.modeling.pairs import IMAGE, TEXT_IDS, pictures
+
+
+SIZE = 4  # image tokens of the tiny tower
+NUM_IMAGES = 3
+
+
+def conversations(seed: int = 0) -> list[list[EncodedConversation]]:
+    """Groups as a data set has them: five captions an image, two of them alike; questions; two images; no image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(2, TEXT_IDS, (count,), generator=generator).tolist()
+
+    def conversation(prompt: list[int], answer: list[int], *images: int) -> EncodedConversation:
+        answer = [*answer, 0]
+        return EncodedConversation(prompt + answer, [0] * len(prompt) + [1] * len(answer), list(images))
+
+    separator, same = words(3), words(4)
+    image = [IMAGE] * SIZE
+    answers = [words(2), same, words(9), same, [*same, *words(3)]]
+    captions = [conversation([*image, *separator], answer, 0) for answer in answers]
+    questions = [conversation([*image, *separator, *words(n)], words(11 - n), 1) for n in (2, 7, 4)]
+    both = [conversation([9, *image, *image, *separator, *words(n)], words(5), 2, 0) for n in (1, 3)]
+    text = [conversation(words(n), words(6)) for n in (1, 12)]
+    return [captions, questions, both, text]
+
+
+def batch(rows: list[list[list[EncodedConversation]]], packing: str) -> dict[str, torch.Tensor]:
+    """Model inputs of rows of groups, as `JnanaCollator` makes them."""
+    if packing == "none":
+        rows = [[[conversation]] for row in rows for group in row for conversation in group]
+    packed = [pack_row(row, IMAGE, SIZE, packing == "shared_image") for row in rows]
+    inputs = stack_rows(packed, pad_token_id=1)
+    if packing == "none":
+        inputs["attention_mask"] = (inputs["segment_ids"] >= 0).long()
+        for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels", "logits_to_keep"):
+            del inputs[name]
+    shown = [image for row in packed for image in row.images]
+    if shown:
+        order = sorted(set(shown))
+        inputs["pixel_values"] = pictures(NUM_IMAGES)[order]
+        inputs["image_indices"] = torch.tensor([order.index(image) for image in shown])
+    return inputs
+
+
+def batches(how: str) -> list[dict[str, torch.Tensor]]:
+    """All conversations, as micro-batches of one step.
+
+    Args:
+        how (`str`): `single` (a conversation a batch), `padded` (one batch), `rows` and `shared_image` (two rows of
+            different lengths), `one tree a batch`.
+    """
+    groups = conversations()
+    if how == "single":
+        return [batch([[[conversation]]], "none") for group in groups for conversation in group]
+    if how == "padded":
+        return [batch([groups], "none")]
+    if how == "one tree a batch":
+        return [batch([[group]], "shared_image") for group in groups]
+    return [batch([[groups[0], groups[3]], [groups[2], groups[1]]], how)]
+
+
+def loss_and_gradients(model, inputs: list[dict[str, torch.Tensor]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of one step over micro-batches, every token weighing the same."""
+    model.zero_grad(set_to_none=True)
+    labels = [micro.get("shift_labels", micro["labels"][:, 1:]) for micro in inputs]
+    count = sum(int((label != -100).sum()) for label in labels)
+    total = 0.0
+    for micro in inputs:
+        loss = model(**micro, num_items_in_batch=torch.tensor(count)).loss
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(ours: tuple, theirs: tuple) -> float:
+    """The largest relative difference, of the loss and of any parameter's gradient.
+
+    Gradients that are nothing but rounding (of keys' biases, which the softmax cancels) are measured against the
+    largest gradient of all.
+    """
+    assert ours[1].keys() == theirs[1].keys()
+    largest = max(gradient.norm().item() for gradient in theirs[1].values())
+    worst = abs(ours[0] - theirs[0]) / theirs[0]
+    for name, gradient in theirs[1].items():
+        scale = max(gradient.norm().item(), 1e-3 * largest)
+        worst = max(worst, (ours[1][name] - gradient).norm().item() / scale)
+    return worst

@@ -352,6 +352,25 @@ class JnanaProcessor(ProcessorMixin):
         """Image tokens that stand for one image (`int`)."""
         return self.num_image_tokens(*self.image_height_and_width())
 
+    def encode_chat(self, conversation: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        """
+        The token ids that `apply_chat_template` gives a chat, without opening its images.
+
+        Args:
+            conversation (`list[dict]`): one chat; `{"type": "image"}` parts need hold no image.
+            add_generation_prompt (`bool`, *optional*, defaults to `True`): end where the next answer begins.
+
+        Returns:
+            `list[int]`: its `input_ids`, as many image tokens an image as the model gives vectors.
+        """
+        template = self._resolve_chat_template(None)
+        texts = self._render([conversation], template, mark=True, add_generation_prompt=add_generation_prompt)
+        tokens_per_image = self.num_image_tokens(*self.image_height_and_width())
+        ids: list[int] = []
+        for token in self._encoder().encode(texts)[0][0]:
+            ids += [token] * (tokens_per_image if token == self.image_token_id else 1)
+        return ids
+
     # ------------------------------------------------------------------ inside
 
     def image_height_and_width(

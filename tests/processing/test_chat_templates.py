@@ -290,3 +290,15 @@ def test_no_field_of_a_chat_can_hold_a_control_token(processor):
     role = [{"role": evil, "content": "x"}]
     ids = processor.apply_chat_template([role], chat_template=template, tokenize=True, return_dict=True)["input_ids"]
     assert processor.tokenizer.eos_token_id not in ids[0]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, llama_like_tokenizer])
+def test_encode_chat_gives_the_ids_of_apply_chat_template(template, tokenizer):
+    processor = make_processor(read_chat_template(template), tokenizer())
+    rng = random.Random(7)
+    for _ in range(20):
+        chat = random_chat(rng)
+        for prompt, asks in ((chat[:-1], True), (chat, False)):
+            given = encode(processor, [prompt], add_generation_prompt=asks)["input_ids"][0]
+            assert processor.encode_chat(prompt, add_generation_prompt=asks) == given

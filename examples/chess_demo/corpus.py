@@ -72,19 +72,22 @@ def count_tokens(text: str) -> int:
     return len(WORDS.findall(text))
 
 
-def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0.5) -> str:
+def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0.7) -> str:
     """One board and as many questions about it as fit; with its closing token exactly `BLOCK_SIZE` tokens long.
 
     So every block of the packed corpus is one document, and a board begins where a picture will: at position 0. What
     is left over is filled with dots.
     """
-    scene = draw_scene(rng, int(rng.choice(3, p=(0.2, 0.4, 0.4))) + 1)
+    scene = draw_scene(rng, int(rng.choice(3, p=(0.15, 0.35, 0.5))) + 1)
     board = draw_board(scene, rng)
-    # The description comes last, for it gives all other answers away. Which column a cell stands in, a line of letters
-    # does not show; a picture's patches do, so left and right are learnt there.
-    kinds = [kind for kind in QUESTION_TYPES if kind not in ("describe", *BESIDE)]
-    turns = ask(scene, rng, extra=6, kinds=kinds)
-    last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []
+    # An answer that names a piece gives later yes/no answers away, so a document asks either for places or for what
+    # is there. The description comes last, for it gives all others away. Which column a cell stands in, a line of
+    # letters does not show; a picture's patches do, so left and right are learnt there.
+    if rng.random() < 0.5:
+        turns = ask(scene, rng, extra=0, kinds=["top", "middle", "bottom", "count"])
+        last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []
+    else:
+        turns, last = ask(scene, rng, extra=6, kinds=["exists", "colour", "count"]), []
     text = " " + " ".join(board) + "\ncaption image:"
     lines = [f"{question} end of question: {answer}" for question, answer in turns]
     closing = [f"{question} end of question: {answer}" for question, answer in last]
@@ -99,12 +102,13 @@ def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0
     return text + " ." * (BLOCK_SIZE - 1 - count_tokens(text))
 
 
-def documents(rng: np.random.Generator, number: int, easy: tuple[float, float] = (0.4, 0.2)) -> Iterator[str]:
-    """The corpus in order: rows of pieces, then small boards (their shares: `easy`), then mostly large boards."""
+def documents(rng: np.random.Generator, number: int, first: float = 0.3, easy: float = 0.35) -> Iterator[str]:
+    """The corpus in order: first rows of pieces, later mostly large boards with a share `easy` of what came before."""
     for index in range(number):
-        place = index / number
-        if rng.random() < 0.1:
-            draw_board = small_board
+        if index < first * number:
+            draw_board = row_of_pieces if rng.random() < 0.85 else small_board
+        elif rng.random() < easy:
+            draw_board = row_of_pieces if rng.random() < 0.6 else small_board
         else:
-            draw_board = row_of_pieces if place < easy[0] else small_board if place < sum(easy) else large_board
+            draw_board = large_board
         yield document(rng, draw_board)

@@ -108,9 +108,12 @@ def make_data(arguments: argparse.Namespace) -> None:
     rngs = {part: np.random.default_rng([i, seed]) for i, (part, seed) in enumerate(zip(parts, seeds, strict=True))}
     everything: dict[str, list] = {}
 
-    # Text may name every pair of pieces: only the *pictures* keep some apart. Documents are separated by blank lines.
-    corpus = "\n\n".join(documents(rngs["corpus"], arguments.documents))
-    (folder / "corpus.txt").write_text(corpus + "\n", encoding="utf-8")
+    if arguments.part in ("all", "text"):
+        # Text may name every pair of pieces: only the *pictures* keep some apart. Blank lines between documents.
+        corpus = "\n\n".join(documents(rngs["corpus"], arguments.documents))
+        (folder / "corpus.txt").write_text(corpus + "\n", encoding="utf-8")
+    if arguments.part == "text":
+        return
 
     singles = [draw_scene(rngs["single"], 1, SINGLE_SIZE) for _ in range(arguments.single_images)]
     names = write_pictures(folder / "single", singles, rngs["single"], SINGLE_SIZE)
@@ -143,9 +146,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0, help="of everything but the test and unseen pictures")
     parser.add_argument("--test_seed", type=int, default=1000, help="of the test and unseen pictures")
-    parser.add_argument("--documents", type=int, default=16000, help="of the language model's corpus")
+    parser.add_argument("--part", choices=("all", "text", "pictures"), default="all", help="to draw them side by side")
+    parser.add_argument("--documents", type=int, default=27200, help="of the language model's corpus")
     parser.add_argument("--single_images", type=int, default=4000)
-    parser.add_argument("--train_images", type=int, default=10000)
+    parser.add_argument("--train_images", type=int, default=8000)
     parser.add_argument("--validation_questions", type=int, default=270)
     parser.add_argument("--test_questions", type=int, default=540)
     parser.add_argument("--unseen_questions", type=int, default=270)

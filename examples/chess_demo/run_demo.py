@@ -101,14 +101,15 @@ def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
         cores (`int`): Threads for the jobs that run alone.
     """
     data = output / "data"
-    make_data = example("make_data.py", output_dir=data, seed=seed, test_seed=1_000_000 + seed)
+    seeds = {"output_dir": data, "seed": seed, "test_seed": 1_000_000 + seed}
+    parts = [Job(part, example("make_data.py", part=part, **seeds), 1) for part in ("pictures", "text")]
     clip = example("train_clip.py", data_dir=data, output_dir=output / "clip", seed=seed)
     pretrain = launch(
         "run_pretrain.py", "pretrain.yaml", train_data=data / "corpus.txt", output_dir=output / "pretrain", seed=seed
     )
     later = assistant_commands(data, output / "clip", output / "pretrain", output, seed, {}, {})
     return [
-        Stage("draw pictures, write captions, questions and text", [Job("data", make_data, 1)]),
+        Stage("draw pictures, write captions, questions and text", parts),
         Stage(
             "train the vision tower beside the language model", [Job("clip", clip, 1), Job("pretrain", pretrain, 1)]
         ),

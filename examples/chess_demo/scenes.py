@@ -17,7 +17,7 @@ PIECES = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
 NUMBERS = ["one", "two", "three"]
 QUESTION_TYPES = ["describe", "count", "top", "middle", "bottom", "colour", "exists", "left", "right"]
 # Two pieces whose centres are at least this far apart (pixels) can be asked about as left and right.
-CLEARLY_BESIDE = 15
+CLEARLY_BESIDE = 20
 
 
 @dataclass(frozen=True)

@@ -200,8 +200,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--single_batch_size", type=int, default=96)
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--muon_lr", type=float, default=8e-3)
-    parser.add_argument("--adamw_lr", type=float, default=2e-3)
+    parser.add_argument("--muon_lr", type=float, default=3e-3)
+    parser.add_argument("--adamw_lr", type=float, default=1.5e-3)
     return parser.parse_args(arguments)
 
 

@@ -21,6 +21,7 @@ from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_models, check_run
 from training.data import load_blocks, load_documents
+from training.evaluation_loss import evaluation_hooks
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+        **evaluation_hooks("raise", training_args.world_size),
     )
     use_our_card(trainer, "pretrain", model_args, data_args, recipe=recipe_name(argv))
 

@@ -26,6 +26,7 @@ from training.callbacks import BaseReferenceCallback, LossCurveCallback, Samples
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_lora, check_models, check_run
 from training.data import collator_options, load_conversations
+from training.evaluation_loss import evaluation_hooks
 from training.loading import (
     base_reference,
     check_model_arguments,
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
         callbacks=callbacks,
         optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+        **evaluation_hooks(data_args.on_bad_sample, training_args.world_size),
     )
     use_our_card(trainer, "sft", model_args, data_args, recipe=recipe_name(argv))
 

@@ -8,6 +8,7 @@ from .data_readers import load_rows
 from .data_rows import ROW_FEATURES, conversation_rows, flatten_conversations, with_images
 from .image_inputs import PixelImages
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
+from .packing import IGNORED
 from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
 from .row_planning import RowPlan, packed_rows, packed_stream, plan_rows
 from .text_corpus import load_text, pack_blocks, train_tokenizer
@@ -16,6 +17,7 @@ from .transcription import Transcriber, Transcript, TranscriptionError
 
 
 __all__ = [
+    "IGNORED",
     "MAX_IMAGE_PIXELS",
     "ROW_FEATURES",
     "BadSampleError",

@@ -1,0 +1,138 @@
+"""The stage scripts with packed rows: the same steps as without, however batches are cut, interrupted or spread."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+import run_align
+import run_sft
+from tests.scripts.conftest import align_options, options, sft_options
+from tests.scripts.launching import finish, launch
+from tests.scripts.test_processes import assert_same_run, losses_of
+from tests.scripts.test_resume import assert_same_weights
+
+
+# Every batch is the whole data set, so that one layout's steps are another's
+ALL = {"max_row_tokens": 64, "adam_epsilon": "1e-3", "save_strategy": "no", "logging_steps": 1, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def captions(data, tmp_path_factory):
+    """Six pictures with one to five captions of one to eight words, two of them alike."""
+    folder = tmp_path_factory.mktemp("captions")
+    coco = json.loads((data / "captions.json").read_text())
+    images = coco["images"][:6]
+    texts = [["white"] * (1 + (3 * i + j) % 8) for i in range(6) for j in range(1 + i % 5)]
+    owners = [i for i in range(6) for _ in range(1 + i % 5)]
+    annotations = [
+        {"id": n, "image_id": images[owner]["id"], "caption": " ".join([*text, "on", "black"][:8])}
+        for n, (owner, text) in enumerate(zip(owners, texts, strict=True))
+    ]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder / "captions.json", len(annotations)
+
+
+def test_align_is_the_same_run_in_every_layout(data, vision, pretrained, captions, tmp_path, capsys):
+    """Full batches: without packing, rows, shared image, accumulated one by one, and on two processes."""
+    file, count = captions
+
+    def arguments(name, **changes):
+        values = {
+            **ALL,
+            "train_data": file,
+            "output_dir": tmp_path / name,
+            "eval_data": file,
+            "eval_strategy": "steps",
+        }
+        values |= {"eval_steps": 3, "per_device_eval_batch_size": 3, **changes}
+        return align_options(data, vision, pretrained, **values)
+
+    run_align.main(arguments("none", per_device_train_batch_size=count))
+    capsys.readouterr()
+    for packing in ("rows", "shared_image"):
+        run_align.main(arguments(packing, packing=packing, per_device_train_batch_size=64))
+        said = capsys.readouterr().out
+        assert_same_run(tmp_path / packing, tmp_path / "none")
+    rows = int(said.split(" packed rows")[0].split()[-1])
+    assert rows >= 4 and "saved)" in said
+    run_align.main(
+        arguments("one", packing="shared_image", per_device_train_batch_size=1, gradient_accumulation_steps=64)
+    )
+    assert_same_run(tmp_path / "one", tmp_path / "none")
+    half = -(-rows // 2)
+    output = finish(
+        launch("run_align.py", arguments("two", packing="shared_image", per_device_train_batch_size=half), processes=2)
+    )
+    assert "2 process(es), distributed" in output
+    if rows % 2 == 0:  # an odd row out would be made up for by one of the others
+        assert_same_run(tmp_path / "two", tmp_path / "none")
+    for name in ("rows", "shared_image", "one", "two"):
+        assert eval_loss(tmp_path / name) == pytest.approx(eval_loss(tmp_path / "none"), rel=1e-5), name
+
+
+def eval_loss(folder) -> float:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+
+
+def test_without_the_count_of_tokens_it_differs(data, vision, pretrained, captions, tmp_path, monkeypatch):
+    """The control: each packed row weighing the same."""
+    monkeypatch.setattr(Trainer, "_get_num_items_in_batch", lambda *args: None)
+    changes = {**ALL, "train_data": captions[0], "packing": "shared_image"}
+    for name, batch, accumulation in (("all", 64, 1), ("one", 1, 64)):
+        changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        run_align.main(align_options(data, vision, pretrained, **changes, output_dir=tmp_path / name))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "one", tmp_path / "all")
+
+
+def test_lora_is_the_same_run(data, aligned, tmp_path):
+    changes = {**ALL, "lora_r": 4, "independent_turns": "true", "max_train_rows": 5}
+    for packing, batch in (("none", 10), ("shared_image", 64)):
+        run_sft.main(
+            sft_options(
+                data,
+                aligned,
+                **changes,
+                packing=packing,
+                per_device_train_batch_size=batch,
+                output_dir=tmp_path / packing,
+            )
+        )
+    torch.testing.assert_close(losses_of(tmp_path / "shared_image"), losses_of(tmp_path / "none"), rtol=1e-5, atol=0)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("shared_image", "none"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_packed_run_resumes_exactly(data, vision, pretrained, tmp_path, streaming):
+    changes = {"packing": "shared_image", "max_row_tokens": 48, "max_length": 40, "streaming": streaming}
+    changes |= {"per_device_train_batch_size": 1, "max_steps": 6, "save_steps": 3, "save_total_limit": 5}
+
+    def run(name, **more):
+        run_align.main(align_options(data, vision, pretrained, **{**changes, **more}, output_dir=tmp_path / name))
+
+    run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-6")
+    run("again")
+    assert_same_weights(tmp_path / "again", tmp_path / "whole")
+    if streaming == "false":  # the control: another seed packs and shuffles otherwise
+        run("other", seed=1)
+        with pytest.raises(AssertionError):
+            assert_same_weights(tmp_path / "other", tmp_path / "whole")
+
+
+def test_what_cannot_be_packed_is_refused_at_once(data, vision, pretrained, tmp_path):
+    changes = {"packing": "shared_image", "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="max_row_tokens is 8, but a conversation has [0-9]+ tokens; raise it"):
+        run_align.main(align_options(data, vision, pretrained, **changes, max_row_tokens=8))
+    with pytest.raises(ValueError, match="max_row_tokens 1024 before all of it is measured, but max_length is None"):
+        run_align.main(align_options(data, vision, pretrained, **changes, streaming="true"))
+    with pytest.raises(SystemExit):
+        run_align.main([*align_options(data, vision, pretrained, output_dir=tmp_path), *options(packing="images")])

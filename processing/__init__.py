@@ -10,10 +10,12 @@ from .image_inputs import PixelImages
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
 from .packing import IGNORED
 from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
+from .recordings import Transcript, TranscriptionError
 from .row_planning import RowPlan, packed_rows, packed_stream, plan_rows
+from .stored_transcripts import StoredTranscripts
 from .text_corpus import load_text, pack_blocks, train_tokenizer
 from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
-from .transcription import Transcriber, Transcript, TranscriptionError
+from .transcription import Transcriber
 
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "JnanaProcessor",
     "PixelImages",
     "RowPlan",
+    "StoredTranscripts",
     "Transcriber",
     "Transcript",
     "TranscriptionError",

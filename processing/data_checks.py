@@ -126,6 +126,9 @@ def check_row(row: dict) -> None:
         raise bad_sample(source, "no conversation, so no answer to learn.", "Give it a caption or an answer.")
     for chat in row["conversations"]:
         parts = [part for message in chat for part in message["content"]]
+        for part in parts:
+            if part["type"] == "audio":  # the reader found no words for it
+                raise bad_sample(source, part["text"])
         num_parts = sum(part["type"] == "image" for part in parts)
         if num_parts and not num_images:
             raise bad_sample(source, "asks about an image but has none.", "Add the image's file name to the record.")

@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Image, List
 
+from .chat_encoding_jnana import transcribe_chat
 from .data_rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset, text_part
 from .llava_records import llava_row
 from .local_files import RECORD_FILES, column_names, read_records
+from .recordings import TranscriptionError
+from .stored_transcripts import StoredTranscripts, with_recordings
 
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers")
@@ -127,6 +130,7 @@ class _Converter:
     def __init__(self, name, columns, text_column, question_column, category_column, prompt, independent_turns):
         self.name, self.columns, self.prompt, self.independent_turns = name, columns, prompt, independent_turns
         self.text_column, self.question_column, self.category_column = text_column, question_column, category_column
+        self.transcripts = StoredTranscripts(name)
 
     def __call__(self, record: dict, images: list[dict], index: int) -> dict:
         source = f"{self.name}, record {index}"
@@ -137,7 +141,8 @@ class _Converter:
         category = record.get(self.category_column) if self.category_column else None
         category = None if category is None else str(category)
         if "messages" in self.columns:
-            chat = _chat_messages(record.get("messages") or [], len(images))
+            messages = with_recordings(record.get("messages") or [], record)
+            chat = _chat_messages(messages, len(images), self.transcripts)
             return make_row(images, [chat] if chat else [], source, categories=[category] if chat else None)
         question = (record.get(self.question_column) if self.question_column else None) or self.prompt
         texts = _texts(record.get(self.text_column))
@@ -228,24 +233,36 @@ def _as_lists(chunk: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, values.cast(target.value_type))
 
 
-def _chat_messages(messages: list[dict], num_images: int) -> list[dict]:
-    """Chat messages with `content` as text or parts; images that no part stands for go before the first user text."""
+def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTranscripts) -> list[dict]:
+    """Chat messages with `content` as text or parts; images that no part stands for go before the first user text.
+
+    Recordings become their transcripts. Where there is none, an audio part says why, for `check_row` to report.
+    """
     chat = []
     for item in messages:
         content = item.get("content")
         if not isinstance(content, list):
             parts = [text_part("" if content is None else str(content))]
         else:
-            parts = [
-                IMAGE_PART if part.get("type") in ("image", "image_url") else text_part(part.get("text") or "")
-                for part in content
-            ]
+            parts = [_part(part) for part in content]
+            try:
+                [spoken] = transcribe_chat([message(str(item.get("role")), *parts)], transcripts)
+                parts = spoken["content"]
+            except (TranscriptionError, ValueError) as error:
+                parts = [{"type": "audio", "text": str(error)} if p["type"] == "audio" else p for p in parts]
         chat.append(message(str(item.get("role")), *parts))
     if num_images and not any(part["type"] == "image" for m in chat for part in m["content"]):
         first = next((m for m in chat if m["role"] == "user"), None)
         if first is not None:
             first["content"] = [IMAGE_PART] * num_images + first["content"]
     return chat
+
+
+def _part(part: dict) -> dict:
+    """An image, a recording by its path, or text."""
+    if part.get("type") == "audio":
+        return {"type": "audio", "path": part["path"]}
+    return IMAGE_PART if part.get("type") in ("image", "image_url") else text_part(part.get("text") or "")
 
 
 def _texts(value: Any) -> list[str]:

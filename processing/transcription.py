@@ -324,8 +324,8 @@ class Transcriber:
 
 
 def _environment() -> dict[str, str]:
-    """Our environment without what would lead another python to our packages."""
-    ours = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV")
+    """Our environment without what would lead another python to our packages, or to compile its own every time."""
+    ours = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return {**kept, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
 

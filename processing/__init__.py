@@ -6,6 +6,7 @@ from .data_checks import CheckReport, check_rows
 from .data_collator import JnanaCollator
 from .data_readers import load_rows
 from .data_rows import ROW_FEATURES, conversation_rows, flatten_conversations, with_images
+from .feature_cache import FeatureCache
 from .image_inputs import PixelImages
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
 from .packing import IGNORED
@@ -24,6 +25,7 @@ __all__ = [
     "ROW_FEATURES",
     "BadSampleError",
     "CheckReport",
+    "FeatureCache",
     "JnanaCollator",
     "JnanaProcessor",
     "PixelImages",

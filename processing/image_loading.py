@@ -79,6 +79,40 @@ def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MA
         return opened.height, opened.width
 
 
+def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
+    """
+    The bytes of an image's file, as they are.
+
+    Args:
+        image (`dict`): a row's reference `{"path": str | None, "bytes": bytes | None}`.
+        source (`str`, *optional*): file and record that refer to it, for the error.
+
+    Raises:
+        BadSampleError: if there is no such file, or it can't be read.
+    """
+    path, data = image.get("path"), image.get("bytes")
+    if data is not None:
+        return data
+    if not path:
+        raise _no_reference(source)
+    name = f"image {path!r}"
+    try:
+        file = _local_or_hub_file(path, name, source)
+        return Path(file).read_bytes() if isinstance(file, str) else file.read()
+    except FileNotFoundError as error:
+        raise _no_file(name, source) from error
+    except (OSError, ValueError) as error:
+        raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
+
+
+def _no_reference(source: str) -> BadSampleError:
+    return bad_sample(source, "the image reference has neither a path nor bytes.", "Give one of them.")
+
+
+def _no_file(name: str, source: str) -> BadSampleError:
+    return bad_sample(source, f"{name} does not exist.", "Check image_folder and the file name.")
+
+
 def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Image]:
     """Open without decoding; returns the image's name for errors and the image."""
     reference: dict[str, Any] = {"path": str(image), "bytes": None} if isinstance(image, (str, Path)) else image
@@ -89,13 +123,13 @@ def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Im
     elif path:
         file = _local_or_hub_file(path, name, source)
     else:
-        raise bad_sample(source, "the image reference has neither a path nor bytes.", "Give one of them.")
+        raise _no_reference(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
             opened = Image.open(file, formats=IMAGE_FORMATS)
     except FileNotFoundError as error:
-        raise bad_sample(source, f"{name} does not exist.", "Check image_folder and the file name.") from error
+        raise _no_file(name, source) from error
     except Image.DecompressionBombError as error:
         raise bad_sample(source, f"{name} is too large: {error}", "Scale it down.") from error
     except UnidentifiedImageError as error:

@@ -144,6 +144,15 @@ class DataArguments:
         },
     )
     max_row_tokens: int = field(default=1024, metadata={"help": "Tokens a packed row may have."})
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the frozen tower's features of every picture; what is missing is computed."
+        },
+    )
+    feature_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "To store them in. Default: what the tower computes in."}
+    )
 
 
 @dataclass

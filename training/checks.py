@@ -6,6 +6,8 @@ from pathlib import Path
 from peft import PeftConfig
 from transformers import TrainingArguments
 
+from processing.feature_cache import KEY_FILE
+
 from .arguments import (
     DataArguments,
     LoraArguments,
@@ -41,6 +43,7 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
                 f"label_smoothing_factor is {args.label_smoothing_factor}, but the Trainer would smooth each token's "
                 "own label instead of the next token's, as it does not know this model; leave it out"
             )
+        check_feature_cache(data_args)
     least = {"max_length": 2, "block_size": 2, "max_image_pixels": 1, "max_train_rows": 1, "max_eval_rows": 1}
     least |= {"max_row_tokens": 2}
     least |= {"sample_count": 1, "sample_max_new_tokens": 1, "sample_steps": 0}
@@ -72,6 +75,29 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
         )
 
 
+def check_feature_cache(args: DataArguments) -> None:
+    """Check the options of the feature cache.
+
+    Raises:
+        ValueError: if it can't be made, or options contradict each other.
+    """
+    if args.feature_cache is None:
+        if args.feature_cache_dtype is not None:
+            raise ValueError(
+                f"feature_cache_dtype is {args.feature_cache_dtype!r} but feature_cache is not set; give a folder, or "
+                "leave both out"
+            )
+        return
+    if args.streaming:
+        raise ValueError(
+            f"feature_cache is {args.feature_cache!r} but streaming is true: every picture must be known before "
+            "training. Leave one of them out"
+        )
+    folder = Path(args.feature_cache)
+    if not (folder / KEY_FILE).is_file():  # a finished one may be read-only
+        check_output_dir(args.feature_cache, "feature_cache")
+
+
 def check_models(args: ModelArguments | TextModelArguments) -> None:
     """Refuse models that look like folders and are none; the others may be Hub ids."""
     names = ("model_name_or_path", "vision_model", "text_model", "config_name_or_path", "tokenizer_name_or_path")
@@ -81,14 +107,14 @@ def check_models(args: ModelArguments | TextModelArguments) -> None:
             check_source(name, value, "give a folder or a Hub id; the recipes' earlier stages write such folders")
 
 
-def check_output_dir(folder: str) -> None:
+def check_output_dir(folder: str, name: str = "output_dir") -> None:
     """Create the folder and write a file in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir {folder!r} cannot be written to ({error.strerror}); choose another") from error
+        raise ValueError(f"{name} {folder!r} cannot be written to ({error.strerror}); choose another") from error
 
 
 def check_source(name: str, source: str, remedy: str = "give a file, a folder or a Hub data set") -> None:

@@ -1,0 +1,96 @@
+"""What a measurement ran on, so that a figure is never seen without its machine."""
+
+import datetime
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, GPU, threads, load and versions.
+
+    Args:
+        device (`torch.device`): Where the models run.
+    """
+    described = {
+        "date": datetime.date.today().isoformat(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["gpu"] = properties.name
+        described["gpu_memory_gb"] = round(properties.total_memory / 1e9, 1)
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel has it."""
+    file = Path("/proc/cpuinfo")
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; clocks are read after that."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """
+    The most memory that a block of code held beyond what was held when it began, in bytes.
+
+    On a GPU what torch allocated; on Linux the process's resident memory, whose high-water mark the kernel resets.
+    `None` where neither is known.
+
+    Args:
+        device (`torch.device`): Where the model runs.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                self.resettable = True
+            except OSError:
+                self.resettable = False
+            self.before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+        elif self.resettable:
+            self.bytes = max(_status("VmHWM") - self.before, 0)
+
+
+def _status(field: str) -> int:
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(line for line in file.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

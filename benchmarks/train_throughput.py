@@ -1,0 +1,400 @@
+"""Training throughput beside stock LLaVA: the same pictures, texts and weights through the stock `Trainer`, four ways.
+
+    python -m benchmarks.train_throughput                        # one CPU thread, a small Phi: about eight minutes
+    python -m benchmarks.train_throughput --scale phi2           # a GPU, full Phi-2 from random weights
+    python -m benchmarks.train_throughput --cases align-49 --rounds 9 --profile
+
+    llava           stock `LlavaForConditionalGeneration`, an ordinary padded collator, one caption a row
+    padded          this package, `packing: none`
+    shared_image    this package, `packing: shared_image`
+    feature_cache   the same, with `feature_cache`
+
+The four take turns within each round, so that a machine that slows down slows all of them; figures are medians over
+rounds, ratios are taken within a round. In every round the losses of every step are compared with stock LLaVA's, and
+once the projector's gradient: a faster way that computes something else is an error, not a result. Writes
+`results/<name>.json` and `.png`; with `--profile` also `results/<name>_<case>_<arm>.txt`.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.machine import PeakMemory, describe_machine, synchronize
+from benchmarks.throughput_report import draw, summarize, table
+from benchmarks.workloads import SCALES, Scale, make_models, make_pictures, make_processor, make_rows
+from processing import JnanaCollator, JnanaProcessor, check_rows, load_image, packed_rows, plan_rows, with_images
+from processing.data_rows import rows_to_dataset
+from training.arguments import DataArguments, LoraArguments
+from training.feature_cache import prepare_feature_cache
+from training.stages import apply_stage
+
+
+logger = logging.getLogger(__name__)
+
+ARMS = ("llava", "padded", "shared_image", "feature_cache")
+# Largest relative difference from stock LLaVA's loss in any step, and from its projector's first gradient
+TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 0.2)}
+
+
+class PaddedCollator:
+    """
+    What one writes for stock LLaVA: each conversation a row with its own picture, padded on the right.
+
+    Args:
+        processor (`JnanaProcessor`): Renders, tokenises, and prepares pictures, as any transformers processor.
+    """
+
+    def __init__(self, processor: JnanaProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        chats = [
+            with_images(chat, [load_image(image, source=row["source"]) for image in row["images"]])
+            for row in rows
+            for chat in row["conversations"]
+        ]
+        batch = self.processor.apply_chat_template(
+            chats,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "padding_side": "right", "return_tensors": "pt"},
+        )
+        answers = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        return {**batch, "labels": batch["input_ids"].masked_fill(~answers, -100)}
+
+
+@dataclass
+class Case:
+    """One shape of work: a stage and a number of image tokens, with what all arms share."""
+
+    name: str
+    stage: str
+    steps: list[list[dict]]
+    processor: JnanaProcessor
+    models: dict[str, nn.Module]  # by arm; the three of this package share one
+    batches: dict[str, list[list[dict]]] = field(default_factory=dict)  # by arm, for each step what its collator takes
+    collators: dict[str, Callable] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)  # of what trains, before the first step
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversations(self) -> list[int]:
+        return [sum(len(row["conversations"]) for row in step) for step in self.steps]
+
+
+def make_case(name: str, scale: Scale, num_steps: int, folder: Path, device: torch.device) -> Case:
+    """
+    Data, models and collators.
+
+    Args:
+        name (`str`): `align-49`, `sft-576`, ...
+        scale (`Scale`): Sizes.
+        num_steps (`int`): Steps of a round, the first of which is not timed.
+        folder (`Path`): For pictures and the feature cache.
+        device (`torch.device`): Where the models run.
+    """
+    stage, tokens = name.split("-")
+    num_tokens = int(tokens)
+    processor = make_processor(scale, num_tokens)
+    size = scale.images_per_step[num_tokens]
+    # one step more than is trained: the Trainer reads one batch ahead, and the last one would be read for nothing
+    rows = make_rows(stage, make_pictures(folder / "pictures", (num_steps + 1) * size))
+    steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+    llava, jnana = make_models(scale, num_tokens, processor.image_token_id, device)
+    lora = LoraArguments(lora_r=scale.lora_r)
+    llava, jnana = (apply_stage(model, stage, lora if stage == "sft" else None) for model in (llava, jnana))
+    case = Case(name, stage, steps, processor, {"llava": llava} | dict.fromkeys(ARMS[1:], jnana))
+    case.weights = {name: weight.detach().clone() for name, weight in trainable(llava)}
+    planned = [plan_step(step, processor, scale.max_row_tokens[num_tokens]) for step in steps]
+    case.batches = {"llava": steps, "padded": steps, "shared_image": planned, "feature_cache": planned}
+    begun = time.perf_counter()
+    cache = make_cache(case, folder / f"cache-{name}", rows, scale, device)
+    case.facts["seconds_to_fill_the_cache_per_image"] = (time.perf_counter() - begun) / len(rows)
+    case.collators = {
+        "llava": PaddedCollator(processor),
+        "padded": JnanaCollator(processor),
+        "shared_image": JnanaCollator(processor, packing="shared_image"),
+        "feature_cache": JnanaCollator(processor, packing="shared_image", images=cache),
+    }
+    return case
+
+
+def plan_step(rows: list[dict], processor: JnanaProcessor, max_row_tokens: int) -> list[dict]:
+    """The packed rows of one step's conversations."""
+    dataset = rows_to_dataset(rows)
+    report = check_rows(dataset, processor, image_check="none", progress=False)
+    return list(packed_rows(dataset, plan_rows(report.lengths, report.shared, max_row_tokens)))
+
+
+def make_cache(case: Case, folder: Path, rows: list[dict], scale: Scale, device: torch.device) -> Any:
+    args = DataArguments(feature_cache=str(folder))
+    training_args = trainer_arguments(case, scale, folder, 1, device)
+    return prepare_feature_cache(
+        args, case.models["feature_cache"], case.processor, [rows_to_dataset(rows)], training_args
+    )
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def reset(case: Case, arm: str) -> nn.Module:
+    """The arm's model with the weights that every arm and round starts from."""
+    model = case.models[arm]
+    with torch.no_grad():
+        for name, weight in trainable(model):
+            weight.copy_(case.weights[name])
+            weight.grad = None
+    return model
+
+
+def trainer_arguments(
+    case: Case, scale: Scale, folder: Path, num_steps: int, device: torch.device
+) -> TrainingArguments:
+    """A step's conversations are one batch in every arm."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=1,  # an item of the data set holds a whole batch
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        bf16=scale.dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        dataloader_num_workers=0 if device.type == "cpu" else 4,
+    )
+
+
+class Stopwatch(TrainerCallback):
+    """Times every step from the end of the one before, so that a batch's reading counts too."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize(self.device)
+        self.ends.append(time.perf_counter())
+
+
+@contextlib.contextmanager
+def recorded_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The loss of every forward pass."""
+    losses: list[torch.Tensor] = []
+    handle = model.register_forward_hook(lambda module, inputs, outputs: losses.append(outputs.loss.detach()))
+    try:
+        yield losses
+    finally:
+        handle.remove()
+
+
+def run_arm(case: Case, arm: str, scale: Scale, num_steps: int, device: torch.device, folder: Path) -> dict[str, Any]:
+    """One arm's turn: `num_steps` steps of the stock Trainer from the common weights."""
+    model = reset(case, arm)
+    watch = Stopwatch(device)
+    trainer = Trainer(
+        model=model,
+        args=trainer_arguments(case, scale, folder, num_steps, device),
+        data_collator=functools.partial(collate_step, case.collators[arm]),
+        train_dataset=[{"batch": batch} for batch in case.batches[arm]],
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with recorded_losses(model) as losses, PeakMemory(device) as memory:
+        trainer.train()
+    seconds = watch.ends[-1] - watch.ends[0]
+    return {
+        "seconds": seconds,
+        "samples_per_second": sum(case.conversations[1:num_steps]) / seconds,
+        "supervised_tokens_per_second": case.facts["supervised_tokens_per_step"] * (num_steps - 1) / seconds,
+        "peak_memory_bytes": memory.bytes,
+        "losses": [float(loss) for loss in losses],
+    }
+
+
+def collate_step(collator: Callable, items: list[dict]) -> dict[str, torch.Tensor]:
+    return collator(items[0]["batch"])
+
+
+def inspect_arms(case: Case, num_steps: int, device: torch.device, dtype: torch.dtype) -> None:
+    """
+    What needs no clock: tokens, padding, floating-point operations of the second step, and that the first gradient is
+    stock LLaVA's.
+    """
+    gradients, arms = {}, {}
+    for arm in ARMS:
+        model, batch = reset(case, arm), case.collators[arm](case.batches[arm][1])
+        real = batch["attention_mask"].bool() if "attention_mask" in batch else batch["segment_ids"] >= 0
+        labels = batch["labels"][:, 1:] if "labels" in batch else batch["shift_labels"]
+        batch = {name: value.to(device) for name, value in batch.items()}
+        counter = FlopCounterMode(display=False)
+        with counter, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model.train()
+            model(**batch).loss.backward()
+        gradients[arm] = torch.cat([w.grad.flatten() for name, w in trainable(model) if "projector" in name])
+        arms[arm] = {
+            "rows": real.shape[0],
+            "tokens": int(real.sum()),
+            "padded_share": 1 - float(real.float().mean()),
+            "flops_per_step": counter.get_total_flops(),
+            "gradient_difference": float((gradients[arm] - gradients["llava"]).norm() / gradients["llava"].norm()),
+        }
+        case.facts.setdefault("supervised_tokens_per_step", int((labels != -100).sum()))
+        reset(case, arm)
+    case.facts["arms"] = arms
+    _, allowed = TOLERANCE[dtype]
+    for arm, found in arms.items():
+        if found["gradient_difference"] > allowed:
+            raise RuntimeError(
+                f"{case.name}: the projector's gradient in {arm} differs from stock LLaVA's by "
+                f"{found['gradient_difference']:.1e}, more than {allowed:.0e}; speed is no result without the same "
+                "gradient"
+            )
+
+
+def compare_losses(case: Case, turns: dict[str, dict], dtype: torch.dtype) -> float:
+    """The largest relative difference of any arm's loss from stock LLaVA's, over the steps of a round."""
+    allowed, _ = TOLERANCE[dtype]
+    largest = 0.0
+    for arm, turn in turns.items():
+        pairs = zip(turn["losses"], turns["llava"]["losses"], strict=True)
+        difference = max(abs(mine - theirs) / theirs for mine, theirs in pairs)
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"{case.name}: the loss in {arm} differs from stock LLaVA's by {difference:.1e}, more than "
+                f"{allowed:.0e}; speed is no result without the same loss"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def profile_arms(case: Case, device: torch.device, dtype: torch.dtype, file: Callable[[str], Path]) -> None:
+    """A table for each arm of where one step's time goes: forward, backward and the collator."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for arm in ARMS:
+        model = reset(case, arm).train()
+        with torch.profiler.profile(activities=activities) as profile:
+            with torch.profiler.record_function("collator"):
+                batch = case.collators[arm](case.batches[arm][1])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with torch.profiler.record_function("forward"):
+                    loss = model(**batch).loss
+                with torch.profiler.record_function("backward"):
+                    loss.backward()
+            synchronize(device)
+        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        text = profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+        file(arm).write_text(text + "\n")
+        logger.info(f"{case.name}, {arm}\n{text}")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The most floating-point operations a second that a large matrix product reaches here."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        synchronize(device)
+        begun = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - begun))
+    return best
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All cases, round by round."""
+    scale, device = SCALES[args.scale], torch.device(args.device)
+    machine = describe_machine(device)
+    machine["peak_flops_by_matmul"] = peak_flops(device, scale.dtype)
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.cases:
+            case = make_case(name, scale, args.steps, Path(folder), device)
+            inspect_arms(case, args.steps, device, scale.dtype)
+            rounds, difference = [], 0.0
+            for number in range(args.rounds):
+                order = [*ARMS[number % len(ARMS) :], *ARMS[: number % len(ARMS)]]
+                turns = {arm: run_arm(case, arm, scale, args.steps, device, Path(folder) / "out") for arm in order}
+                difference = max(difference, compare_losses(case, turns, scale.dtype))
+                rounds.append(turns)
+                logger.info(
+                    f"{name}, round {number + 1} of {args.rounds}: "
+                    + ", ".join(f"{arm} {turns[arm]['samples_per_second']:.2f}" for arm in ARMS)
+                    + " samples/s"
+                )
+            cases.append(summarize(case.name, case.facts, rounds, ARMS, machine["peak_flops_by_matmul"]))
+            cases[-1]["largest_loss_difference"] = difference
+            cases[-1]["samples_per_step"] = statistics.mean(case.conversations[1 : args.steps])
+            if args.profile:
+                profile_arms(
+                    case, device, scale.dtype, lambda arm, c=name: args.results / f"{args.name}_{c}_{arm}.txt"
+                )
+    machine["load_average_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    sizes = {"text": scale.text, "vision": scale.vision, "dtype": str(scale.dtype), "lora_r": scale.lora_r}
+    return {"machine": machine, "settings": settings, "sizes": sizes, "cases": cases}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--scale", choices=SCALES, default="phi2" if default == "cuda" else "small")
+    parser.add_argument("--cases", nargs="+", help="align-49 align-576 sft-49 sft-576, or some of them")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of a round; the first is not timed")
+    parser.add_argument("--profile", action="store_true", help="also write where one step's time goes")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", help="of the files written; default: train_throughput_<device>")
+    args = parser.parse_args(argv)
+    known = [f"{stage}-{tokens}" for stage in ("align", "sft") for tokens in SCALES[args.scale].text]
+    args.cases = args.cases or known
+    if unknown := set(args.cases) - set(known):
+        parser.error(f"--cases {sorted(unknown)[0]}: scale {args.scale} has {', '.join(known)}")
+    if args.steps < 2 or args.rounds < 1:
+        parser.error("--steps must be at least 2 (the first is not timed) and --rounds at least 1")
+    args.name = args.name or f"train_throughput_{args.device.replace(':', '')}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("training.stages", "training.feature_cache", "PIL", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    args.results.mkdir(parents=True, exist_ok=True)
+    result = measure(args)
+    (args.results / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(result, args.results / f"{args.name}.png")
+    logger.info(table(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What is measured: pictures, captions, questions and answers drawn from a seed, and models of random weights.
+
+Lengths follow the real data: five captions a picture of about 13 tokens (COCO), four or five question/answer pairs a
+picture of about 90 tokens together (LLaVA-Instruct-150K, independent pairs). Pictures are JPEG files of COCO's size, so
+that reading them costs what it costs.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+)
+
+from modeling import JnanaConfig, JnanaForConditionalGeneration
+from processing import JnanaProcessor, add_jnana_tokens, read_chat_template, train_tokenizer
+from processing.data_rows import IMAGE_PART, make_row, message, text_part
+
+
+CAPTIONS = 5
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    Sizes of a pair of models, by the number of image tokens.
+
+    Args:
+        text (`dict[int, dict]`): `PhiConfig` fields.
+        vision (`dict[int, dict]`): `CLIPVisionConfig` fields.
+        dtype (`torch.dtype`): Of the frozen weights.
+        images_per_step (`dict[int, int]`): Pictures that one step trains on, all their conversations with them.
+        max_row_tokens (`dict[int, int]`): Tokens a packed row may have.
+        lora_r (`int`): Rank of the adapter in SFT.
+    """
+
+    text: dict[int, dict[str, Any]]
+    vision: dict[int, dict[str, Any]]
+    dtype: torch.dtype
+    images_per_step: dict[int, int]
+    max_row_tokens: dict[int, int]
+    lora_r: int
+
+
+def _vision(hidden: int, layers: int, heads: int, image: int, patch: int) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, "image_size": image, "patch_size": patch}
+
+
+def _text(hidden: int, layers: int, heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": heads, "vocab_size": vocabulary, "max_position_embeddings": 2048, **more}
+
+
+PHI_2 = _text(2560, 32, 32, 51_200, partial_rotary_factor=0.4)
+
+SCALES = {
+    # for the test of the mechanics
+    "tiny": Scale(
+        text={4: _text(32, 2, 2, 700), 16: _text(32, 2, 2, 700)},
+        vision={4: _vision(16, 2, 2, 16, 8), 16: _vision(16, 2, 2, 32, 8)},
+        dtype=torch.float32,
+        images_per_step={4: 2, 16: 1},
+        max_row_tokens={4: 320, 16: 320},
+        lora_r=2,
+    ),
+    # one CPU thread; the tower's share of the work is about what ViT-B/32's and ViT-L/14's is beside Phi-2
+    "small": Scale(
+        text={49: _text(512, 8, 8, 51_200), 576: _text(256, 8, 4, 8_000)},
+        vision={49: _vision(128, 3, 2, 224, 32), 576: _vision(64, 2, 1, 336, 14)},
+        dtype=torch.float32,
+        images_per_step={49: 2, 576: 1},
+        max_row_tokens={49: 1024, 576: 1280},
+        lora_r=8,
+    ),
+    # Phi-2 with CLIP ViT-B/32, and with ViT-L/14 at 336 pixels
+    "phi2": Scale(
+        text={49: PHI_2, 576: PHI_2},
+        vision={49: _vision(768, 12, 12, 224, 32), 576: _vision(1024, 24, 16, 336, 14)},
+        dtype=torch.bfloat16,
+        images_per_step={49: 32, 576: 8},
+        max_row_tokens={49: 2048, 576: 2048},
+        lora_r=64,
+    ),
+}
+
+
+def make_processor(scale: Scale, num_image_tokens: int) -> JnanaProcessor:
+    """Tokenizer, image processor and the `jnana` chat template; every word of [`words`] is one token."""
+    vision = scale.vision[num_image_tokens]
+    # each word twice on a line of its own, so that pairs within words are merged before any others
+    tokenizer: PreTrainedTokenizerFast = train_tokenizer([f" {word}" for word in words() for _ in range(2)], 690)
+    add_jnana_tokens(tokenizer)
+    side = vision["image_size"]
+    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return JnanaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=vision["patch_size"],
+        num_additional_image_tokens=1,
+        chat_template=read_chat_template("jnana"),
+    )
+
+
+def words() -> list[str]:
+    """The words that texts are made of: two letters, of which there are 400."""
+    return [first + second for first in LETTERS[:20] for second in LETTERS[:20]]
+
+
+def make_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """JPEG files of 640 x 480: soft colours with some noise, of about the size of a photograph's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    paths = []
+    for number in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.int16)
+        pixels = (pixels + generator.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
+        paths.append(folder / f"{number:05d}.jpg")
+        Image.fromarray(pixels).save(paths[-1], quality=85)
+    return paths
+
+
+def make_rows(stage: str, pictures: list[Path], seed: int = 0) -> list[dict]:
+    """
+    Rows with all conversations about a picture.
+
+    Args:
+        stage (`str`): `align` (five captions a picture) or `sft` (four or five independent pairs).
+        pictures (`list[Path]`): One a row.
+        seed (`int`): Of lengths and words.
+    """
+    rng = random.Random(f"{stage} {seed}")
+
+    def text(mean: float, spread: float, least: int, most: int) -> str:
+        length = round(min(max(rng.lognormvariate(np.log(mean), spread), least), most))
+        return " ".join(rng.choice(words()) for _ in range(length))
+
+    def conversation() -> list[dict]:
+        if stage == "align":
+            return [message("user", IMAGE_PART), message("assistant", text_part(text(11.5, 0.22, 7, 40)))]
+        question, answer = text(16, 0.4, 5, 50), text(50, 0.7, 2, 200)
+        return [message("user", IMAGE_PART, text_part(question)), message("assistant", text_part(answer))]
+
+    rows = []
+    for number, picture in enumerate(pictures):
+        count = CAPTIONS if stage == "align" else 4 + (number % 5 in (1, 3))
+        chats = [conversation() for _ in range(count)]
+        rows.append(make_row([{"path": str(picture), "bytes": None}], chats, f"{stage} record {number}"))
+    return rows
+
+
+def make_models(
+    scale: Scale, num_image_tokens: int, image_token_id: int, device: torch.device
+) -> tuple[LlavaForConditionalGeneration, JnanaForConditionalGeneration]:
+    """
+    Stock LLaVA and Jnana holding the same random weights.
+
+    Stock LLaVA's head has no bias, so Phi's is zero here.
+    """
+    vision = CLIPVisionConfig(**scale.vision[num_image_tokens])
+    text = PhiConfig(**scale.text[num_image_tokens])
+    common = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(scale.dtype)
+    try:
+        with device:
+            llava = LlavaForConditionalGeneration(
+                LlavaConfig(
+                    vision_config=vision,
+                    text_config=text,
+                    image_token_index=image_token_id,
+                    image_seq_length=num_image_tokens,
+                    **common,
+                )
+            )
+            jnana = JnanaForConditionalGeneration(
+                JnanaConfig.from_vision_text_configs(vision, text, image_token_id=image_token_id, **common)
+            )
+    finally:
+        torch.set_default_dtype(default)
+    state = {**llava.state_dict(), "lm_head.bias": torch.zeros_like(jnana.lm_head.bias)}
+    jnana.load_state_dict(state)
+    return llava, jnana

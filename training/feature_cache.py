@@ -1,0 +1,380 @@
+"""Builds the cache of a frozen tower's features, before training: each picture goes through the tower once.
+
+The format, and how the collator reads it, are in `processing/feature_cache.py`. Here is what needs the model: which
+weights the features came from, and computing those that are missing. It may be killed at any time: parts that are
+complete stay, and the next start goes on behind them. The processes of one run share the work; a second run that
+wants the same folder waits until the first one is done.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from processing import BadSampleError, JnanaProcessor, load_image
+from processing.data_rows import iterate_rows
+from processing.feature_cache import (
+    DTYPES,
+    FORMAT,
+    KEY_FILE,
+    FeatureCache,
+    delete_unfinished,
+    file_stamp,
+    image_digest,
+    key_differences,
+    note_files,
+    read_key,
+    write_key,
+    write_part,
+)
+from processing.image_loading import MAX_IMAGE_PIXELS, read_image_bytes
+
+from .arguments import DataArguments
+from .processes import ProcessGroup, process_group
+
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+BATCH_SIZE = 32
+# A part is written when it is this large or this old: what a kill can cost.
+PART_BYTES = 256 * 1024 * 1024
+PART_SECONDS = 120.0
+
+
+@dataclass
+class Place:
+    """Where a picture stands: data set, row, position in the row."""
+
+    rows: int
+    row: int
+    position: int
+
+
+def prepare_feature_cache(
+    args: DataArguments,
+    model: nn.Module,
+    processor: JnanaProcessor,
+    data: list[Dataset | None],
+    training_args: TrainingArguments,
+) -> FeatureCache | None:
+    """
+    The cache that the recipe asks for, holding every picture of the run.
+
+    Args:
+        args (`DataArguments`): `feature_cache`, `feature_cache_dtype`, and what is done about bad pictures.
+        model (`PreTrainedModel` or `PeftModel`): After [`apply_stage`], before the Trainer has wrapped it.
+        processor (`JnanaProcessor`): Its image processor prepares the pictures.
+        data (`list[Dataset]`): Rows for training and for validation; `None` where there are none.
+        training_args (`TrainingArguments`): Device, precision, processes, dataloader workers.
+
+    Returns:
+        `FeatureCache` or `None`: `None` if the recipe asks for none.
+
+    Raises:
+        ValueError: If the tower trains, the folder holds features of something else, the disk is too small, or the
+            processes don't see the same folder.
+        BadSampleError: With `on_bad_sample="raise"`, if a picture can't be read.
+    """
+    if args.feature_cache is None:
+        return None
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_frozen(base.model.vision_tower)
+    key = feature_key(base, processor, training_args, args.feature_cache_dtype)
+    builder = _Builder(args, base.model, processor, [rows for rows in data if rows is not None], training_args)
+    with process_group() as group:
+        return builder.run(key, group)
+
+
+def check_frozen(tower: nn.Module) -> None:
+    """Refuse a tower that trains.
+
+    Raises:
+        ValueError: naming the number of its trainable parameters, and the remedy.
+    """
+    trainable = sum(parameter.requires_grad for parameter in tower.parameters())
+    if trainable:
+        raise ValueError(
+            f"feature_cache is set, but {trainable} parameters of the vision tower train, so that its features change "
+            "with every step; leave feature_cache out, or freeze the tower"
+        )
+
+
+def feature_key(
+    model: nn.Module, processor: JnanaProcessor, args: TrainingArguments, dtype: str | None = None
+) -> dict[str, Any]:
+    """
+    What features depend on besides the picture, as `cache.json` holds it.
+
+    Args:
+        model (`JnanaForConditionalGeneration`): Its tower and its config's choice of layers.
+        processor (`JnanaProcessor`): Its image processor's settings.
+        args (`TrainingArguments`): Whether the tower computes under autocast.
+        dtype (`str`, *optional*): To store them in; default: what the tower computes in.
+
+    Returns:
+        `dict`: plain JSON values.
+    """
+    config, tower = model.config, model.model.vision_tower
+    own = str(tower.dtype).removeprefix("torch.")
+    lower = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    settings = json.loads(processor.image_processor.to_json_string())
+    return {
+        "format": FORMAT,
+        "vision_tower": config.vision_config.model_type,
+        "vision_tower_weights": weights_digest(tower),
+        "image_processor": {**settings, "class": type(processor.image_processor).__name__},
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_prefix_tokens": config.num_prefix_tokens,
+        "computed_in": own if lower is None else f"{own}, autocast to {lower}",
+        "dtype": dtype or lower or own,
+        "shape": [config.num_image_tokens, config.vision_feature_size],
+    }
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a module's tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.is_meta:  # FSDP fills weights in on one process only
+            return "not loaded on this process"
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Builder:
+    """One run's work on one cache; see [`prepare_feature_cache`]."""
+
+    def __init__(self, args: DataArguments, model: nn.Module, processor: JnanaProcessor, data, training_args):
+        self.folder = Path(args.feature_cache)  # type: ignore[arg-type]
+        self.model, self.processor, self.data = model, processor, data
+        self.skip = args.on_bad_sample == "skip"
+        self.max_image_pixels = args.max_image_pixels or MAX_IMAGE_PIXELS
+        self.device = training_args.device
+        self.num_workers = training_args.dataloader_num_workers
+        lower = torch.bfloat16 if training_args.bf16 else torch.float16
+        enabled = training_args.bf16 or training_args.fp16
+        self.autocast = lambda: torch.autocast(self.device.type, dtype=lower, enabled=enabled)
+
+    def run(self, key: dict[str, Any], group: ProcessGroup) -> FeatureCache:
+        keys = group.gather(key)
+        key = keys[0]
+        if group.rank == 0:
+            self.begin(key)
+        group.wait()
+        cache = FeatureCache(self.folder)
+        places, problems = self.find_pictures(cache, group)
+        self.report_problems(problems)
+        if any(digest not in cache for digest in places):
+            with self.lock() if group.rank == 0 else contextlib.nullcontext():
+                if group.rank == 0:
+                    delete_unfinished(self.folder)
+                    cache.refresh()  # another run may have added some while this one waited
+                missing = group.gather([digest for digest in places if digest not in cache])[0]
+                self.check_space(key, len(missing), len(places))
+                # FSDP may load weights on some processes only: those compute
+                builders = [rank for rank, own in enumerate(keys) if own == key]
+                if group.rank in builders:
+                    mine = missing[builders.index(group.rank) :: len(builders)]
+                    problems = self.build({digest: places[digest] for digest in mine}, key, group.rank == 0)
+                else:
+                    problems = []
+                problems = [problem for some in group.gather(problems) for problem in some]
+            cache.refresh()
+            lost = sum(digest not in cache for digest in missing) - len(problems)
+            if lost > 0:
+                raise ValueError(
+                    f"feature_cache {str(self.folder)!r}: {lost} pictures that other processes computed are not "
+                    "there; give a folder that all processes share"
+                )
+            self.report_problems(problems)
+        logger.info(f"feature_cache {str(self.folder)!r}: {len(places):,} different pictures of this run are in it")
+        return cache
+
+    def begin(self, key: dict[str, Any]) -> None:
+        """Make the folder and its key, or compare the one that is there."""
+        if not (self.folder / KEY_FILE).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.lock():
+                others = {path.name for path in self.folder.iterdir()} - {LOCK_FILE, KEY_FILE}
+                if others - {name for name in others if name.startswith(f".{KEY_FILE}.")}:
+                    raise ValueError(
+                        f"feature_cache {str(self.folder)!r} holds other files ({sorted(others)[0]!r}, ...) and no "
+                        f"{KEY_FILE}; give a new folder"
+                    )
+                if not (self.folder / KEY_FILE).is_file():
+                    write_key(self.folder, key)
+        differences = key_differences(read_key(self.folder), key)
+        if differences:
+            raise ValueError(
+                f"feature_cache {str(self.folder)!r} does not fit this run: {'; '.join(differences)}. Give another "
+                "folder, or delete this one to have it built anew"
+            )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """The only run that writes here; a killed one leaves nothing locked."""
+        lock = FileLock(self.folder / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info(f"feature_cache {str(self.folder)!r} is being built by another run; waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def find_pictures(self, cache: FeatureCache, group: ProcessGroup) -> tuple[dict[bytes, Place], list[str]]:
+        """Every different picture of the run by its digest, and what is wrong with those that can't be read."""
+        places: dict[bytes, Place] = {}
+        problems: list[str] = []
+        noted: list[tuple[str, tuple[int, int], bytes]] = []
+        for number, (place, image, source) in enumerate(self.references(group.rank == 0)):
+            if number % group.size != group.rank:
+                continue
+            try:
+                path = os.path.abspath(image["path"]) if image["bytes"] is None and image["path"] else None
+                stamp = None if path is None or cache.known_digest(path) is not None else file_stamp(path)
+                digest = cache.digest(image, source)
+                if path is not None and stamp is not None:
+                    noted.append((path, stamp, digest))
+                places.setdefault(digest, place)
+            except BadSampleError as error:
+                problems.append(str(error))
+        if noted and os.access(self.folder, os.W_OK):
+            note_files(self.folder, noted)
+        merged: dict[bytes, Place] = {}
+        for some in group.gather(places):
+            merged = {**some, **merged}
+        return merged, [problem for some in group.gather(problems) for problem in some]
+
+    def references(self, progress: bool) -> Iterator[tuple[Place, dict, str]]:
+        """Every image reference of the run, a path once."""
+        seen: set[str] = set()
+        with tqdm(total=sum(map(len, self.data)), desc="Finding pictures", unit="row", disable=not progress) as bar:
+            for number, rows in enumerate(self.data):
+                for index, row in enumerate(iterate_rows(rows)):
+                    bar.update()
+                    for position, image in enumerate(row["images"]):
+                        if image["bytes"] is None and image["path"]:
+                            if image["path"] in seen:
+                                continue
+                            seen.add(image["path"])
+                        yield Place(number, index, position), image, row["source"]
+
+    def report_problems(self, problems: list[str]) -> None:
+        if not problems:
+            return
+        listed = "\n".join(f"  {problem}" for problem in problems[:10])
+        rest = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        if not self.skip:
+            raise BadSampleError(
+                f"{len(problems)} pictures can't be read (on_bad_sample='skip' leaves their rows out):\n{listed}{rest}"
+            )
+        logger.warning(f"{len(problems)} pictures can't be read; their rows are left out:\n{listed}{rest}")
+
+    def check_space(self, key: dict[str, Any], missing: int, wanted: int) -> None:
+        """Print how large the cache will be, and refuse when the disk is too small for it."""
+        each = DTYPES[key["dtype"]].itemsize * key["shape"][0] * key["shape"][1]
+        need, free = missing * each, shutil.disk_usage(self.folder).free
+        logger.info(
+            f"feature_cache {str(self.folder)!r}: {missing:,} of {wanted:,} different pictures are to be computed, "
+            f"{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size(each)} each, {size(need)} in all; "
+            f"{size(free)} are free"
+        )
+        if need > 0.98 * free:
+            raise ValueError(
+                f"feature_cache {str(self.folder)!r} needs {size(need)} for {missing:,} pictures, but only "
+                f"{size(free)} are free there; give a folder on a larger disk, store it in feature_cache_dtype: "
+                "bfloat16, or leave it out"
+            )
+
+    @torch.no_grad()
+    def build(self, places: dict[bytes, Place], key: dict[str, Any], progress: bool) -> list[str]:
+        """Compute this process's share; returns what is wrong with pictures that can't be used."""
+        tower = self.model.vision_tower
+        was_training = tower.training
+        tower.to(self.device).eval()
+        items = _Pictures(places, self.data, self.processor.image_processor, self.max_image_pixels)
+        loader = DataLoader(items, BATCH_SIZE, num_workers=self.num_workers, collate_fn=_collate)
+        problems: list[str] = []
+        digests: list[bytes] = []
+        blocks: list[torch.Tensor] = []
+        begun = time.monotonic()
+        with tqdm(total=len(items), desc="Computing features", unit="picture", disable=not progress) as bar:
+            for good, pixel_values, bad in loader:
+                problems += bad
+                if good:
+                    with self.autocast():
+                        features = self.model.get_vision_features(pixel_values.to(self.device))[1]
+                    digests += good
+                    blocks.append(features.to("cpu", DTYPES[key["dtype"]]))
+                full = sum(map(torch.Tensor.numel, blocks)) * DTYPES[key["dtype"]].itemsize >= PART_BYTES
+                if digests and (full or time.monotonic() - begun > PART_SECONDS or (bad and not self.skip)):
+                    write_part(self.folder, digests, torch.cat(blocks))
+                    digests, blocks, begun = [], [], time.monotonic()
+                if bad and not self.skip:
+                    self.report_problems(bad)
+                bar.update(len(good) + len(bad))
+        if digests:
+            write_part(self.folder, digests, torch.cat(blocks))
+        tower.train(was_training)
+        return problems
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """Pictures ready for the tower, or what is wrong with them; decoded in the dataloader's workers."""
+
+    def __init__(self, places: dict[bytes, Place], data: list[Dataset], image_processor: Any, max_image_pixels: int):
+        self.items = list(places.items())
+        self.data, self.image_processor, self.max_image_pixels = data, image_processor, max_image_pixels
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[bytes, torch.Tensor | None, str | None]:
+        digest, place = self.items[index]
+        row = self.data[place.rows][place.row]
+        image, source = row["images"][place.position], row["source"]
+        try:
+            data = read_image_bytes(image, source=source)
+            if image_digest(data) != digest:
+                raise BadSampleError(f"{source}: image {image['path']!r} changed while the feature cache was built.")
+            reference = {"path": image["path"], "bytes": data}
+            picture = load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
+        except BadSampleError as error:
+            return digest, None, str(error)
+        return digest, self.image_processor(picture, return_tensors="pt")["pixel_values"][0], None
+
+
+def _collate(items: list[tuple]) -> tuple[list[bytes], torch.Tensor | None, list[str]]:
+    good = [(digest, pixels) for digest, pixels, problem in items if problem is None]
+    bad = [problem for _, _, problem in items if problem is not None]
+    return [digest for digest, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, bad
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as people read them: `75 kB`, `1.2 MB`."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= step:
+            return f"{num_bytes / step:,.0f} {unit}" if num_bytes >= 10 * step else f"{num_bytes / step:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"

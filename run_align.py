@@ -23,6 +23,7 @@ from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_models, check_run
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
+from training.feature_cache import prepare_feature_cache
 from training.loading import check_model_arguments, is_adapter, prepare_model, prepare_processor
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
 
     # 5. Model: only the projector trains
     model = apply_stage(prepare_model(model_args, processor), "align")
+    images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
 
     # 6. Trainer
     callbacks = [LossCurveCallback()]
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=JnanaCollator(processor, **collator_options(data_args, training_args.output_dir)),
+        data_collator=JnanaCollator(processor, images=images, **collator_options(data_args, training_args.output_dir)),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -27,6 +27,7 @@ from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_lora, check_models, check_run
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
+from training.feature_cache import prepare_feature_cache
 from training.loading import (
     base_reference,
     check_model_arguments,
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
     model = apply_stage(prepare_model(model_args, processor), "sft", lora_args)
+    images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
 
     # 6. Trainer
     callbacks = [LossCurveCallback()]
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=JnanaCollator(processor, **collator_options(data_args, training_args.output_dir)),
+        data_collator=JnanaCollator(processor, images=images, **collator_options(data_args, training_args.output_dir)),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -109,7 +109,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.plot([number - 0.42, number + 0.42], [ratio, ratio], color="#d93025", linestyle="--", lw=1, label=label)
     names = [case["case"].split("-") for case in cases]
     what = {"align": "five captions a picture", "sft": "4-5 question/answer pairs\na picture, LoRA"}
-    axes.set_xticks(range(len(cases)), [f"{what[stage]}\n{tokens} image tokens" for stage, tokens in names], fontsize=8)
+    axes.set_xticks(
+        range(len(cases)), [f"{what[stage]}\n{tokens} image tokens" for stage, tokens in names], fontsize=8
+    )
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"
     axes.set(ylabel="samples/s, stock LLaVA = 1", title=f"Training throughput, stock Trainer, {where}")

@@ -1,8 +1,8 @@
 """What is measured: pictures, captions, questions and answers drawn from a seed, and models of random weights.
 
 Lengths follow the real data: five captions a picture of about 13 tokens (COCO), four or five question/answer pairs a
-picture of about 90 tokens together (LLaVA-Instruct-150K, independent pairs). Pictures are JPEG files of COCO's size, so
-that reading them costs what it costs.
+picture of about 90 tokens together (LLaVA-Instruct-150K, independent pairs). Pictures are JPEG files of COCO's
+size, to be read at COCO's cost.
 """
 
 import random

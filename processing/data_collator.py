@@ -15,6 +15,7 @@ import torch
 from .bad_samples import BadSampleError, append_bad_samples
 from .chat_encoding_jnana import measure_sequence
 from .data_checks import check_row, check_size
+from .feature_cache import FeatureCache
 from .image_inputs import PixelImages
 from .image_loading import MAX_IMAGE_PIXELS
 from .packing import PACKINGS, EncodedConversation, pack_row, stack_rows
@@ -62,7 +63,8 @@ class JnanaCollator:
         max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are not decoded.
         pad_to_multiple_of (`int`, *optional*): pad the sequence length to a multiple of it.
         packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`.
-        images (`PixelImages`, *optional*): turns references to images into model inputs, instead of decoding them.
+        images (`PixelImages` or `FeatureCache`, *optional*): turns references to images into model inputs; by default
+            into `pixel_values`.
 
     Attributes:
         num_bad_samples (`int`): rows this copy left out. Dataloader workers have copies of their own: count the file's
@@ -78,7 +80,7 @@ class JnanaCollator:
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         pad_to_multiple_of: int | None = None,
         packing: str = "none",
-        images: PixelImages | None = None,
+        images: PixelImages | FeatureCache | None = None,
     ):
         for name, value, known in (
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),

@@ -118,11 +118,32 @@ def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> 
     return datasets.Dataset.from_dict(positions).with_transform(_ConversationOf(rows))
 
 
-class _ConversationOf:
-    """Looks rows up by (row, conversation); a class, so that it can be sent to dataloader workers."""
+class RowView:
+    """
+    A data set's transform that looks `rows` up when they are asked for; a class, so that it can be sent to dataloader
+    workers.
+
+    Args:
+        rows (`Dataset`): of `ROW_FEATURES`.
+    """
 
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows
+
+
+def viewed_rows(items: datasets.Dataset) -> datasets.Dataset:
+    """
+    The data rows behind flattened conversations or packed rows.
+
+    Args:
+        items (`Dataset`): of [`flatten_conversations`] or [`packed_rows`], or data rows themselves.
+    """
+    transform = items.format["format_kwargs"].get("transform")
+    return transform.rows if isinstance(transform, RowView) else items
+
+
+class _ConversationOf(RowView):
+    """Looks rows up by (row, conversation)."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         if "row" not in batch or "conversation" not in batch:  # some other column was asked for by itself

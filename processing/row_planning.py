@@ -16,7 +16,7 @@ from datasets import Features, List
 
 from .bad_samples import BadSampleError
 from .data_checks import check_row, check_size, measure_rows
-from .data_rows import ROW_FEATURES, rows_at, select_conversations
+from .data_rows import ROW_FEATURES, RowView, rows_at, select_conversations
 from .processing_jnana import JnanaProcessor
 
 
@@ -160,11 +160,8 @@ def packed_rows(rows: datasets.Dataset, plan: RowPlan) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"trees": trees}).with_transform(_TreesOf(rows))
 
 
-class _TreesOf:
-    """Looks trees up; a class, so that it can be sent to dataloader workers."""
-
-    def __init__(self, rows: datasets.Dataset):
-        self.rows = rows
+class _TreesOf(RowView):
+    """Looks trees up."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         if "trees" not in batch:  # some other column was asked for by itself

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from processing import BadSampleError, JnanaProcessor, load_image
-from processing.data_rows import iterate_rows
+from processing.data_rows import iterate_rows, viewed_rows
 from processing.feature_cache import (
     DTYPES,
     FORMAT,
@@ -81,7 +81,7 @@ def prepare_feature_cache(
         args (`DataArguments`): `feature_cache`, `feature_cache_dtype`, and what is done about bad pictures.
         model (`PreTrainedModel` or `PeftModel`): After [`apply_stage`], before the Trainer has wrapped it.
         processor (`JnanaProcessor`): Its image processor prepares the pictures.
-        data (`list[Dataset]`): Rows for training and for validation; `None` where there are none.
+        data (`list[Dataset]`): What is trained and validated on (rows, conversations or packed rows), or `None`.
         training_args (`TrainingArguments`): Device, precision, processes, dataloader workers.
 
     Returns:
@@ -97,7 +97,9 @@ def prepare_feature_cache(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_frozen(base.model.vision_tower)
     key = feature_key(base, processor, training_args, args.feature_cache_dtype)
-    builder = _Builder(args, base.model, processor, [rows for rows in data if rows is not None], training_args)
+    builder = _Builder(
+        args, base.model, processor, [viewed_rows(rows) for rows in data if rows is not None], training_args
+    )
     with process_group() as group:
         return builder.run(key, group)
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 import processing.feature_cache as cache_format
 from modeling import JnanaForConditionalGeneration
-from processing import BadSampleError, FeatureCache, JnanaProcessor, load_image
+from processing import BadSampleError, FeatureCache, JnanaCollator, JnanaProcessor, load_image, read_bad_samples
 from processing.data_rows import caption_conversation, make_row, rows_to_dataset
 from tests.tiny import save_tiny_text, save_tiny_vision
 from training import feature_cache
@@ -59,7 +59,9 @@ def reference(path) -> dict:
 
 def rows_of(references):
     return rows_to_dataset(
-        make_row([image], [caption_conversation("a", None)] * 2, f"record {number}")
+        make_row(
+            [image], [caption_conversation(text * (number + 1), None) for text in ("a ", "cat ")], f"record {number}"
+        )
         for number, image in enumerate(references)
     )
 
@@ -147,6 +149,48 @@ class TestContents:
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
         image = reference(pictures / "red.png")
         assert torch.equal(pickle.loads(pickle.dumps(cache)).load(image), cache.load(image))
+
+
+@pytest.mark.parametrize("packing", ["none", "shared_image"])
+class TestTraining:
+    def loss_and_gradients(self, model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        named = model.named_parameters()
+        return loss.detach(), {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+    def test_same_loss_and_gradients(self, pair, pictures, tmp_path, packing):
+        model, processor = pair
+        rows = rows_in(pictures)
+        cache = build(pair, rows, tmp_path / "cache")
+        batch = JnanaCollator(processor, packing=packing)(list(rows))
+        cached = JnanaCollator(processor, packing=packing, images=cache)(list(rows))
+        assert "pixel_values" in batch and "pixel_values" not in cached
+        assert cached["image_features"].shape == (6, 4, 64)  # each picture once for its two conversations
+        loss, gradients = self.loss_and_gradients(model, batch)
+        cached_loss, cached_gradients = self.loss_and_gradients(model, cached)
+        torch.testing.assert_close(cached_loss, loss, rtol=1e-6, atol=0)
+        assert gradients.keys() == cached_gradients.keys() and any("projector" in name for name in gradients)
+        for name, gradient in gradients.items():
+            assert (cached_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+        # the control: two pictures change places
+        cached["image_features"] = cached["image_features"][[1, 0, 2, 3, 4, 5]]
+        _, wrong = self.loss_and_gradients(model, cached)
+        name = next(name for name in gradients if "projector" in name)
+        assert (wrong[name] - gradients[name]).norm() > 1e-4 * gradients[name].norm()
+
+    def test_bad_pictures_are_left_out_as_elsewhere(self, pair, pictures, tmp_path, packing):
+        cache = build(pair, rows_in(pictures), tmp_path / "cache")
+        (pictures / "green.png").write_bytes(b"no image")
+        options = {"packing": packing, "images": cache, "bad_samples_file": tmp_path / "bad.jsonl"}
+        collator = JnanaCollator(pair[1], on_bad_sample="skip", **options)
+        assert len(collator(list(rows_in(pictures)))["image_features"]) == 5
+        (problem,) = read_bad_samples(tmp_path / "bad.jsonl")
+        assert "record 1" in problem and "not an image of a known format" in problem
+        # a batch without a good row
+        substitute = JnanaCollator(pair[1], on_bad_sample="skip", **options)([rows_in(pictures)[1]])
+        assert substitute["image_features"].eq(0).all()
 
 
 class TestPicturesThatDontFit:

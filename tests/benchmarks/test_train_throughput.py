@@ -1,0 +1,77 @@
+"""The benchmark's mechanics at a tiny size: what it writes, and that it refuses a faster way to something else."""
+
+import json
+
+import pytest
+
+from benchmarks import train_throughput
+from benchmarks.throughput_report import summarize, table
+
+
+ARGUMENTS = ["--device", "cpu", "--scale", "tiny", "--rounds", "1", "--steps", "2"]
+
+
+def test_one_command_writes_figures_and_a_plot(tmp_path):
+    arguments = ["--cases", "sft-4", "--profile", "--results", str(tmp_path), "--name", "tiny"]
+    result = train_throughput.main([*ARGUMENTS, *arguments])
+    assert json.loads((tmp_path / "tiny.json").read_text())["cases"] == result["cases"]
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "forward" in (tmp_path / "tiny_sft-4_shared_image.txt").read_text()
+    assert result["machine"]["torch_threads"] >= 1 and result["machine"]["peak_flops_by_matmul"] > 0
+    (case,) = result["cases"]
+    assert case["largest_loss_difference"] < 1e-4
+    arms = case["arms"]
+    assert set(arms) == set(train_throughput.ARMS)
+    assert arms["shared_image"]["tokens"] < arms["padded"]["tokens"] == arms["llava"]["tokens"]
+    assert arms["feature_cache"]["flops_per_step"] < arms["shared_image"]["flops_per_step"]  # without the tower
+    assert arms["shared_image"]["flops_per_step"] < arms["llava"]["flops_per_step"]
+    assert len(table(result).splitlines()) == 2 + 4
+
+
+def test_a_wrong_result_is_not_measured(tmp_path, monkeypatch):
+    """The controls: a collator that drops a label is an error, in the gradient and in the loss."""
+    original = train_throughput.JnanaCollator.__call__
+
+    def dropping(self, items):
+        batch = original(self, items)
+        name = "labels" if "labels" in batch else "shift_labels"
+        place = (batch[name] != -100).nonzero()[0]
+        batch[name][tuple(place)] = -100
+        if "shift_labels" not in batch:
+            place[1] -= 1
+        batch["logits_to_keep"][tuple(place)] = False
+        return batch
+
+    monkeypatch.setattr(train_throughput.JnanaCollator, "__call__", dropping)
+    arguments = [*ARGUMENTS, "--cases", "align-4", "--results", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="align-4: the projector's gradient in padded differs from stock LLaVA's"):
+        train_throughput.main(arguments)
+    turns = {arm: {"losses": [3.0, 2.0]} for arm in train_throughput.ARMS}
+    case = train_throughput.Case("align-4", "align", [], None, {})
+    assert train_throughput.compare_losses(case, turns, train_throughput.SCALES["tiny"].dtype) == 0
+    turns["padded"] = {"losses": [3.0, 2.001]}
+    with pytest.raises(RuntimeError, match="the loss in padded differs from stock LLaVA's by 5.0e-04"):
+        train_throughput.compare_losses(case, turns, train_throughput.SCALES["tiny"].dtype)
+
+
+def test_ratios_are_taken_within_a_round():
+    """A machine half as fast in the second round changes no ratio."""
+
+    def turn(seconds: float) -> dict:
+        rates = {"samples_per_second": 10 / seconds, "supervised_tokens_per_second": 100 / seconds}
+        return {"seconds": seconds, "peak_memory_bytes": None, "losses": [1.0, 1.0], **rates}
+
+    facts = {
+        "arms": {arm: {"flops_per_step": 100, "tokens": tokens} for arm, tokens in (("a", 30), ("shared_image", 10))}
+    }
+    rounds = [{"a": turn(4 * slow), "shared_image": turn(slow)} for slow in (1, 2)]
+    summary = summarize("case", facts, rounds, ("a", "shared_image"), peak=100)
+    assert summary["ratios"] == {"shared_image/a": {"median": 4, "min": 4, "max": 4, "rounds": [4, 4]}}
+    assert summary["ratio_by_token_count"] == 3
+    assert summary["arms"]["shared_image"]["share_of_peak_flops"]["rounds"] == [1, 0.5]
+
+
+def test_unknown_cases_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_throughput.parse([*ARGUMENTS, "--cases", "align-5"])
+    assert "--cases align-5: scale tiny has align-4, align-16, sft-4, sft-16" in capsys.readouterr().err

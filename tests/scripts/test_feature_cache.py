@@ -1,0 +1,70 @@
+"""`feature_cache` in a recipe: the same run, and training never calls the tower."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel
+
+import run_align
+import run_sft
+from processing import FeatureCache
+from processing.feature_cache import write_part
+from tests.scripts.conftest import align_options, sft_options
+from tests.scripts.launching import finish, launch
+from tests.scripts.test_processes import assert_same_run
+
+
+@pytest.fixture
+def tower_batches(monkeypatch) -> list[int]:
+    """Pictures of every batch that a CLIP gets."""
+    sizes = []
+    original = CLIPVisionModel.forward
+
+    def counting(self, pixel_values, *args, **kwargs):
+        if pixel_values.device.type != "meta":
+            sizes.append(len(pixel_values))
+        return original(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", counting)
+    return sizes
+
+
+def test_align(data, vision, pretrained, aligned, tmp_path, tower_batches):
+    """`aligned` was trained without a cache, by the same options."""
+    options = {"feature_cache": tmp_path / "cache", "save_strategy": "no"}
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "cached", **options))
+    assert_same_run(tmp_path / "cached", aligned)
+    assert tower_batches == [16]
+    # the control: features that are not the tower's
+    cache = FeatureCache(tmp_path / "cache")
+    digests = list(cache._places)
+    (part,) = (tmp_path / "cache").glob("features-*")
+    part.unlink()
+    write_part(tmp_path / "cache", digests, torch.randn(len(digests), *cache.shape))
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "wrong", **options))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "wrong", aligned)
+
+
+def test_sft_packed(data, aligned, tmp_path, tower_batches):
+    common = {"packing": "shared_image", "max_row_tokens": 128, "per_device_train_batch_size": 2, "max_steps": 3}
+    common |= {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3}
+    run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "plain", **common))
+    tower_batches.clear()
+    cached = {"feature_cache": tmp_path / "cache", "output_dir": tmp_path / "cached"}
+    run_sft.main(sft_options(data, aligned, **cached, **common))
+    assert tower_batches == [16]  # training and validation pictures, each once
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cached", "plain"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=2e-6, msg=name)
+    assert any(tensor.abs().max() > 0 for name, tensor in theirs.items() if "lora_B" in name)
+
+
+def test_two_processes_share_the_work(data, vision, pretrained, aligned, tmp_path):
+    options = {"feature_cache": tmp_path / "cache", "per_device_train_batch_size": 4, "save_strategy": "no"}
+    arguments = align_options(data, vision, pretrained, output_dir=tmp_path / "two", **options)
+    output = finish(launch("run_align.py", arguments, processes=2))
+    assert "2 process(es)" in output and output.count("16 of 16 different pictures are to be computed") == 1
+    assert len(list((tmp_path / "cache").glob("features-*"))) == 2  # a part of each
+    assert len(FeatureCache(tmp_path / "cache")) == 16
+    assert_same_run(tmp_path / "two", aligned)

@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, `make test`, `make quality`, `make style`.
+# Everything a newcomer needs: `make demo`, `make test`, `make bench`, `make quality`, `make style`.
 # Each target builds .venv by itself when it is missing or older than the files that describe it.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # pytest workers: each holds transformers and torch in memory (about 1 GB).
 TEST_WORKERS ?= 2
 
-.PHONY: demo test quality style clean
+.PHONY: demo test bench quality style clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/chess_demo/run_demo.py $(ARGS)
@@ -15,6 +15,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+# Training throughput beside stock LLaVA, on one thread: benchmarks/README.md.
+bench: $(VENV)/.installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	$(BIN)/python -m benchmarks.train_throughput $(ARGS)
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

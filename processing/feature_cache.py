@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .bad_samples import BadSampleError, bad_sample
 from .image_loading import load_image, read_image_bytes
@@ -251,8 +251,9 @@ def write_part(folder: str | Path, digests: list[bytes], features: torch.Tensor)
     path = Path(folder) / PART_PATTERN.replace("*", name)
     unfinished = Path(folder) / f".{path.name}.{os.getpid()}"
     flat = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
-    save_file({"features": features.contiguous(), "digests": flat}, unfinished)
-    with open(unfinished, "rb") as file:
+    with open(unfinished, "wb") as file:  # not `save_file`, whose files no other user may read
+        file.write(save({"features": features.contiguous(), "digests": flat}))
+        file.flush()
         os.fsync(file.fileno())  # the name must not come to the disk before the contents
     os.replace(unfinished, path)
     return path

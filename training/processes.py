@@ -40,4 +40,4 @@ def process_group() -> Iterator[ProcessGroup]:
     try:
         yield ProcessGroup(handle)
     finally:
-        dist.destroyprocess_group(handle)
+        dist.destroy_process_group(handle)

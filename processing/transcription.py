@@ -191,6 +191,12 @@ class Transcriber:
             TranscriptionError: if the recording can't be used, or WhisperX can't be started or does not answer.
         """
         if isinstance(audio, np.ndarray):
+            seconds, limit = len(np.atleast_1d(audio)) / max(sampling_rate, 1), self.options["max_seconds"]
+            if seconds > limit:
+                raise TranscriptionError(
+                    f"The recording of {seconds:.0f} seconds is longer than {limit:g}, the most that is transcribed.",
+                    "too_long",
+                )
             with tempfile.NamedTemporaryFile(suffix=".wav", prefix="recording-") as file:
                 file.write(wav_bytes(audio, sampling_rate))
                 file.flush()

@@ -306,6 +306,7 @@ def test_recordings_that_are_none(make, tmp_path):
         np.array("a"),
     ):
         assert refusal(transcriber, audio).kind == "audio"
+    assert refusal(transcriber, np.zeros(301 * 16_000, np.int8)).kind == "too_long"
     with pytest.raises(TranscriptionError, match="at least 1 Hz"):
         transcriber.transcribe(np.zeros(3), sampling_rate=0)
     assert str(tmp_path) not in str(refusal(transcriber, tmp_path / "missing.wav"))

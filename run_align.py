@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from processing import JnanaCollator
 from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
+from training.attention import choose_attention
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_models, check_run
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
     # 5. Model: only the projector trains
     model = apply_stage(prepare_model(model_args, processor), "align")
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
+    choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 
     # 6. Trainer
     callbacks = [LossCurveCallback()]

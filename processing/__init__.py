@@ -15,6 +15,7 @@ from .recordings import Transcript, TranscriptionError
 from .row_planning import RowPlan, packed_rows, packed_stream, plan_rows
 from .stored_transcripts import StoredTranscripts
 from .text_corpus import load_text, pack_blocks, train_tokenizer
+from .text_rows import pack_documents
 from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
 from .transcription import Transcriber
 
@@ -46,6 +47,7 @@ __all__ = [
     "load_rows",
     "load_text",
     "pack_blocks",
+    "pack_documents",
     "packed_rows",
     "packed_stream",
     "plan_rows",

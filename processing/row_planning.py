@@ -7,7 +7,7 @@ goes on with it; the stock sampler then shuffles its rows anew in every epoch.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -94,19 +94,20 @@ def plan_rows(
         for conversations, cost in _split(sizes, 0 if shared is None else shared[row], max_row_tokens, shared is None):
             trees.append((row, conversations))
             costs.append(cost)
-    order = np.arange(len(trees))
+    order: Iterable[int] = range(len(trees))
     if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(trees))
-        order = np.concatenate([_longest_first(costs, order[i : i + WINDOW]) for i in range(0, len(order), WINDOW)])
-    for members, size in _fill(costs, order.tolist(), max_row_tokens):
+        shuffled = np.random.default_rng(seed).permutation(len(trees)).tolist()
+        windows = (shuffled[i : i + WINDOW] for i in range(0, len(shuffled), WINDOW))
+        order = [tree for window in windows for tree in longest_first(costs, window)]
+    for members, size in fill_rows(costs, order, max_row_tokens):
         plan.rows.append([trees[index] for index in members])
         plan.sizes.append(size)
     return plan
 
 
-def _longest_first(costs: list[int], trees: np.ndarray) -> np.ndarray:
+def longest_first(costs: Sequence[int], trees: Iterable[int]) -> list[int]:
     """Short trees fill what long ones leave; among equals the order stays."""
-    return trees[np.argsort([-costs[tree] for tree in trees], kind="stable")]
+    return sorted(trees, key=lambda tree: -costs[tree])
 
 
 def _split(sizes: list[int], shared: int, most: int, apart: bool) -> list[tuple[list[int], int]]:
@@ -124,8 +125,18 @@ def _split(sizes: list[int], shared: int, most: int, apart: bool) -> list[tuple[
     return [*found, (members, cost)]
 
 
-def _fill(costs: list[int], order: list[int], most: int) -> list[tuple[list[int], int]]:
-    """Best fit: each tree into the fullest row that has room for it. Returns the members and tokens of each row."""
+def fill_rows(costs: Sequence[int], order: Iterable[int], most: int) -> list[tuple[list[int], int]]:
+    """
+    Best fit: each tree into the fullest row that has room for it.
+
+    Args:
+        costs (`Sequence[int]`): tokens of each tree.
+        order (`Iterable[int]`): the trees, in the order in which they are taken.
+        most (`int`): tokens a row may have.
+
+    Returns:
+        `list[tuple[list[int], int]]`: for each row its trees, and its tokens.
+    """
     rows: list[list[int]] = []
     room: list[int] = []
     open_rows: list[tuple[int, int]] = []  # (room left, row), sorted

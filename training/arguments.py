@@ -167,6 +167,13 @@ class TextDataArguments:
     block_size: int = field(default=512, metadata={"help": "Tokens a block; the corpus is packed into such blocks."})
     streaming: bool = field(default=False)
     max_train_rows: int | None = field(default=None, metadata={"help": "Documents of the corpus."})
+    packing: Literal["blocks", "rows"] = field(
+        default="blocks",
+        metadata={
+            "help": "blocks: documents end to end, cut every block_size tokens, each sees the one before it; rows: "
+            "whole documents, invisible to one another, in rows of block_size tokens."
+        },
+    )
 
 
 @dataclass

@@ -15,6 +15,7 @@ from processing import (
     load_rows,
     load_text,
     pack_blocks,
+    pack_documents,
     packed_rows,
     packed_stream,
     plan_rows,
@@ -113,7 +114,7 @@ def collator_options(args: DataArguments, output_dir: str) -> dict[str, Any]:
 def load_blocks(
     args: TextDataArguments, tokenizer: PreTrainedTokenizerBase, evaluation: bool = False
 ) -> Dataset | IterableDataset | None:
-    """A text corpus in blocks of `block_size` tokens; `None` when no validation data was asked for.
+    """A text corpus in blocks or rows of `block_size` tokens; `None` when no validation data was asked for.
 
     Raises:
         ValueError: if the corpus is shorter than one block.
@@ -121,7 +122,8 @@ def load_blocks(
     source = args.eval_data if evaluation else args.train_data
     if source is None:
         return None
-    return endless(pack_blocks(load_documents(args, evaluation), tokenizer, args.block_size), evaluation)
+    pack = pack_documents if args.packing == "rows" else pack_blocks
+    return endless(pack(load_documents(args, evaluation), tokenizer, args.block_size), evaluation)
 
 
 def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:

@@ -66,10 +66,13 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
 def samples_from_blocks(
     blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int
 ) -> list[Sample]:
-    """The first half of the first `count` blocks of a packed corpus as prompts, what follows as truth."""
+    """The first half of the first `count` blocks (or rows' first documents) as prompts, what follows as truth."""
     samples = []
     for number, block in enumerate(islice(blocks, count)):
         ids = torch.as_tensor(block["input_ids"])
+        if "position_ids" in block:
+            starts = (torch.as_tensor(block["position_ids"]) == 0).nonzero().flatten().tolist()
+            ids = ids[: starts[1]] if len(starts) > 1 else ids
         half = len(ids) // 2
         inputs = {"input_ids": ids[None, :half], "attention_mask": torch.ones(1, half, dtype=torch.long)}
         truth = tokenizer.decode(ids[half : half + max_new_tokens])

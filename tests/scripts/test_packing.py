@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import run_align
+import run_pretrain
 import run_sft
 from tests.scripts.conftest import align_options, options, sft_options
 from tests.scripts.launching import finish, launch
@@ -136,3 +137,22 @@ def test_what_cannot_be_packed_is_refused_at_once(data, vision, pretrained, tmp_
         run_align.main(align_options(data, vision, pretrained, **changes, streaming="true"))
     with pytest.raises(SystemExit):
         run_align.main([*align_options(data, vision, pretrained, output_dir=tmp_path), *options(packing="images")])
+
+
+def test_documents_of_stage_0_are_trained_alone(data, pretrained, tmp_path):
+    """The loss of a step over all rows is that of the documents one by one (the Trainer keeps no cache)."""
+    texts = [line * n for n in (1, 2, 3) for line in ("what is the top? ", "red on blue ")]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(texts))
+    changes = {"model_name_or_path": pretrained, "train_data": tmp_path / "corpus.txt", "block_size": 48}
+    changes |= {"eval_data": tmp_path / "corpus.txt", "eval_strategy": "steps", "sample_steps": 1, "sample_count": 1}
+    changes |= {"packing": "rows", "per_device_train_batch_size": 64, "max_steps": 1, "learning_rate": 0}
+    run_pretrain.main(options(**changes, output_dir=tmp_path / "run", logging_steps=1, save_strategy="no"))
+    model = AutoModelForCausalLM.from_pretrained(pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    total = count = 0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_token_id]])
+        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert losses_of(tmp_path / "run").item() == pytest.approx(total / count, rel=1e-5)
+    assert eval_loss(tmp_path / "run") == pytest.approx(total / count, rel=1e-5)

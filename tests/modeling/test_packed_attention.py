@@ -195,3 +195,31 @@ def test_images_that_places_show(models):
         model(**{name: value for name, value in inputs.items() if name != "pixel_values"})
     with pytest.raises(Exception, match="20 image tokens"):
         model(**{**inputs, "image_indices": torch.tensor([0, 0])})
+
+
+@pytest.mark.parametrize("family", ["phi", "phi3", "qwen2"])
+def test_flex_attention_follows_the_same_mask(models, family, monkeypatch):
+    """Uncompiled, as a CPU has no compiled backward pass of it: the block mask and the way it takes are the same."""
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+    from transformers import masking_utils
+    from transformers.integrations import flex_attention as integration
+
+    alone = loss_and_gradients(models(family), batches("single"))
+    monkeypatch.setattr(
+        masking_utils,
+        "create_block_mask",
+        lambda *args, **given: create_block_mask(*args, **{**given, "_compile": False}),
+    )
+    taken = []
+
+    def uncompiled(query, key, value, training=False, **given):
+        taken.append(given["block_mask"])
+        return flex_attention(query, key, value, **given)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled)
+    model = models(family)
+    model.model.language_model.set_attn_implementation("flex_attention")
+    ours = loss_and_gradients(model, batches("shared_image"))
+    models(family, "sdpa")
+    assert len(taken) == 2 and all(isinstance(mask, BlockMask) for mask in taken)
+    assert difference(ours, alone) < EXACT

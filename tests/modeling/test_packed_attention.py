@@ -199,12 +199,14 @@ def test_images_that_places_show(models):
 
 @pytest.mark.parametrize("family", ["phi", "phi3", "qwen2"])
 def test_flex_attention_follows_the_same_mask(models, family, monkeypatch):
-    """Uncompiled, as a CPU has no compiled backward pass of it: the block mask and the way it takes are the same."""
+    """Forward and uncompiled, as a CPU has no backward pass of it: the block mask, and the way it takes."""
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
     from transformers import masking_utils
     from transformers.integrations import flex_attention as integration
 
-    alone = loss_and_gradients(models(family), batches("single"))
+    [inputs] = batches("shared_image")
+    with torch.no_grad():
+        expected = models(family)(**inputs)
     monkeypatch.setattr(
         masking_utils,
         "create_block_mask",
@@ -219,7 +221,11 @@ def test_flex_attention_follows_the_same_mask(models, family, monkeypatch):
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", uncompiled)
     model = models(family)
     model.model.language_model.set_attn_implementation("flex_attention")
-    ours = loss_and_gradients(model, batches("shared_image"))
+    with torch.no_grad():
+        found = model(**inputs)
+        off_by_one_branch(inputs)
+        wrong = model(**inputs)
     models(family, "sdpa")
-    assert len(taken) == 2 and all(isinstance(mask, BlockMask) for mask in taken)
-    assert difference(ours, alone) < EXACT
+    assert len(taken) == 4 and all(isinstance(mask, BlockMask) for mask in taken)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert abs(found.loss - expected.loss) < EXACT * expected.loss < abs(wrong.loss - expected.loss)

@@ -1,0 +1,125 @@
+"""The chat app: a picture, a typed or spoken question, the answer as it is written.
+
+    python app.py                                            # the demo's checkpoint, once `make demo` has made one
+    python app.py --model_name_or_path outputs/jnana/sft     # a full checkpoint, an adapter, a Hub id
+    python app.py --speech_model small                       # spoken questions (the first time ~4 GB are downloaded)
+    JNANA_LOGIN=anna:secret python app.py --host 0.0.0.0     # open to others, behind a password
+
+The name and the layout are those that Spaces expects; there JNANA_MODEL names the model. docs/app.md has the rest.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chat.assistant import Assistant
+from chat.interface import EXAMPLES, build_interface, launch_options
+from chat.limits import Limits
+from processing import Transcriber
+from training.loading import load_model_and_processor
+
+
+DEMO = Path("outputs/chess_demo/sft/merged")
+NO_SPEECH = (
+    "Spoken questions are off here: there is no speech recogniser. Whoever runs this app can turn them on with "
+    "--speech_model small."
+)
+logger = logging.getLogger("app")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help=f"default: JNANA_MODEL, else {DEMO}")
+    parser.add_argument("--name", help="what the page calls the model; default: the last part of its path")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16; default: as the checkpoint says")
+    parser.add_argument("--speech_model", help="WhisperX's: small, large-v3-turbo, a folder ...; 'none' turns it off")
+    parser.add_argument("--examples_folder", type=Path, default=EXAMPLES, help="pictures to click, questions in .txt")
+    parser.add_argument("--host", help="default: GRADIO_SERVER_NAME, else this machine alone (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, else 7860 or the next free one")
+    parser.add_argument("--login", help="name:password; better given as JNANA_LOGIN, which no process list shows")
+    for limit in dataclasses.fields(Limits):
+        text = f"limit; default: {limit.default}"
+        parser.add_argument(f"--{limit.name}", type=limit.type, default=limit.default, help=text)
+    return parser.parse_args(argv)
+
+
+def find_model(given: str | None) -> str:
+    """The flag, the environment variable, the demo's checkpoint: the first there is."""
+    name = given or os.environ.get("JNANA_MODEL")
+    if name:
+        return name
+    if not DEMO.is_dir():
+        raise SystemExit(
+            "No model is given, and the demo has not made one. Run `make demo` first, or name one: "
+            "--model_name_or_path FOLDER_OR_HUB_ID, or JNANA_MODEL."
+        )
+    return str(DEMO)
+
+
+def find_login(given: str | None) -> tuple[str, str] | None:
+    login = given or os.environ.get("JNANA_LOGIN")
+    if not login:
+        return None
+    name, colon, password = login.partition(":")
+    if not (name and colon and password):
+        raise SystemExit("The login must read name:password (--login or JNANA_LOGIN).")
+    return name, password
+
+
+def find_speech(model: str | None, limits: Limits) -> Transcriber | None:
+    """A transcriber if one is asked for or costs no download; it starts in the background."""
+    known = importlib.util.find_spec("whisperx") or os.environ.get("JNANA_WHISPERX_PYTHON")
+    if model == "none" or not (model or known or os.environ.get("JNANA_WHISPERX_MODEL")):
+        return None
+    transcriber = Transcriber(model, max_seconds=limits.audio_seconds)
+    transcriber.start()
+    return transcriber
+
+
+def load_assistant(arguments: argparse.Namespace) -> Assistant:
+    limits = Limits(**{name: getattr(arguments, name) for name in vars(Limits())})
+    path = find_model(arguments.model_name_or_path)
+    device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
+    try:
+        model, processor = load_model_and_processor(path, dtype=arguments.dtype)
+        if not getattr(model, "is_quantized", False):  # quantised weights are where bitsandbytes put them
+            model.to(device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"The model can't be loaded: {error}") from None
+    name = arguments.name or Path(path.rstrip("/")).name
+    if name == "merged":  # run_sft's folder: the run's name says more
+        name = "/".join(Path(path).resolve().parts[-3:-1])
+    transcriber = find_speech(arguments.speech_model, limits)
+    return Assistant(model, processor, name, limits, transcriber, NO_SPEECH)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    login = find_login(arguments.login)
+    assistant = load_assistant(arguments)
+    logger.info(assistant.describe())
+    options: dict[str, Any] = launch_options(assistant)
+    with tempfile.TemporaryDirectory(prefix="jnana-") as uploads:  # they go when the app goes
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        try:
+            build_interface(assistant, arguments.examples_folder).launch(
+                server_name=arguments.host, server_port=arguments.port, auth=login, **options
+            )
+        finally:
+            if assistant.transcriber is not None:
+                assistant.transcriber.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,215 @@
+"""Time to the first token and tokens a second, beside stock LLaVA; what a second question about a picture costs.
+
+    python -m benchmarks.generate_latency                                # CPU, small models, 49 and 576 image tokens
+    python -m benchmarks.generate_latency --scale phi2 --device cuda     # full Phi-2, random weights in bfloat16
+
+A chat of two questions about one picture is answered three ways: by stock `LlavaForConditionalGeneration.generate`,
+which reads the whole chat and its picture at every turn; by a `ChatSession` that keeps nothing; and by a `ChatSession`
+that keeps the keys and values. All hold the same weights and decode greedily. In float32 the three must write the same
+answers, or the run ends. The ways take turns in rotating order; ratios are taken within a round. The clock of a turn
+starts before the picture file is opened.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.machine import describe_machine, synchronize
+from benchmarks.throughput_report import spread
+from benchmarks.workloads import SCALES, make_models, make_pictures, make_processor, words
+from chat import ChatSession
+from processing import JnanaProcessor
+
+
+WAYS = ("llava", "anew", "kept")
+LABELS = {
+    "llava": "stock LLaVA",
+    "anew": "ChatSession, nothing kept",
+    "kept": "ChatSession",
+}
+
+
+@dataclasses.dataclass
+class Timed:
+    """One answer: its text, seconds to its first token, tokens a second behind the first."""
+
+    text: str
+    first: float
+    speed: float
+
+
+class Clock(BaseStreamer):
+    """Notes when tokens come."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.times = device, []
+
+    def put(self, value: torch.Tensor) -> None:
+        synchronize(self.device)
+        self.times.append(time.perf_counter())  # the prompt's comes first
+
+    def end(self) -> None:
+        pass
+
+
+def answer_by_llava(
+    llava: LlavaForConditionalGeneration, processor: JnanaProcessor, chat: list[dict], new_tokens: int
+) -> Timed:
+    """One turn of stock LLaVA: the whole chat, picture included."""
+    started, clock = time.perf_counter(), Clock(llava.device)
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(llava.device, llava.dtype)
+    output = llava.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, streamer=clock, pad_token_id=0, use_cache=True
+    )
+    made = output[0, inputs["input_ids"].shape[1] :]
+    text = processor.tokenizer.decode(made, skip_special_tokens=True).strip()
+    first, last = clock.times[1], clock.times[-1]
+    return Timed(text, first - started, (len(made) - 1) / max(last - first, 1e-9))
+
+
+def chat_by_llava(llava, processor, picture: Path, questions: list[str], new_tokens: int) -> list[Timed]:
+    turns: list[Timed] = []
+    chat: list[dict] = []
+    for number, question in enumerate(questions):
+        parts = [{"type": "image", "path": str(picture)}] if number == 0 else []
+        chat.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        turns.append(answer_by_llava(llava, processor, chat, new_tokens))
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": turns[-1].text}]})
+    return turns
+
+
+def chat_by_session(session: ChatSession, picture: Path, questions: list[str], new_tokens: int) -> list[Timed]:
+    turns = []
+    for number, question in enumerate(questions):
+        for _ in session.ask(question, [picture] if number == 0 else [], max_new_tokens=new_tokens):
+            pass
+        text = session.messages[-1]["content"][0]["text"]
+        turn = session.last_turn
+        assert turn is not None
+        behind = turn.seconds - turn.seconds_to_first_token
+        turns.append(Timed(text, turn.seconds_to_first_token, (turn.new_tokens - 1) / max(behind, 1e-9)))
+    return turns
+
+
+def measure(arguments: argparse.Namespace, tokens: int, device: torch.device) -> dict[str, Any]:
+    """One case: `tokens` image tokens."""
+    scale = SCALES[arguments.scale]
+    processor = make_processor(scale, tokens)
+    vocabulary = scale.text[tokens]["vocab_size"]
+    # Every row of the head is a word, so that answers are told apart by their text
+    processor.tokenizer.add_tokens([f" w{n}" for n in range(vocabulary - len(processor.tokenizer))])
+    llava, jnana = make_models(scale, tokens, processor.image_token_id, device)
+    for model in (llava.eval(), jnana.eval()):
+        # no end of text either: every answer has its full length
+        model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
+    questions = [" ".join(words()[start : start + 12]) for start in (0, 40)]
+    rounds: list[dict[str, list[Timed]]] = []
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        picture = make_pictures(Path(folder), 1)[0]
+        for number in range(arguments.rounds + 1):  # the first is not counted
+            order = [WAYS[(number + shift) % len(WAYS)] for shift in range(len(WAYS))]
+            turn: dict[str, list[Timed]] = {}
+            for way in order:
+                if way == "llava":
+                    with torch.inference_mode():
+                        turn[way] = chat_by_llava(llava, processor, picture, questions, arguments.new_tokens)
+                    continue
+                session = ChatSession(jnana, processor, keep_cache=way == "kept")
+                turn[way] = chat_by_session(session, picture, questions, arguments.new_tokens)
+                if way == "kept":
+                    facts = {
+                        "prompt_tokens_second_turn": session.last_turn.prompt_tokens,
+                        "kept_tokens_second_turn": session.last_turn.cached_tokens,
+                    }
+            check_answers(turn, scale.dtype)
+            if number > 0:
+                rounds.append(turn)
+    return {"image_tokens": tokens, "new_tokens": arguments.new_tokens, **facts, **summarize(rounds)}
+
+
+def check_answers(turn: dict[str, list[Timed]], dtype: torch.dtype) -> None:
+    """In float32 all three ways must have written the same; lower precision may part them at a tie."""
+    texts = {way: [timed.text for timed in turns] for way, turns in turn.items()}
+    if dtype == torch.float32 and not texts["llava"] == texts["anew"] == texts["kept"]:
+        raise SystemExit(f"The answers differ, so the times mean nothing: {texts}")
+
+
+def summarize(rounds: list[dict[str, list[Timed]]]) -> dict[str, Any]:
+    """Medians and spreads by way and turn, and ratios within rounds."""
+    ways = {
+        way: {
+            "seconds_to_first_token": [spread([turn[way][number].first for turn in rounds]) for number in (0, 1)],
+            "tokens_per_second": spread([timed.speed for turn in rounds for timed in turn[way]]),
+        }
+        for way in WAYS
+    }
+    ratios = {
+        "llava/kept, first turn": spread([turn["llava"][0].first / turn["kept"][0].first for turn in rounds]),
+        "llava/kept, second turn": spread([turn["llava"][1].first / turn["kept"][1].first for turn in rounds]),
+        "anew/kept, second turn": spread([turn["anew"][1].first / turn["kept"][1].first for turn in rounds]),
+        "kept, first/second turn": spread([turn["kept"][0].first / turn["kept"][1].first for turn in rounds]),
+        "tokens per second, kept/llava": spread(
+            [
+                statistics.median(timed.speed for timed in turn["kept"])
+                / statistics.median(timed.speed for timed in turn["llava"])
+                for turn in rounds
+            ]
+        ),
+    }
+    return {"ways": ways, "ratios": ratios}
+
+
+def table(case: dict[str, Any]) -> str:
+    lines = [f"{case['image_tokens']} image tokens; milliseconds to the first token, median (smallest-largest)"]
+    lines.append(f"{'':28}{'first question':>24}{'second question':>24}{'tokens/s':>12}")
+    for way, measured in case["ways"].items():
+        cells = [
+            f"{1e3 * s['median']:.0f} ({1e3 * s['min']:.0f}-{1e3 * s['max']:.0f})"
+            for s in measured["seconds_to_first_token"]
+        ]
+        speed = measured["tokens_per_second"]["median"]
+        lines.append(f"{LABELS[way]:28}{cells[0]:>24}{cells[1]:>24}{speed:>12.1f}")
+    for name, ratio in case["ratios"].items():
+        lines.append(f"  {name}: {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})")
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=sorted(SCALES), default="small")
+    parser.add_argument("--image_tokens", type=int, nargs="+", help="default: all that the scale has")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--new_tokens", type=int, default=24)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="a JSON file; nothing is written without it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse_arguments(argv)
+    device = torch.device(arguments.device)
+    result: dict[str, Any] = {"machine": describe_machine(device), "scale": arguments.scale, "cases": []}
+    for tokens in arguments.image_tokens or sorted(SCALES[arguments.scale].text):
+        result["cases"].append(measure(arguments, tokens, device))
+        print(table(result["cases"][-1]), flush=True)
+    result["load_average_at_the_end"] = describe_machine(device)["load_average"]
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()

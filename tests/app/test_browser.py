@@ -1,0 +1,131 @@
+"""A person's way through the running app, in a real browser: picture, question, right answer, and what goes wrong.
+
+Screenshots stay in `JNANA_SCREENSHOTS`, or in `outputs/screenshots` of the working folder.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.app.conftest import CHROMIUM
+from tests.chat.test_limits import bomb
+
+
+pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; .ci/system_packages.sh installs it")
+
+TIMEOUT = 120_000  # ms; on a quiet machine everything takes a second or two
+sync_api.expect.set_options(timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, app_address):
+    page = browser.new_page(viewport={"width": 1180, "height": 940})
+    page.set_default_timeout(TIMEOUT)
+    page.outside = []  # what the page fetches from elsewhere
+    page.on("request", lambda r: page.outside.append(r.url) if app_address[0] not in r.url else None)
+    page.goto(app_address[0])
+    page.wait_for_selector("#question textarea")
+    yield page
+    page.close()
+
+
+def screenshot(tab, name: str) -> None:
+    folder = Path(os.environ.get("JNANA_SCREENSHOTS", "outputs/screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=str(folder / f"{name}.png"))
+
+
+def show(tab, file: Path) -> None:
+    tab.set_input_files("#picture input[type=file]", str(file))
+
+
+def ask(tab, question: str) -> str:
+    """Type, send, wait for the answer to be complete; the last message of the chat."""
+    answers = tab.locator("#chat .bot.message")
+    before = answers.count()
+    tab.fill("#question textarea", question)
+    for _ in range(20):  # while the last answer is being put away, a click counts for nothing
+        tab.click("#send")
+        try:
+            sync_api.expect(answers).to_have_count(before + 1, timeout=TIMEOUT / 20)
+            break
+        except AssertionError:
+            continue
+    sync_api.expect(tab.locator("#status")).to_contain_text("new tokens")
+    return answers.nth(before).inner_text().strip()
+
+
+def toast(tab) -> str:
+    tab.wait_for_selector(".toast-body")
+    text = tab.inner_text(".toast-body")
+    tab.click(".toast-close")
+    tab.wait_for_selector(".toast-body", state="detached")
+    return text
+
+
+def chats(chess: Path) -> list[tuple[Path, list[str]]]:
+    """Each picture, with question, answer, question, answer."""
+    records = json.loads((chess / "chats.json").read_text())
+    return [
+        (chess / "test" / r["image"], [turn["value"].split("\n")[-1] for turn in r["conversations"]]) for r in records
+    ]
+
+
+def test_pictures_questions_and_right_answers(tab, chess):
+    for number, (file, turns) in enumerate(chats(chess)):
+        show(tab, file)
+        tab.wait_for_selector("#waiting img")
+        assert ask(tab, turns[0]) == turns[1]
+        assert " 0 of them known" in tab.inner_text("#status")
+        assert ask(tab, turns[2]) == turns[3]
+        assert " 0 of them known" not in tab.inner_text("#status")  # the picture was not read again
+        screenshot(tab, f"two_turns_{number}")
+        tab.click("#clear")
+        sync_api.expect(tab.locator("#chat .message")).to_have_count(0)
+    assert [url for url in tab.outside if not url.startswith(("data:", "blob:"))] == []
+
+
+def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, app_address, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    bomb(tmp_path / "bomb.png", 30_000, 30_000)
+    Image.effect_noise((1800, 1800), 90).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size > 2e6
+    for name in ("text", "bomb", "large"):
+        show(tab, tmp_path / f"{name}.png")
+        said = toast(tab)
+        assert ("maximum allowed size" if name == "large" else "can't be used as a picture") in said
+        assert str(tmp_path) not in said and "Traceback" not in said and "/tmp" not in said
+        screenshot(tab, f"hostile_{name}")
+        tab.reload()
+        tab.wait_for_selector("#question textarea")
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    tab.wait_for_selector("#waiting img")
+    assert ask(tab, turns[0]) == turns[1]
+    assert "Traceback" not in app_address[1].read_text()
+
+
+def test_an_example_is_clicked_and_the_answer_retried(tab):
+    tab.click("#examples tbody tr")
+    tab.wait_for_selector("#waiting img")
+    assert tab.input_value("#question textarea") == "What do you see in this picture?"
+    answer = ask(tab, "How many pieces are there?")
+    tab.click("#retry")
+    sync_api.expect(tab.locator("#chat .bot.message")).to_have_text([answer])
+    sync_api.expect(tab.locator("#status")).to_contain_text("new tokens")
+    screenshot(tab, "example")

@@ -17,6 +17,7 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from processing import JnanaCollator
+from training.adapters import is_adapter
 from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
 from training.attention import choose_attention
 from training.callbacks import LossCurveCallback, SamplesCallback
@@ -25,7 +26,7 @@ from training.checks import check_models, check_run
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
 from training.feature_cache import prepare_feature_cache
-from training.loading import check_model_arguments, is_adapter, prepare_model, prepare_processor
+from training.loading import check_model_arguments, prepare_model, prepare_processor
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train

@@ -18,26 +18,30 @@ A run that was cut off goes on from its last whole checkpoint when it is started
 
 import sys
 
+from accelerate.utils import release_memory
 from transformers import Trainer, TrainingArguments
 
 from processing import JnanaCollator
-from training.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
+from training.adapters import base_reference, complete_adapter_folder, is_adapter, quantization_settings
+from training.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RateArguments,
+    RunArguments,
+    parse_arguments,
+    recipe_name,
+)
 from training.attention import choose_attention
 from training.callbacks import BaseReferenceCallback, LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from training.checks import check_lora, check_models, check_run
+from training.checks import check_lora, check_models, check_quantization, check_run
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
 from training.feature_cache import prepare_feature_cache
-from training.loading import (
-    base_reference,
-    check_model_arguments,
-    is_adapter,
-    merge_adapter,
-    prepare_model,
-    prepare_processor,
-    write_base_reference,
-)
+from training.learning_rates import PartScheduleCallback, check_rates
+from training.loading import check_model_arguments, prepare_model, prepare_processor
+from training.merging import merge_adapter
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
@@ -47,17 +51,20 @@ from training.stages import apply_stage
 
 def main(argv: list[str]) -> None:
     # 1. Arguments, logging, seed
-    classes = (ModelArguments, DataArguments, LoraArguments, RunArguments, TrainingArguments)
-    model_args, data_args, lora_args, run_args, training_args = parse_arguments(classes, argv)
+    classes = (ModelArguments, DataArguments, LoraArguments, RateArguments, RunArguments, TrainingArguments)
+    model_args, data_args, lora_args, rate_args, run_args, training_args = parse_arguments(classes, argv)
     start_run(training_args)
 
     # 2. Everything that can be refused before a model is loaded
     check_model_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_rates(rate_args, training_args)
     continues_adapter = model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path)
     check_lora(lora_args, model_args.model_name_or_path if continues_adapter else None)
     with_adapter = continues_adapter or lora_args.lora_r > 0
+    quantization = quantization_settings(lora_args, model_args)
+    check_quantization(quantization, training_args.device)
 
     # 3. Where to start
     checkpoint = checkpoint_to_resume(
@@ -72,14 +79,17 @@ def main(argv: list[str]) -> None:
         eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
-    model = apply_stage(prepare_model(model_args, processor), "sft", lora_args)
+    model = apply_stage(prepare_model(model_args, processor, quantization, training_args.device), "sft", lora_args)
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
     choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 
     # 6. Trainer
     callbacks = [LossCurveCallback()]
+    if rate_args.given:
+        callbacks.append(PartScheduleCallback(rate_args))
     if with_adapter:
-        callbacks.append(BaseReferenceCallback(base_reference(model_args)))
+        reference = base_reference(model_args, lora_args)
+        callbacks.append(BaseReferenceCallback(reference))
     if run_args.sample_steps > 0:
         samples = samples_from_rows(eval_rows, processor, run_args.sample_count)
         callbacks.append(
@@ -93,7 +103,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=eval_rows,
         processing_class=processor,
         callbacks=callbacks,
-        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args, rate_args),
         **evaluation_hooks(data_args.on_bad_sample, training_args.world_size),
     )
     use_our_card(trainer, "sft", model_args, data_args, recipe=recipe_name(argv))
@@ -103,12 +113,14 @@ def main(argv: list[str]) -> None:
         delete_checkpoints(training_args.output_dir)
     train(trainer, checkpoint)
     if with_adapter and training_args.should_save:
-        write_base_reference(base_reference(model_args), training_args.output_dir, published=training_args.push_to_hub)
+        published = training_args.push_to_hub
+        complete_adapter_folder(trainer.model, reference, training_args.output_dir, published)
     finish_run(trainer)
     if with_adapter and lora_args.merge_adapter and training_args.should_save:
-        merged_folder = f"{training_args.output_dir}/merged"
-        trainer.create_model_card(merged_folder=merged_folder)
-        merge_adapter(trainer.model, processor, merged_folder)
+        del trainer, model, callbacks
+        release_memory()
+        merged = f"{training_args.output_dir}/merged"
+        merge_adapter(training_args.output_dir, merged, lora_args.merge_base, device=training_args.device)
 
 
 if __name__ == "__main__":

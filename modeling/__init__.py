@@ -7,7 +7,15 @@ instead.
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from .configuration_jnana import RESIZING_TOWERS, JnanaConfig
+from .adapters_jnana import (
+    BASE_REFERENCE,
+    grow_embeddings,
+    load_base,
+    quantization_config,
+    quantized_weight_count,
+    read_base_reference,
+)
+from .configuration_jnana import PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
 from .modeling_jnana import JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
 
 
@@ -17,9 +25,16 @@ AutoModelForImageTextToText.register(JnanaConfig, JnanaForConditionalGeneration,
 AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
 
 __all__ = [
+    "BASE_REFERENCE",
+    "PROJECTOR_FIELDS",
     "RESIZING_TOWERS",
     "JnanaConfig",
     "JnanaForConditionalGeneration",
     "JnanaModel",
     "JnanaPreTrainedModel",
+    "grow_embeddings",
+    "load_base",
+    "quantization_config",
+    "quantized_weight_count",
+    "read_base_reference",
 ]

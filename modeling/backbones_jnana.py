@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .adapters_jnana import KEPT_WHOLE, KEPT_WHOLE_TEXT, take_quantization
 from .configuration_jnana import JnanaConfig
 from .projector_jnana import build_projector
 
@@ -156,6 +157,12 @@ def join_pretrained(
 ) -> Any:
     """The work behind [`JnanaForConditionalGeneration.from_vision_text_pretrained`]; `model_class` is that class."""
     vision, text = str(vision), str(text)  # errors quote them
+    quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
+    quantized = {}
+    if quantization is not None:  # the language model's own, so its names are those of a bare one
+        quantization.llm_int8_skip_modules = list(KEPT_WHOLE_TEXT)
+        quantized = {"quantization_config": quantization}
+    placed = {"device_map": kwargs.pop("device_map")} if "device_map" in kwargs else {}
     names = {field.name for field in fields(JnanaConfig)}
     config_fields = {key: value for key, value in kwargs.items() if key in names}
     shared = {key: value for key, value in kwargs.items() if key not in names}
@@ -166,8 +173,8 @@ def join_pretrained(
         **config_fields,
     )
     check_text_family(config.text_config)  # before gigabytes are read
-    language_model = load_language_model(text, dtype=dtype, **text_kwargs)
-    tower = load_vision_tower(vision, config, dtype=language_model.dtype, **vision_kwargs)
+    language_model = load_language_model(text, dtype=dtype, **quantized, **placed, **text_kwargs)
+    tower = load_vision_tower(vision, config, dtype=language_model.dtype, **placed, **vision_kwargs)
     config.vision_config, config.text_config = tower.config, language_model.config
 
     with torch.device("meta"):
@@ -180,6 +187,8 @@ def join_pretrained(
     model.lm_head = language_model.get_output_embeddings()
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [config.image_token_id]
+    if quantization is not None:
+        take_quantization(model, language_model, list(KEPT_WHOLE))
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model.eval()

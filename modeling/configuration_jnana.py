@@ -14,6 +14,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 PROJECTOR_TYPES = ("linear", "mlp", "resblock")
 SELECT_STRATEGIES = ("default", "full", "pooled")
 
+# The fields that shape the projector and what it reads; with the two backbones they define a fresh pair.
+PROJECTOR_FIELDS = (
+    "projector_type",
+    "projector_hidden_act",
+    "projector_num_blocks",
+    "projector_layer_norm",
+    "multimodal_projector_bias",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
+
 # Vectors that stand before the patches in a tower's output (CLS), by model type. Registers are counted by
 # `num_register_tokens`, which the configs of the towers that have them carry.
 TOWER_CLS_TOKENS = {

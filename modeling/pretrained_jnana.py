@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
+from .adapters_jnana import HUB_ARGUMENTS, load_adapted, read_base_reference
 from .configuration_jnana import JnanaConfig
 
 
@@ -68,6 +69,22 @@ class JnanaPreTrainedModel(PreTrainedModel):
         # For custom code transformers skips the `_init_weights` of every module without parameters of its own, so that
         # weights of CLIP's attention and MLP that a checkpoint lacks would silently start from torch's defaults.
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, and an adapter's folder as run_sft writes it gives the whole model: its
+        base, held as it was in training (`quantization_config=None`: in full precision), with the adapter on it.
+        """
+        path = pretrained_model_name_or_path
+        if path is not None and cls.can_generate():
+            hub_arguments = {
+                name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision", "subfolder") if name in kwargs
+            }
+            reference = read_base_reference(path, **hub_arguments)
+            if reference is not None:
+                return load_adapted(cls, str(path), reference, kwargs)
+        return super().from_pretrained(path, *model_args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process: bool = True, *, save_original_format=False, **kwargs

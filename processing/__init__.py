@@ -9,6 +9,7 @@ from .data_rows import ROW_FEATURES, conversation_rows, flatten_conversations, w
 from .feature_cache import FeatureCache
 from .image_inputs import PixelImages
 from .image_loading import MAX_IMAGE_PIXELS, check_image, load_image
+from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED
 from .processing_jnana import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
 from .recordings import Transcript, TranscriptionError
@@ -36,6 +37,7 @@ __all__ = [
     "Transcript",
     "TranscriptionError",
     "add_jnana_tokens",
+    "answers_as_keywords",
     "append_bad_samples",
     "chat_template_names",
     "check_image",
@@ -43,6 +45,7 @@ __all__ = [
     "check_tokenizer",
     "conversation_rows",
     "flatten_conversations",
+    "keywords",
     "load_image",
     "load_rows",
     "load_text",

@@ -18,6 +18,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from modeling import PROJECTOR_FIELDS
+
 
 # What this project asks of the stock TrainingArguments unless the recipe says otherwise.
 TRAINING_DEFAULTS = {
@@ -33,16 +35,6 @@ TRAINING_DEFAULTS = {
     # no parameter is left unused (see training.stages), so no search for it in every step
     "ddp_find_unused_parameters": "false",
 }
-
-PROJECTOR_FIELDS = (
-    "projector_type",
-    "projector_hidden_act",
-    "projector_num_blocks",
-    "projector_layer_norm",
-    "multimodal_projector_bias",
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-)
 
 
 @dataclass
@@ -125,6 +117,9 @@ class DataArguments:
         default=True, metadata={"help": "Each question/answer pair is a conversation of its own."}
     )
     prompt: str | None = field(default=None, metadata={"help": "Question put before every caption."})
+    answer_keywords: bool = field(
+        default=False, metadata={"help": "Train answers without stop words and punctuation (phi35_pooled)."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens a row may have, image tokens included."})
     max_image_pixels: int | None = field(default=None)
     on_bad_sample: Literal["raise", "skip"] = field(default="raise")
@@ -178,16 +173,75 @@ class TextDataArguments:
 
 @dataclass
 class LoraArguments:
-    """How the language model is fine-tuned in run_sft."""
+    """How the language model is fine-tuned in run_sft. A further round on an adapter needs none of these."""
 
     lora_r: int = field(default=0, metadata={"help": "Rank of the adapter; 0 trains the whole language model."})
     lora_alpha: float | None = field(default=None, metadata={"help": "Default: twice the rank."})
-    lora_dropout: float = field(default=0.0)
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Last names of linear layers of the language model, or `all-linear` for each of them."},
+    lora_dropout: float | None = field(default=None, metadata={"help": "Default: 0."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Last names of linear layers of the language model; default `all-linear`, each of them."},
     )
     merge_adapter: bool = field(default=False, metadata={"help": "Also write output_dir/merged, a full checkpoint."})
+    lora_vision_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Of the vision tower, which gets no adapter by default: last names, or `all-linear`."},
+    )
+    quantization: Literal["none", "nf4", "int8"] | None = field(
+        default=None,
+        metadata={
+            "help": "Bits of the frozen language model, by bitsandbytes; default none, or as the adapter's was."
+        },
+    )
+    double_quantization: bool = field(default=True, metadata={"help": "nf4: quantise the quantisation constants too."})
+    quantization_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "nf4: dtype of the products; default: `dtype`."}
+    )
+    quantization_storage_dtype: Literal["uint8", "float32", "bfloat16", "float16"] = field(
+        default="uint8", metadata={"help": "nf4: dtype that the packed bits are kept as; FSDP needs that of the rest."}
+    )
+    merge_base: Literal["dequantized", "full"] = field(
+        default="dequantized",
+        metadata={"help": "merge_adapter: into the 4-bit base as trained, dequantised, or into the original weights."},
+    )
+    base_model_id: str | None = field(
+        default=None, metadata={"help": "Hub id under which others find the local checkpoint that is fine-tuned."}
+    )
+
+
+@dataclass
+class RateArguments:
+    """Learning rates and schedules of parts, in run_sft; `learning_rate` is the language model's."""
+
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
+    projector_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
+        default=None, metadata={"help": "Default: `lr_scheduler_type`."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the vision tower's adapter; default: `learning_rate`."}
+    )
+    vision_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
+        default=None, metadata={"help": "Default: `lr_scheduler_type`."}
+    )
+
+    @property
+    def parts(self) -> dict[str, tuple[float | None, str | None]]:
+        """Rate and schedule of each part that may have its own."""
+        return {
+            "multi_modal_projector": (self.projector_learning_rate, self.projector_lr_scheduler_type),
+            "vision_tower": (self.vision_learning_rate, self.vision_lr_scheduler_type),
+        }
+
+    @property
+    def given(self) -> bool:
+        """Whether any part has one of its own."""
+        return any(value is not None for values in self.parts.values() for value in values)
+
+    def rate_of(self, part: str) -> float | None:
+        return self.parts.get(part, (None, None))[0]
+
+    def schedule_of(self, part: str) -> str | None:
+        return self.parts.get(part, (None, None))[1]
 
 
 @dataclass

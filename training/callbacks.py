@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .loading import write_base_reference
+from .adapters import complete_adapter_folder
 from .samples import Sample
 
 
@@ -132,15 +132,15 @@ class SamplesCallback(TrainerCallback):
 
 
 class BaseReferenceCallback(TrainerCallback):
-    """Writes beside each adapter checkpoint what it was trained on, so that every `checkpoint-N` loads by itself."""
+    """Writes beside each adapter checkpoint its base's record and the code, so that every `checkpoint-N` loads."""
 
     def __init__(self, reference: dict[str, Any]):
         self.reference = reference
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, model=None, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            write_base_reference(self.reference, folder, published=args.push_to_hub)
+            complete_adapter_folder(model, self.reference, folder, published=args.push_to_hub)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,15 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import PeftConfig
+from safetensors import safe_open
 from transformers import TrainingArguments
+from transformers.utils import cached_file, is_bitsandbytes_available
 
+from modeling import JnanaConfig, JnanaForConditionalGeneration
 from processing.feature_cache import KEY_FILE
 
 from .arguments import (
@@ -16,6 +21,7 @@ from .arguments import (
     TextDataArguments,
     TextModelArguments,
 )
+from .stages import adapter_targets
 
 
 FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow", ".gz"}
@@ -133,18 +139,93 @@ def check_lora(args: LoraArguments, adapter: str | None) -> None:
         adapter (`str`, *optional*): The adapter folder or Hub id that is continued, if one is.
 
     Raises:
-        ValueError: if `lora_r` contradicts the adapter to continue, or `merge_adapter` has nothing to merge.
+        ValueError: if an option contradicts the adapter to continue, or `merge_adapter` or `quantization` are asked of
+            a run without one.
     """
-    if args.lora_r < 0 or not 0 <= args.lora_dropout < 1:
+    if args.lora_r < 0 or not 0 <= (args.lora_dropout or 0) < 1:
         raise ValueError(
             f"lora_r is {args.lora_r} and lora_dropout {args.lora_dropout}; give a rank >= 0 and 0 <= p < 1"
         )
     if adapter is not None:
-        rank = PeftConfig.from_pretrained(adapter).r
-        if args.lora_r not in (0, rank):
+        check_same_adapter(args, adapter)
+    elif args.lora_r == 0:
+        needs_one = {"merge_adapter": args.merge_adapter, "quantization": args.quantization not in (None, "none")}
+        needs_one["lora_vision_target_modules"] = bool(args.lora_vision_target_modules)
+        for name, given in needs_one.items():
+            if given:
+                value = getattr(args, name)
+                raise ValueError(
+                    f"{name} is {str(value).lower() if isinstance(value, bool) else repr(value)} but lora_r is 0, so "
+                    f"there is no adapter; set lora_r, or leave {name} out"
+                )
+
+
+def check_same_adapter(args: LoraArguments, adapter: str) -> None:
+    """Refuse options that are given and are not those of the adapter to continue: an adapter keeps its shape for life.
+
+    Raises:
+        ValueError: naming the option, both values and the remedy.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    given = {"lora_r": args.lora_r or None, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    remedy = "leave it out, or merge that adapter (run_merge.py) and start from the merged checkpoint"
+    for name, value in given.items():
+        present = getattr(config, {"lora_r": "r"}.get(name, name))
+        if value is not None and value != present:
+            raise ValueError(f"{name} is {value}, but the adapter {adapter!r} to continue has {present}; {remedy}")
+    if args.lora_target_modules is None and args.lora_vision_target_modules is None:
+        return
+    with torch.device("meta"):
+        model = JnanaForConditionalGeneration(JnanaConfig.from_pretrained(adapter))
+    file = cached_file(adapter, "adapter_model.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        present = {
+            key.split(".lora_A.")[0].removeprefix("base_model.model.") for key in tensors.keys() if ".lora_A." in key
+        }
+    wanted = set(adapter_targets(model, args))
+    if args.lora_target_modules is None:
+        wanted = {name for name in wanted if "vision_tower" in name}
+        present = {name for name in present if "vision_tower" in name}
+    if args.lora_vision_target_modules is None:
+        present = {name for name in present if "vision_tower" not in name}
+    if wanted != present:
+        kinds = [sorted({name.rsplit(".", 1)[-1] for name in names}) for names in (wanted, present)]
+        option = "lora_target_modules" if args.lora_target_modules is not None else "lora_vision_target_modules"
+        raise ValueError(
+            f"{option} names {len(wanted)} layers ({', '.join(kinds[0])}), but the adapter {adapter!r} to continue is "
+            f"on {len(present)} ({', '.join(kinds[1])}); {remedy}"
+        )
+
+
+def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
+    """Refuse a quantised base where bitsandbytes, or the device, cannot hold it.
+
+    Args:
+        settings (`dict`): As `training.adapters.quantization_settings` gives them.
+        device (`torch.device`): Where the run computes.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    method = settings["quantization"]
+    if method == "none":
+        return
+    remedy = "set `quantization: none` and hold the language model in 16 bits (`dtype: bfloat16`)"
+    if not is_bitsandbytes_available():
+        raise ValueError(
+            f"quantization is {method!r}, which needs bitsandbytes, and that is not installed: "
+            f"`pip install bitsandbytes`, or {remedy}"
+        )
+    import bitsandbytes
+
+    if device.type not in bitsandbytes.supported_torch_devices:
+        raise ValueError(
+            f"quantization is {method!r}, but the installed bitsandbytes {bitsandbytes.__version__} computes on "
+            f"{sorted(bitsandbytes.supported_torch_devices)} and this run is on {device.type!r}; {remedy}"
+        )
+    if device.type == "cuda" and settings.get("compute_dtype") == "bfloat16":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(
-                f"lora_r is {args.lora_r}, but the adapter {adapter!r} to continue has rank {rank}; leave it out, or "
-                "merge that adapter and start from the merged checkpoint"
+                "quantization_compute_dtype is 'bfloat16', for which this GPU "
+                f"({torch.cuda.get_device_name(device)}) has no units; give `--dtype float16 --bf16 false --fp16 true`"
             )
-    elif args.merge_adapter and args.lora_r == 0:
-        raise ValueError("merge_adapter is true but lora_r is 0, so there is no adapter; set lora_r, or leave it out")

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from processing import (
     CheckReport,
     JnanaProcessor,
+    answers_as_keywords,
     check_rows,
     flatten_conversations,
     load_rows,
@@ -67,6 +68,8 @@ def load_conversations(
         prompt=args.prompt,
         max_rows=args.max_eval_rows if evaluation else args.max_train_rows,
     )
+    if args.answer_keywords:
+        rows = rows.map(answers_as_keywords)
     share = args.packing == "shared_image"
     if isinstance(rows, IterableDataset):
         if args.packing == "none":

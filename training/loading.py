@@ -4,33 +4,37 @@ It also refuses a language model with a tokenizer that is not its own: the ids w
 learnt, nothing would raise, and up to half of the answers would be lost.
 """
 
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling import RESIZING_TOWERS, JnanaConfig, JnanaForConditionalGeneration
+from modeling import (
+    RESIZING_TOWERS,
+    JnanaConfig,
+    JnanaForConditionalGeneration,
+    grow_embeddings,
+    load_base,
+    quantization_config,
+)
 from processing import JnanaProcessor, check_tokenizer, read_chat_template, tokenizer_fingerprint
 
+from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments
 
 
 logger = logging.getLogger(__name__)
-
-BASE_REFERENCE = "jnana_base.json"  # beside an adapter: what it was trained on
 
 
 def load_model_and_processor(
     path: str,
     *,
     dtype: str | torch.dtype | None = None,
+    quantization: str | dict[str, Any] | None = None,
     trainable_adapter: bool = False,
     **loading_kwargs,
 ) -> tuple[nn.Module, JnanaProcessor]:
@@ -39,6 +43,8 @@ def load_model_and_processor(
     Args:
         path (`str`): Folder or Hub id.
         dtype (`str` or `torch.dtype`, *optional*): Of the weights; default: as the checkpoint says.
+        quantization (`str` or `dict`, *optional*): `none`, `nf4` or `int8`, or settings as for
+            `modeling.quantization_config`. Default: an adapter's base as it was held in training, all else as saved.
         trainable_adapter (`bool`, defaults to `False`): Leave an adapter's weights trainable, to go on training.
         loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code`, ...).
 
@@ -48,16 +54,22 @@ def load_model_and_processor(
     Raises:
         ValueError: if the folder is none of these kinds, the base of an adapter cannot be found, or the tokenizer is
             not the one that the language model was trained with.
+        ImportError: if bitsandbytes is needed and not installed.
     """
-    processor = load_processor(path, loading_kwargs.get("trust_remote_code", False))
+    trust_remote_code = loading_kwargs.pop("trust_remote_code", False)
+    processor = load_processor(path, trust_remote_code)
     if dtype is not None:
         loading_kwargs["dtype"] = dtype
+    if quantization is not None:
+        settings = {"quantization": quantization} if isinstance(quantization, str) else quantization
+        loading_kwargs["quantization_config"] = quantization_config(settings, dtype)
+    config = load_config(path)
+    check_fit(config, processor, path)
     if is_adapter(path):
-        model = load_base(path, processor, **loading_kwargs)
-        check_fit(model.config, processor, path)
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable_adapter)
+        base = load_base(JnanaForConditionalGeneration, adapter_reference(path), config, **loading_kwargs)
+        model = PeftModel.from_pretrained(base, path, is_trainable=trainable_adapter)
+        base.generation_config = GenerationConfig.from_pretrained(path)
     else:
-        check_fit(load_config(path), processor, path)
         model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
     return model, processor
 
@@ -144,8 +156,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         processor = load_processor(args.model_name_or_path, **trust)
         if args.chat_template is not None:
             processor.chat_template = read_chat_template(args.chat_template)
-        if not is_adapter(args.model_name_or_path):
-            check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
+        check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
         return processor
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
     processor = JnanaProcessor.from_vision_text_pretrained(
@@ -163,8 +174,19 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     return processor
 
 
-def prepare_model(args: ModelArguments, processor: JnanaProcessor) -> nn.Module:
-    """The model that the arguments ask for; `processor` is what [`prepare_processor`] made of the same arguments.
+def prepare_model(
+    args: ModelArguments,
+    processor: JnanaProcessor,
+    quantization: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """The model that the arguments ask for.
+
+    Args:
+        args (`ModelArguments`): Which model.
+        processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
+        quantization (`dict`, *optional*): Settings as for `modeling.quantization_config`; default: none.
+        device (`torch.device`, *optional*): Where a quantised model is loaded to; it cannot be moved afterwards.
 
     Raises:
         ValueError: if a projector field contradicts the checkpoint to continue.
@@ -172,7 +194,11 @@ def prepare_model(args: ModelArguments, processor: JnanaProcessor) -> nn.Module:
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
+    quantization = quantization or {"quantization": "none"}
+    if quantization["quantization"] != "none" and device is not None:
+        loading["device_map"] = {"": device}
     if args.model_name_or_path is None:
+        loading["quantization_config"] = quantization_config(quantization, args.dtype)
         return build_pair(
             args.vision_model,
             args.text_model,
@@ -181,7 +207,9 @@ def prepare_model(args: ModelArguments, processor: JnanaProcessor) -> nn.Module:
             **args.projector_fields,
             **loading,
         )
-    model, _ = load_model_and_processor(args.model_name_or_path, trainable_adapter=True, **loading)
+    model, _ = load_model_and_processor(
+        args.model_name_or_path, trainable_adapter=True, quantization=quantization, **loading
+    )
     for name, value in args.projector_fields.items():
         present = getattr(model.config, name)
         if present != value:
@@ -254,29 +282,6 @@ def check_text_tokenizer(
     return fingerprint
 
 
-def grow_embeddings(model: nn.Module, rows: int) -> None:
-    """Give the embedding at least `rows` rows; a larger one (Phi-2: 51,200 for 50,295 tokens) is left as it is.
-
-    New rows are the mean of the old ones, so that an adapter's base can be built again exactly. Only the image token's
-    is longer by a sixteenth: given embeddings alone, the model finds the images' places by that row.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    old = embedding.weight.shape[0]
-    if rows <= old:
-        return
-    with torch.no_grad():
-        mean_in, mean_out = embedding.weight.mean(0), head.weight.mean(0)
-        mean_bias = None if head.bias is None else head.bias.mean()
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        model.get_output_embeddings().weight[old:] = mean_out
-        model.get_input_embeddings().weight[old:] = mean_in
-        if model.config.image_token_id >= old:
-            model.get_input_embeddings().weight[model.config.image_token_id] = mean_in * (17 / 16)
-        if mean_bias is not None:
-            model.get_output_embeddings().bias[old:] = mean_bias
-    logger.info(f"the embedding grew from {old:,} to {rows:,} rows for the tokenizer's new tokens")
-
-
 def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
     """Tell `generate` how to pad, where to stop, and never to write an image token (it would break the next turn)."""
     generation, tokenizer = model.generation_config, processor.tokenizer
@@ -300,91 +305,3 @@ def check_model_arguments(args: ModelArguments) -> None:
             f"vision_model is {args.vision_model!r} and text_model is {args.text_model!r}; give both, or a Jnana "
             "checkpoint as model_name_or_path"
         )
-
-
-def is_adapter(path: str) -> bool:
-    """Whether `path` is an adapter folder (or an adapter repository on the Hub; offline, one in the cache)."""
-    return find_adapter_config_file(path) is not None
-
-
-def base_reference(args: ModelArguments) -> dict[str, Any]:
-    """What an adapter trained with these arguments rests on: `{"names": ..., "projector_fields": ...}`.
-
-    Either one Jnana checkpoint (`model`), or a pair built on the spot (`vision_model`, `text_model`), whose projector
-    needs no checkpoint of its own as the adapter folder holds the trained one.
-    """
-    if args.model_name_or_path is None:
-        names = {"vision_model": args.vision_model, "text_model": args.text_model}
-        return {"names": names, "projector_fields": args.projector_fields}
-    if is_adapter(args.model_name_or_path):  # a further round on the same adapter: its base is the old one's
-        return read_base_reference(args.model_name_or_path)
-    return {"names": {"model": args.model_name_or_path}, "projector_fields": {}}
-
-
-def write_base_reference(reference: dict[str, Any], folder: str | Path, published: bool = False) -> None:
-    """Write `reference` beside an adapter, with the way from the adapter's folder to a local base.
-
-    `published` keeps this machine's folders out of it: of a local base it names the last part, and the way only if the
-    base lies close by.
-    """
-    names = reference["names"]
-    relative = {key: os.path.relpath(name, folder) for key, name in names.items() if Path(name).is_dir()}
-    if published:
-        names = {key: Path(name).name if key in relative else name for key, name in names.items()}
-        relative = {key: way if Path(way).parts.count("..") <= 2 else "" for key, way in relative.items()}
-    text = json.dumps({**reference, "names": names, "relative_paths": relative}, indent=2, sort_keys=True)
-    (Path(folder) / BASE_REFERENCE).write_text(text + "\n", encoding="utf-8")
-
-
-def read_base_reference(path: str) -> dict[str, Any]:
-    """The base of the adapter `path`, local names resolved to folders that exist.
-
-    Raises:
-        ValueError: if the adapter was not written by run_sft, or its base is a folder that is not there any more.
-    """
-    if Path(path).is_dir():
-        file = Path(path) / BASE_REFERENCE
-        if not file.is_file():
-            raise ValueError(
-                f"the adapter {path!r} has no {BASE_REFERENCE}, so its base is unknown; run_sft writes one"
-            )
-    else:
-        from huggingface_hub import hf_hub_download
-
-        file = Path(hf_hub_download(path, BASE_REFERENCE))
-    reference = json.loads(file.read_text(encoding="utf-8"))
-    names = reference["names"]
-    for key, way in reference.pop("relative_paths").items():  # the local ones; the other names are Hub ids
-        beside = Path(path) / way
-        if way and beside.is_dir():
-            names[key] = str(beside)
-        elif not Path(names[key]).is_dir():
-            raise ValueError(
-                f"the adapter {path!r} was trained on {key} {names[key]!r}, which is no folder here; bring it back, "
-                f"or correct {BASE_REFERENCE} in the adapter's folder"
-            )
-    return reference
-
-
-def load_base(path: str, processor: JnanaProcessor, **loading_kwargs) -> nn.Module:
-    """The model that the adapter `path` was trained on."""
-    reference = read_base_reference(path)
-    names = reference["names"]
-    if "model" in names:
-        model, _ = load_model_and_processor(names["model"], **loading_kwargs)
-        return model
-    pair = (names["vision_model"], names["text_model"])
-    return build_pair(*pair, processor, **reference["projector_fields"], **loading_kwargs)
-
-
-def merge_adapter(model: nn.Module, processor: JnanaProcessor, folder: str | Path) -> None:
-    """Add an adapter's product to the weights it adapts and write an ordinary full checkpoint, code included.
-
-    Args:
-        model (`PeftModel`): The trained model; it is merged in place and not to be used as an adapter afterwards.
-        processor (`JnanaProcessor`): Saved beside it.
-        folder (`str` or `Path`): Where to.
-    """
-    merged = model.merge_and_unload()
-    merged.save_pretrained(folder)
-    processor.save_pretrained(folder)

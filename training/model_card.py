@@ -48,11 +48,6 @@ inputs = processor.apply_chat_template(
 ids = model.generate(**inputs, max_new_tokens=40)
 print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
-USE_ADAPTER = """# an adapter: load it with the code of Jnana, which puts it on its base (see {base_file})
-from training.loading import load_model_and_processor
-
-model, processor = load_model_and_processor("{name}")"""
-
 
 def use_our_card(trainer: Trainer, stage: str, model_args, data_args, recipe: str | None = None) -> None:
     """Make every card this trainer writes, on a push too, the one of [`write_model_card`]."""
@@ -66,7 +61,6 @@ def write_model_card(
     data_args: DataArguments | TextDataArguments,
     recipe: str | None = None,
     model_name: str | None = None,
-    merged_folder: str | Path | None = None,
     **kwargs: Any,
 ) -> None:
     """Write `output_dir/README.md`; the first process only.
@@ -76,16 +70,14 @@ def write_model_card(
         stage (`str`): `pretrain`, `align` or `sft`.
         recipe (`str`, *optional*): The recipe file, named in the card by its last two path components.
         model_name (`str`, *optional*): Default: the Hub id, or else the folder's name.
-        merged_folder (`str` or `Path`, *optional*): Write the card of the merged model, there instead.
         kwargs: What else the Trainer hands to `create_model_card`; only `tags` and `language` are used.
     """
     if not trainer.is_world_process_zero():
         return
     output_dir = Path(trainer.args.output_dir)
-    folder = output_dir if merged_folder is None else Path(merged_folder)
-    adapter = isinstance(trainer.model, PeftModel) and merged_folder is None
+    adapter = isinstance(trainer.model, PeftModel)
     name = trainer.args.hub_model_id or model_name or output_dir.resolve().name
-    usage = USE_TEXT if stage == "pretrain" else USE_ADAPTER if adapter else USE_IMAGE
+    usage = USE_TEXT if stage == "pretrain" else USE_IMAGE
     counts = count_parameters(trainer.model)
     origins = [origin for origin in model_origins(model_args) if origin]
     card = ModelCard.from_template(
@@ -104,11 +96,10 @@ def write_model_card(
         data=describe_data(data_args),
         settings=describe_settings(trainer, recipe),
         figures=describe_figures(trainer.state.log_history, trainer.state.global_step),
-        curve=folder == output_dir and (folder / LOSS_CURVE).is_file(),
-        usage=usage.format(name=name, base_file="jnana_base.json"),
+        curve=(output_dir / LOSS_CURVE).is_file(),
+        usage=usage.format(name=name),
     )
-    folder.mkdir(exist_ok=True)
-    card.save(folder / "README.md")
+    card.save(output_dir / "README.md")
 
 
 def model_origins(args: ModelArguments | TextModelArguments) -> list[str | None]:

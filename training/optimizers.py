@@ -4,10 +4,18 @@ Muon (Keller Jordan, 2024) steps a matrix by its orthogonalised momentum and, on
 number of steps. It is meant for hidden 2-D weights only: embeddings, heads, biases and norms stay with AdamW.
 """
 
+import logging
+
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+
+from .arguments import RateArguments
+from .learning_rates import describe_rates, split_by_part, stock_groups
+
+
+logger = logging.getLogger(__name__)
 
 
 class TogetherMuon(Muon):
@@ -124,9 +132,35 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def trainer_optimizer(name: str, model: nn.Module, args: TrainingArguments) -> tuple[type[Optimizer], dict] | None:
-    """What to hand to `Trainer(optimizer_cls_and_kwargs=...)`; `None` for `stock`, which leaves it to `optim`."""
-    if name == "stock":
+def trainer_optimizer(
+    name: str, model: nn.Module, args: TrainingArguments, rates: RateArguments | None = None
+) -> tuple[type[Optimizer], dict] | None:
+    """What to hand to `Trainer(optimizer_cls_and_kwargs=...)`; `None` leaves all to the Trainer and its `optim`.
+
+    Args:
+        name (`str`): `stock` or `muon`.
+        model (`nn.Module`): With what trains marked by `requires_grad`.
+        args (`TrainingArguments`): Learning rate, weight decay, `optim`.
+        rates (`RateArguments`, *optional*): Parts with a rate or schedule of their own.
+
+    Raises:
+        ValueError: if a part has a rate and does not train, or `optim` makes parameter groups of its own.
+    """
+    by_part = rates is not None and rates.given
+    if name == "muon":
+        kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        optimizer, groups = MuonWithAdamW, muon_groups(model, args.weight_decay)
+    elif not by_part:
         return None
-    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return MuonWithAdamW, {"params": muon_groups(model, args.weight_decay), **kwargs}
+    else:
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not isinstance(optimizer, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
+            raise ValueError(
+                f"optim {args.optim!r} makes parameter groups of its own, so parts cannot have their own learning "
+                "rates; take adamw_torch or adamw_bnb_8bit, or leave the parts' rates out"
+            )
+        groups = stock_groups(model, args.weight_decay)
+    if by_part:
+        groups = split_by_part(groups, model, rates, args.learning_rate)
+        logger.info(describe_rates(groups, rates, getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)))
+    return optimizer, {**kwargs, "params": groups}

@@ -10,9 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 
-from modeling import JnanaConfig
-
-from .arguments import PROJECTOR_FIELDS
+from modeling import PROJECTOR_FIELDS, JnanaConfig
 
 
 logger = logging.getLogger(__name__)

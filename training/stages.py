@@ -1,20 +1,25 @@
 """Which part trains in which stage: the one place that sets `requires_grad` and puts LoRA on the language model.
 
-| stage             | vision_tower | multi_modal_projector | language_model | lm_head |
-|-------------------|--------------|-----------------------|----------------|---------|
-| pretrain          | -            | -                     | trains         | trains  |
-| align             | frozen       | trains                | frozen         | frozen  |
-| sft with `lora_r` | frozen       | trains                | its adapter    | frozen  |
-| sft without       | frozen       | trains                | trains         | trains  |
+| stage             | vision_tower  | multi_modal_projector | language_model | lm_head |
+|-------------------|---------------|-----------------------|----------------|---------|
+| pretrain          | -             | -                     | trains         | trains  |
+| align             | frozen        | trains                | frozen         | frozen  |
+| sft with `lora_r` | frozen (*)    | trains                | its adapter    | frozen  |
+| sft without       | frozen        | trains                | trains         | trains  |
+
+(*) or an adapter of its own, with `lora_vision_target_modules`.
 """
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+from modeling import quantized_weight_count
 
 from .arguments import LoraArguments
 
@@ -70,6 +75,7 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
             parameter.requires_grad = "lora_" in name or "modules_to_save." in name
     elif with_lora:
         model = add_lora(model, lora)
+    # Not `prepare_model_for_kbit_training`: it would make float32 of the tower, the embeddings and the head too.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW's small steps vanish in bfloat16's 8 bits
@@ -78,15 +84,18 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
 
 
 def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
-    """Wrap `model` in a `PeftModel` that adapts the language model only and trains the projector in full.
+    """Wrap `model` in a `PeftModel` that adapts the language model, and the vision tower only where it is named, and
+    trains the projector in full.
 
     CLIP and Phi share layer names (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
     """
+    targets = adapter_targets(model, lora)
+    logger.info(describe_targets(targets))
     config = LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha if lora.lora_alpha is not None else 2 * lora.lora_r,
-        lora_dropout=lora.lora_dropout,
-        target_modules=resolve_targets(model, lora.lora_target_modules),
+        lora_dropout=lora.lora_dropout or 0.0,
+        target_modules=targets,
         modules_to_save=["multi_modal_projector"],
         # without a task type PEFT writes the name of the model's (temporary) remote-code module into the adapter
         task_type="CAUSAL_LM",
@@ -94,26 +103,60 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
     if Path(model.name_or_path).is_dir():
         # PEFT would write this machine's folder into the adapter and its card; jnana_base.json names the base
         model.name_or_path = model.config.name_or_path = ""
+    if lora.base_model_id is not None:
+        config.base_model_name_or_path = lora.base_model_id
     return get_peft_model(model, config)
 
 
-def resolve_targets(model: nn.Module, wanted: list[str]) -> list[str]:
-    """The full names of the language model's linear layers that `wanted` names by their last part.
+def adapter_targets(model: nn.Module, lora: LoraArguments) -> list[str]:
+    """The full names of all layers that `lora` adapts, the language model's and, where it names some, the tower's.
+
+    Layers of the tower on which the selected features do not depend would never get a gradient; they are left out.
+
+    Raises:
+        ValueError: if a name matches nothing.
+    """
+    targets = resolve_targets(model, lora.lora_target_modules or ["all-linear"])
+    if lora.lora_vision_target_modules:
+        unused = {f"model.{name}".rpartition(".")[0] for name in model.model.unused_vision_parameters()}
+        option = "lora_vision_target_modules"
+        of_the_tower = resolve_targets(model, lora.lora_vision_target_modules, "vision_tower", option)
+        targets += [name for name in of_the_tower if name not in unused]
+    return targets
+
+
+def resolve_targets(
+    model: nn.Module, wanted: list[str], part: str = "language_model", option: str = "lora_target_modules"
+) -> list[str]:
+    """The full names of the linear layers of one part that `wanted` names by their last part.
 
     Raises:
         ValueError: if one of the names matches nothing; the message lists the layers there are.
     """
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n) == "language_model"]
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name) == part
+    ]
     kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if wanted == ["all-linear"]:
         return linear
     missing = [name for name in wanted if name not in kinds]
     if missing:
         raise ValueError(
-            f"lora_target_modules: {missing} match no linear layer of the language model; it has {kinds}, "
+            f"{option}: {missing} match no linear layer of the {part.replace('_', ' ')}; it has {kinds}, "
             "or take `all-linear`"
         )
     return [name for name in linear if name.rsplit(".", 1)[-1] in wanted]
+
+
+def describe_targets(targets: list[str]) -> str:
+    """How many layers of which kind an adapter is put on, part by part."""
+    lines = []
+    for part in PARTS:
+        kinds = Counter(name.rsplit(".", 1)[-1] for name in targets if part_of(name) == part)
+        if kinds:
+            counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            lines.append(f"LoRA on {sum(kinds.values())} linear layers of {part}: {counted}")
+    return "\n".join(lines)
 
 
 def part_of(name: str) -> str:
@@ -135,8 +178,9 @@ def count_parameters(model: nn.Module) -> dict[str, PartCount]:
         if "original_module" in name.split("."):
             continue
         count = counts.setdefault(part_of(name), PartCount())
-        count.total += parameter.numel()
-        count.trainable += parameter.numel() if parameter.requires_grad else 0
+        number = quantized_weight_count(parameter)
+        count.total += number
+        count.trainable += number if parameter.requires_grad else 0
     return counts
 
 

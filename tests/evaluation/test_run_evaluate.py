@@ -12,7 +12,8 @@ import torch
 import run_evaluate
 from evaluation.arguments import EvaluationArguments
 from tests.evaluation.conftest import QUESTIONS, write_test_set
-from training.loading import load_model_and_processor, write_base_reference
+from training.adapters import complete_adapter_folder
+from training.loading import load_model_and_processor
 
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_an_adapter_answers_as_itself(checkpoint, test_set, tmp_path):
     adapter = tmp_path / "adapter"
     adapted.save_pretrained(adapter)
     processor.save_pretrained(adapter)
-    write_base_reference({"names": {"model": str(checkpoint)}, "projector_fields": {}}, adapter)
+    complete_adapter_folder(adapted, {"names": {"model": str(checkpoint)}, "projector_fields": {}}, adapter)
 
     base = call(model_name_or_path=checkpoint, eval_data=test_set, output_dir=tmp_path / "base", blind="false")
     tuned = call(model_name_or_path=adapter, eval_data=test_set, output_dir=tmp_path / "tuned", blind="false")

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel
 
 import run_sft
 from tests.scripts.conftest import options, sft_options
+from training.adapters import adapter_reference
 from training.callbacks import read_lines
-from training.loading import load_model_and_processor, read_base_reference
+from training.loading import load_model_and_processor
 from training.stages import part_of
 
 
@@ -98,7 +99,7 @@ def test_every_kind_of_folder_loads(aligned, tuned, data):
 def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
     shutil.copytree(aligned, tmp_path / "align", ignore=shutil.ignore_patterns("checkpoint-*"))
     shutil.copytree(tuned, tmp_path / "sft", ignore=shutil.ignore_patterns("checkpoint-*", "merged"))
-    assert read_base_reference(str(tmp_path / "sft"))["names"]["model"] == str(tmp_path / "sft" / "../align")
+    assert adapter_reference(str(tmp_path / "sft"))["names"]["model"] == str(tmp_path / "sft" / "../align")
     shutil.rmtree(tmp_path / "align")
     reference = json.loads((tmp_path / "sft" / "jnana_base.json").read_text())
     reference["names"]["model"] = "/gone/align"
@@ -126,7 +127,7 @@ def test_the_card_is_ours_and_private(tuned, aligned):
     state = json.loads((tuned / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert f"| training loss, step 6 | {losses[-1]:.4f} |" in card.text
-    assert "load_model_and_processor" in card.text and "`instruct.json`" in card.text
+    assert "AutoModelForImageTextToText" in card.text and "`instruct.json`" in card.text
     assert str(tuned.parent) not in card.content and "/tmp" not in card.content
     for folder in (aligned, tuned / "merged"):
         assert "AutoModelForImageTextToText" in (folder / "README.md").read_text()
@@ -139,7 +140,7 @@ def test_a_further_round_on_the_same_adapter(tuned, data, tmp_path):
     assert first.keys() == second.keys()
     # the biases of keys get no LoRA; everything an adapter holds goes on training
     assert all(not torch.equal(first[name], second[name]) for name in first)
-    assert read_base_reference(str(output))["names"]["model"].endswith("align")
+    assert adapter_reference(str(output))["names"]["model"].endswith("align")
     load_model_and_processor(str(output))
 
 

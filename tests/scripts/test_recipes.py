@@ -9,6 +9,7 @@ import run_pretrain
 import run_sft
 from tests.scripts.conftest import options
 from tests.tiny import save_tiny_text, save_tiny_vision
+from training.adapters import adapter_reference
 from training.arguments import read_recipe
 from training.loading import load_model_and_processor
 
@@ -74,7 +75,11 @@ def test_align_and_sft(system, data, tiny, tmp_path):
         previous = output
     model, processor = load_model_and_processor(str(previous))
     assert model.config.image_seq_length == (1 if system == "phi35_pooled" else 4)
-    assert (previous / "merged" / "model.safetensors").is_file()
+    assert (previous / "merged" / "model.safetensors").is_file() == (system != "phi35_pooled")
+    reference = adapter_reference(str(previous))
+    assert reference["quantization"]["quantization"] == ("none" if system == "llava_chess" else "nf4")
+    tower = [name for name, _ in model.named_parameters() if "vision_tower" in name and "lora_" in name]
+    assert (len(tower) > 0) == (system == "llava_chess")
 
 
 @pytest.mark.parametrize("system", ["jnana", "era_capstone"])

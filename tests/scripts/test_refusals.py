@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer, TrainingArguments
 
 import run_align
+import run_merge
 import run_pretrain
 import run_sft
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
@@ -75,9 +76,34 @@ def test_sft_refuses(no_model, data, aligned, tmp_path, changes, message):
         run_sft.main(sft_options(data, aligned, **{"output_dir": tmp_path, **changes}))
 
 
-def test_another_rank_than_the_adapters(no_model, data, tuned, tmp_path):
-    with pytest.raises(ValueError, match="lora_r is 16, but the adapter .* has rank 4"):
-        run_sft.main(sft_options(data, tuned, output_dir=tmp_path, lora_r=16))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_r": 16}, "lora_r is 16, but the adapter .* to continue has 4"),
+        ({"lora_alpha": 5}, "lora_alpha is 5.0, but the adapter .* to continue has 8"),
+        ({"lora_dropout": 0.1}, "lora_dropout is 0.1, but the adapter .* to continue has 0.0"),
+        (
+            {"lora_target_modules": "dense"},
+            r"lora_target_modules names 2 layers \(dense\), but .* is on 12 \(dense, fc1",
+        ),
+        ({"lora_vision_target_modules": "fc1"}, "lora_vision_target_modules names 3 layers .*, but .* is on 0"),
+        ({"quantization": "nf4"}, "quantization is 'nf4', but the adapter .* was trained with 'none'; leave it out"),
+    ],
+)
+def test_another_adapter_than_the_one_to_continue(no_model, data, tuned, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_sft.main(sft_options(data, tuned, output_dir=tmp_path, **{"lora_r": 0, **changes}))
+
+
+def test_quantising_without_bitsandbytes(no_model, data, aligned, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.checks.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes, .* `quantization: none`"):
+        run_sft.main(sft_options(data, aligned, output_dir=tmp_path, quantization="nf4"))
+
+
+def test_merging_what_is_no_adapter(aligned, tmp_path):
+    with pytest.raises(ValueError, match="is not an adapter; give a folder that run_sft wrote with lora_r > 0"):
+        run_merge.main([f"--model_name_or_path={aligned}", f"--output_dir={tmp_path}"])
 
 
 def test_many_gpus_in_one_process(no_model, data, vision, pretrained, tmp_path, monkeypatch):

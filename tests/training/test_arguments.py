@@ -9,6 +9,7 @@ from training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
+    RateArguments,
     RunArguments,
     TextDataArguments,
     TextModelArguments,
@@ -18,7 +19,7 @@ from training.arguments import (
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CLASSES = (ModelArguments, DataArguments, LoraArguments, RunArguments, TrainingArguments)
+CLASSES = (ModelArguments, DataArguments, LoraArguments, RateArguments, RunArguments, TrainingArguments)
 CLASSES_OF = {
     "pretrain": (TextModelArguments, TextDataArguments, RunArguments, TrainingArguments),
     "align": (ModelArguments, DataArguments, RunArguments, TrainingArguments),
@@ -48,7 +49,7 @@ prompt: "- what?"
 attn_implementation: null
 """,
     )
-    model, data, lora, _, training = parse_arguments(CLASSES, [recipe])
+    model, data, lora, *_, training = parse_arguments(CLASSES, [recipe])
     assert training.learning_rate == 1e-4
     assert training.eval_strategy == training.save_strategy == "no"
     assert data.independent_turns is True
@@ -110,7 +111,7 @@ def test_a_recipe_behind_the_options(tmp_path):
 
 def test_a_recipe_in_json_with_tabs(tmp_path):
     (tmp_path / "recipe.json").write_text('{\n\t"seed":\t7,\n\t"lora_target_modules": ["q_proj", "fc1"]\n}\n')
-    _, _, lora, _, training = parse_arguments(CLASSES, [str(tmp_path / "recipe.json")])
+    _, _, lora, *_, training = parse_arguments(CLASSES, [str(tmp_path / "recipe.json")])
     assert training.seed == 7 and lora.lora_target_modules == ["q_proj", "fc1"]
     with pytest.raises(ValueError, match="is not valid YAML"):  # the control: YAML itself forbids them
         parse_arguments(CLASSES, [write(tmp_path, "seed:\n\t7")])

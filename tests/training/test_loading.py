@@ -14,6 +14,7 @@ from tests.tiny import (
     tiny_tokenizer,
     tiny_vision_config,
 )
+from training.adapters import adapter_reference, write_base_reference
 from training.arguments import LoraArguments, ModelArguments
 from training.loading import (
     build_pair,
@@ -21,8 +22,6 @@ from training.loading import (
     load_model_and_processor,
     load_processor,
     prepare_processor,
-    read_base_reference,
-    write_base_reference,
 )
 from training.stages import apply_stage
 
@@ -116,13 +115,13 @@ def test_a_published_adapter_names_no_folder_of_this_machine(tmp_path):
         folder.mkdir(parents=True)
     names = {"vision_model": str(far), "text_model": "gpt2"}
     write_base_reference({"names": {"model": str(near)}, "projector_fields": {}}, near.parent / "a", published=True)
-    assert read_base_reference(str(near.parent / "a"))["names"] == {"model": str(near.parent / "a" / "../align")}
+    assert adapter_reference(str(near.parent / "a"))["names"] == {"model": str(near.parent / "a" / "../align")}
     write_base_reference({"names": names, "projector_fields": {}}, adapter, published=True)
     assert "secret" not in (adapter / "jnana_base.json").read_text()
     with pytest.raises(ValueError, match="was trained on vision_model 'clip', which is no folder here"):
-        read_base_reference(str(adapter))
+        adapter_reference(str(adapter))
     write_base_reference({"names": names, "projector_fields": {}}, adapter)  # the control
-    assert read_base_reference(str(adapter))["names"]["text_model"] == "gpt2"
+    assert adapter_reference(str(adapter))["names"]["text_model"] == "gpt2"
 
 
 def test_nothing_saved_names_the_backbones_folders(vision, tmp_path):

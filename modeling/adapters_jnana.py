@@ -1,0 +1,217 @@
+"""Adapter folders: what they rest on, and how to put the two together again.
+
+run_sft writes beside an adapter `jnana_base.json`: the checkpoint, or the pair of backbones, that it was trained on,
+and whether that base was held in 4 or 8 bits. This file reads it, so that
+`AutoModelForImageTextToText.from_pretrained(adapter_folder, trust_remote_code=True)` gives the whole model wherever
+its base can be found. It travels with every checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers.utils import cached_file, is_bitsandbytes_available
+
+from .configuration_jnana import PROJECTOR_FIELDS, JnanaConfig
+
+
+BASE_REFERENCE = "jnana_base.json"
+
+# Never quantised. transformers matches these from the start of a module's full name.
+KEPT_WHOLE = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
+KEPT_WHOLE_TEXT = ["lm_head", "embed_out"]
+
+# What a reader's `from_pretrained` arguments may say of where files are kept; they hold for the base too.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | None = None) -> BitsAndBytesConfig | None:
+    """
+    bitsandbytes' configuration for a Jnana model: the language model's linear layers, and nothing else.
+
+    Args:
+        settings (`dict`): `quantization` (`"none"`, `"nf4"` or `"int8"`), and for nf4 `double_quantization` (`bool`),
+            `compute_dtype` and `storage_dtype` (names of dtypes).
+        dtype (`str` or `torch.dtype`, *optional*): Compute dtype where `settings` names none.
+
+    Returns:
+        `BitsAndBytesConfig` or `None`: `None` for `"none"`.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+    """
+    method = settings.get("quantization", "none")
+    if method == "none":
+        return None
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"quantization is {method!r}, which needs bitsandbytes, and that is not installed: "
+            "`pip install bitsandbytes`. Without it only `quantization: none` (16 or 32 bits a weight) is possible."
+        )
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_WHOLE))
+    compute_dtype = settings.get("compute_dtype") or dtype or "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.get("double_quantization", True),
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=settings.get("storage_dtype", "uint8"),
+        llm_int8_skip_modules=list(KEPT_WHOLE),
+    )
+
+
+def take_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
+    """
+    Let a pair know that its language model was loaded in 4 or 8 bits: Trainer, PEFT and `dequantize` ask the whole.
+
+    Args:
+        model (`PreTrainedModel`): The pair.
+        language_model (`PreTrainedModel`): As `from_pretrained` loaded it, quantised.
+        skip_modules (`list[str]`): What is not quantised, by its name in the pair.
+    """
+    quantizer = language_model.hf_quantizer
+    quantizer.quantization_config.llm_int8_skip_modules = skip_modules
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(language_model, name):
+            setattr(model, name, getattr(language_model, name))
+    if hasattr(language_model, "hf_device_map"):
+        model.hf_device_map = {"": next(iter(language_model.hf_device_map.values()))}
+    model.config.quantization_config = quantizer.quantization_config
+    model.config.dtype = language_model.dtype
+    if hasattr(language_model.config, "quantization_config"):
+        del language_model.config.quantization_config
+
+
+def grow_embeddings(model: Any, rows: int) -> None:
+    """
+    Give the embedding at least `rows` rows; a larger one (Phi-2: 51,200 for 50,295 tokens) is left as it is.
+
+    New rows are the mean of the old ones, so that an adapter's base can be built again exactly. Only the image token's
+    is longer by a sixteenth: given embeddings alone, the model finds the images' places by that row.
+
+    Args:
+        model ([`JnanaForConditionalGeneration`]): Changed in place.
+        rows (`int`): At least as many as the tokenizer has entries.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    old = embedding.weight.shape[0]
+    if rows <= old:
+        return
+    with torch.no_grad():
+        mean_in, mean_out = embedding.weight.mean(0), head.weight.mean(0)
+        mean_bias = None if head.bias is None else head.bias.mean()
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.get_output_embeddings().weight[old:] = mean_out
+        model.get_input_embeddings().weight[old:] = mean_in
+        if model.config.image_token_id >= old:
+            model.get_input_embeddings().weight[model.config.image_token_id] = mean_in * (17 / 16)
+        if mean_bias is not None:
+            model.get_output_embeddings().bias[old:] = mean_bias
+
+
+def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any] | None:
+    """
+    What the adapter in `path` was trained on.
+
+    Args:
+        path (`str` or `Path`): Folder or Hub id.
+        **hub_arguments: `revision`, `token`, `cache_dir`, ... as for `from_pretrained`.
+
+    Returns:
+        `dict` or `None`: `names` (`model`, or `vision_model` and `text_model`; local ones as folders that exist),
+        `projector_fields`, `quantization` (settings of [`quantization_config`]) and `dtype`. `None` where `path` holds
+        no `jnana_base.json`, hence no adapter of run_sft.
+
+    Raises:
+        ValueError: If the base is a folder that is not there any more.
+    """
+    file = cached_file(str(path), BASE_REFERENCE, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if file is None:
+        return None
+    reference = json.loads(Path(file).read_text(encoding="utf-8"))
+    names, published = reference["names"], reference.pop("base_model_id", None)
+    for key, way in reference.pop("relative_paths").items():  # the local ones; the other names are Hub ids
+        beside = Path(path) / way
+        if way and beside.is_dir():
+            names[key] = str(beside)
+        elif published is not None:
+            names[key] = published
+        elif not Path(names[key]).is_dir():
+            raise ValueError(
+                f"the adapter {str(path)!r} was trained on {key} {names[key]!r}, which is no folder here; bring it "
+                f"back, or correct {BASE_REFERENCE} in the adapter's folder"
+            )
+    return {"quantization": {"quantization": "none"}, "dtype": None, **reference}
+
+
+def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, **kwargs: Any) -> Any:
+    """
+    The model that an adapter was trained on, without the adapter.
+
+    Args:
+        model_class (`type`): [`JnanaForConditionalGeneration`].
+        reference (`dict`): As [`read_base_reference`] gives it.
+        config ([`JnanaConfig`]): The one in the adapter's folder.
+        **kwargs: For `from_pretrained`. Where they name no `dtype` or `quantization_config`, the base is held as it
+            was while the adapter was trained; `quantization_config=None` asks for full precision.
+
+    Returns:
+        [`JnanaForConditionalGeneration`]: The base, its projector in float32, in which the adapter's is trained.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if value is not None or name == "quantization_config"}
+    kwargs.setdefault("dtype", reference["dtype"] or "auto")
+    if "quantization_config" not in kwargs:
+        compute_dtype = None if kwargs["dtype"] == "auto" else kwargs["dtype"]
+        kwargs["quantization_config"] = quantization_config(reference["quantization"], compute_dtype)
+    if kwargs["quantization_config"] is None:
+        del kwargs["quantization_config"]
+    names = reference["names"]
+    if "model" in names:
+        model = model_class.from_pretrained(names["model"], **kwargs)
+    else:
+        fields = {name: getattr(config, name) for name in PROJECTOR_FIELDS}
+        fields |= {"image_token_id": config.image_token_id, "image_size": config.image_size}
+        model = model_class.from_vision_text_pretrained(names["vision_model"], names["text_model"], **fields, **kwargs)
+        for part in (model.config.vision_config, model.config.text_config):
+            part._name_or_path = ""  # it would be written into config.json, and a folder of this machine be published
+        model.config.tokenizer_fingerprint = config.tokenizer_fingerprint
+        grow_embeddings(model, config.text_config.vocab_size)
+    model.model.multi_modal_projector.float()
+    return model
+
+
+def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """
+    The work behind [`JnanaForConditionalGeneration.from_pretrained`] for an adapter's folder: base, adapter and
+    trained projector as one model.
+    """
+    from_hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision") if kwargs.get(name) is not None}
+    config = kwargs.pop("config", None)
+    if not isinstance(config, JnanaConfig):
+        config = JnanaConfig.from_pretrained(path, **from_hub)
+    # The revision is the adapter's, and trust was given to the adapter's code, not to what its base may bring along.
+    for name in ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto"):
+        kwargs.pop(name, None)
+    with_info = kwargs.pop("output_loading_info", False)
+    model = load_base(model_class, reference, config, **kwargs)
+    info = model.load_adapter(path, adapter_kwargs=from_hub)
+    if info.missing_keys:
+        raise ValueError(f"the adapter {path!r} lacks weights: {sorted(info.missing_keys)[:3]}, ...; write it again")
+    model.generation_config = GenerationConfig.from_pretrained(path, **from_hub)
+    model.eval()
+    return (model, info.to_dict()) if with_info else model
+
+
+def quantized_weight_count(weight: nn.Parameter) -> int:
+    """`int`: How many numbers a weight stands for; bitsandbytes packs two of 4 bits into a byte."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return state.shape.numel()
+    if type(weight).__name__ == "Params4bit":
+        return weight.numel() * 2 * weight.element_size()
+    return weight.numel()

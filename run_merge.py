@@ -1,0 +1,58 @@
+"""Merge: an adapter of run_sft and its base become one ordinary checkpoint that loads anywhere.
+
+    python run_merge.py --model_name_or_path outputs/jnana/sft --output_dir outputs/jnana/merged
+    python run_merge.py --model_name_or_path outputs/jnana/sft --output_dir outputs/jnana/merged_full --merge_base full
+    python run_merge.py --model_name_or_path me/jnana-lora --output_dir merged --dtype float32
+
+An adapter that was trained on a 4-bit base is merged into that base, written out in `dtype` (`--merge_base
+dequantized`, the default: what was trained), or into the original weights (`full`). The logits before and after are
+compared, and the choice and the difference are logged and written into the merged config and card.
+`python run_merge.py --help` lists all options.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from training.adapters import is_adapter
+from training.arguments import parse_arguments
+from training.checks import check_output_dir, check_source
+from training.merging import merge_adapter
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter, into what, and where to."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Adapter folder of run_sft, or Hub id."})
+    output_dir: str | None = field(default=None, metadata={"help": "The merged checkpoint."})
+    merge_base: Literal["dequantized", "full"] = field(
+        default="dequantized", metadata={"help": "The 4-bit base as trained, dequantised, or the original weights."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Of the merged weights; default: the one the adapter was trained with."}
+    )
+
+
+def main(argv: list[str]) -> None:
+    # 1. Arguments, and everything that can be refused before a model is loaded
+    (args,) = parse_arguments([MergeArguments], argv)
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
+    for name in ("model_name_or_path", "output_dir"):
+        if not getattr(args, name):
+            raise ValueError(f"{name} is not set; give it as --{name}")
+    check_source("model_name_or_path", args.model_name_or_path, "give an adapter folder of run_sft, or a Hub id")
+    if not is_adapter(args.model_name_or_path):
+        raise ValueError(
+            f"model_name_or_path {args.model_name_or_path!r} is not an adapter; give a folder that run_sft wrote with "
+            "lora_r > 0"
+        )
+    check_output_dir(args.output_dir)
+
+    # 2. Merge, compare, write
+    merge_adapter(args.model_name_or_path, args.output_dir, args.merge_base, args.dtype)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,143 @@
+"""QLoRA as its users run it: train on 4 bits, merge either way, load anywhere, go on in a second round."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import run_merge
+import run_sft
+from tests.scripts.conftest import options, sft_options
+from tests.scripts.test_chain import logits
+from training.adapters import adapter_reference
+from training.loading import load_model_and_processor
+from training.merging import max_difference, merge_adapter, merging_base, probe_logits
+
+
+@pytest.fixture(scope="module")
+def quantized(aligned, data, tmp_path_factory) -> Path:
+    """Six steps on a 4-bit base, all in float32 so that nothing but the 4 bits rounds."""
+    folder = tmp_path_factory.mktemp("qlora") / "sft"
+    changes = {"quantization": "nf4", "learning_rate": "1e-2", "projector_learning_rate": "2e-3"}
+    run_sft.main(sft_options(data, aligned, output_dir=folder, merge_adapter="true", **changes))
+    return folder
+
+
+def test_it_learns_and_says_what_it_rests_on(quantized):
+    state = json.loads((quantized / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in state if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    assert [entry["multi_modal_projector_learning_rate"] for entry in state if "loss" in entry][0] == 2e-3
+    for folder in (quantized, quantized / "checkpoint-3"):
+        assert adapter_reference(str(folder))["quantization"]["quantization"] == "nf4"
+        assert (folder / "modeling_jnana.py").is_file() and (folder / "processor_config.json").is_file()
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_merging_into_both_bases(quantized, data, tmp_path, capsys):
+    """Into the dequantised base: what was trained. Into the original weights: off by what 4 bits lose, and said so."""
+    adapted = logits(*load_model_and_processor(str(quantized)), data)
+    reports = {}
+    for base in ("dequantized", "full"):
+        run_merge.main(options(model_name_or_path=quantized, output_dir=tmp_path / base, merge_base=base))
+        merged, processor = load_model_and_processor(str(tmp_path / base))
+        assert not getattr(merged, "is_quantized", False)
+        reports[base] = merged.config.adapter_merge
+        difference = (logits(merged, processor, data) - adapted).abs().max().item()
+        assert difference < (1e-5 if base == "dequantized" else 0.5)
+        assert (difference > 1e-3) == (base == "full")  # the control: the two bases are not the same
+        card = ModelCard.load(tmp_path / base / "README.md")
+        assert f"merged into the {reports[base]['base']} base" in card.text and "lora" not in card.data.tags
+    said = capsys.readouterr().out
+    assert "merged into the dequantized nf4 base in float32" in said and "merged into the full base" in said
+    assert reports["dequantized"]["max_logit_difference"] < 1e-5 < 1e-3 < reports["full"]["max_logit_difference"]
+    for report in reports.values():
+        assert report["trained_on"] == "nf4" and report["adapter_logit_change"] > 0.05
+    ours, theirs = (load_file(f / "model.safetensors") for f in (quantized / "merged", tmp_path / "dequantized"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_merge_that_forgot_the_adapter_would_be_seen(quantized):
+    """The control of the comparison itself: the dequantised base alone differs by what the adapter changed."""
+    model, processor = load_model_and_processor(str(quantized))
+    base = merging_base(str(quantized), adapter_reference(str(quantized)), "dequantized", "float32", {})
+    assert max_difference(probe_logits(model, processor), probe_logits(base, processor)) > 0.05
+
+
+def test_merging_in_bfloat16_rounds(quantized, tmp_path):
+    report = merge_adapter(str(quantized), tmp_path / "half", dtype="bfloat16")
+    assert 1e-4 < report.max_logit_difference < 0.1
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+FRESH = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+assert not any(name.split(".")[0] in ("training", "modeling") for name in sys.modules)
+for folder in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.") and model.is_loaded_in_4bit
+    image = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What do you see in this picture?"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="pt")
+    print("sum", model(**inputs).logits.double().sum().item())
+"""
+
+
+def test_an_adapter_folder_loads_in_a_fresh_interpreter(quantized, tmp_path):
+    """By transformers alone, the repository not on the path: code, base, 4 bits, adapter and trained projector."""
+    model, processor = load_model_and_processor(str(quantized))
+    expected = probe_logits(model, processor)[0].double().sum().item()
+    earlier = probe_logits(*load_model_and_processor(str(quantized / "checkpoint-3")))[0].double().sum().item()
+    script = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    script += f"sys.path[:] = [p for p in sys.path if p not in ('', {str(Path.cwd())!r})]\n" + FRESH
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(quantized), str(quantized / "checkpoint-3")],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    sums = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("sum")]
+    assert sums == pytest.approx([expected, earlier], abs=1e-3)
+    assert abs(expected - earlier) > 0.1  # the control: the two folders do not hold the same
+
+
+def test_a_second_round_adopts_everything(quantized, data, tmp_path):
+    """Only data and schedule are given; rank, targets and the 4-bit base come from the first round's folder."""
+    output = tmp_path / "round2"
+    run_sft.main(sft_options(data, quantized, output_dir=output, lora_r=0, max_steps=2, save_strategy="no"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (quantized, output))
+    assert first.keys() == second.keys() and all(not torch.equal(first[name], second[name]) for name in first)
+    references = [adapter_reference(str(folder)) for folder in (quantized, output)]
+    assert references[0]["quantization"] == references[1]["quantization"]
+    assert [Path(reference["names"]["model"]).resolve().name for reference in references] == ["align", "align"]
+    rates = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert rates[0]["learning_rate"] == 1e-3  # a fresh schedule, from its start
+
+
+def test_eight_bits_train_too(aligned, data, tmp_path):
+    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "activation_checkpointing": "true"}
+    run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "int8", **changes))
+    model, processor = load_model_and_processor(str(tmp_path / "int8"))
+    assert model.get_base_model().is_loaded_in_8bit and torch.isfinite(logits(model, processor, data)).all()
+
+
+def test_align_goes_on_from_an_earlier_align(aligned, data, tmp_path):
+    import run_align
+
+    arguments = {"model_name_or_path": aligned, "train_data": data / "captions.json", "max_steps": 2}
+    run_align.main(options(**arguments, image_folder=data / "images", output_dir=tmp_path, save_strategy="no"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (aligned, tmp_path))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if "multi_modal_projector" in name}

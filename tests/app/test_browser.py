@@ -70,8 +70,10 @@ def ask(tab, question: str) -> str:
     return answers.nth(before).inner_text().strip()
 
 
-def toast(tab) -> str:
+def toast(tab, name: str) -> str:
+    """What a notice says; kept as a screenshot, then closed."""
     tab.wait_for_selector(".toast-body")
+    screenshot(tab, name)
     text = tab.inner_text(".toast-body")
     tab.click(".toast-close")
     tab.wait_for_selector(".toast-body", state="detached")
@@ -107,10 +109,9 @@ def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, app_address
     assert (tmp_path / "large.png").stat().st_size > 2e6
     for name in ("text", "bomb", "large"):
         show(tab, tmp_path / f"{name}.png")
-        said = toast(tab)
+        said = toast(tab, f"hostile_{name}")
         assert ("maximum allowed size" if name == "large" else "can't be used as a picture") in said
         assert str(tmp_path) not in said and "Traceback" not in said and "/tmp" not in said
-        screenshot(tab, f"hostile_{name}")
         tab.reload()
         tab.wait_for_selector("#question textarea")
     file, turns = chats(chess)[0]

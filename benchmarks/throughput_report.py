@@ -54,6 +54,10 @@ def summarize(
         )
         for arm in arms[1:]
     }
+    summary["wall_ratios"] = {
+        f"{arm}/{base}": spread([turn[base]["wall_seconds"] / turn[arm]["wall_seconds"] for turn in rounds])
+        for arm in arms[1:]
+    }
     tokens = {arm: facts["arms"][arm]["tokens"] for arm in arms}
     summary["ratio_by_token_count"] = tokens[base] / tokens["shared_image"]
     return summary

@@ -10,9 +10,11 @@
     feature_cache   the same, with `feature_cache`
 
 The four take turns within each round, so that a machine that slows down slows all of them; figures are medians over
-rounds, ratios are taken within a round. In every round the losses of every step are compared with stock LLaVA's, and
-once the projector's gradient: a faster way that computes something else is an error, not a result. Writes
-`results/<name>.json` and `.png`; with `--profile` also `results/<name>_<case>_<arm>.txt`.
+rounds, ratios are taken within a round. On one CPU thread the clock is the process's own CPU time, which does not run
+while other programs have the processor; elsewhere it is the clock on the wall. In every round the losses of every step
+are compared with stock LLaVA's, and once the projector's gradient: a faster way that computes something else is an
+error, not a result. Writes `results/<name>.json` and `.png` after each case; with `--profile` also
+`results/<name>_<case>_<arm>.txt`.
 """
 
 import argparse
@@ -192,11 +194,24 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.clock = clock(device)
         self.ends: list[float] = []
+        self.wall: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize(self.device)
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.clock())
+        self.wall.append(time.perf_counter())
+
+
+def by_cpu_time(device: torch.device) -> bool:
+    """Whether CPU time is what a quiet machine's clock would show."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Reads seconds."""
+    return time.process_time if by_cpu_time(device) else time.perf_counter
 
 
 @contextlib.contextmanager
@@ -227,6 +242,7 @@ def run_arm(case: Case, arm: str, scale: Scale, num_steps: int, device: torch.de
     seconds = watch.ends[-1] - watch.ends[0]
     return {
         "seconds": seconds,
+        "wall_seconds": watch.wall[-1] - watch.wall[0],
         "samples_per_second": sum(case.conversations[1:num_steps]) / seconds,
         "supervised_tokens_per_second": case.facts["supervised_tokens_per_step"] * (num_steps - 1) / seconds,
         "peak_memory_bytes": memory.bytes,
@@ -320,19 +336,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for _ in range(8):
         synchronize(device)
-        begun = time.perf_counter()
+        begun = clock(device)()
         left @ right
         synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - begun))
+        best = max(best, 2 * size**3 / (clock(device)() - begun))
     return best
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All cases, round by round."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All cases, round by round; the result as it stands after each of them."""
     scale, device = SCALES[args.scale], torch.device(args.device)
     machine = describe_machine(device)
+    machine["clock"] = "CPU time of the process" if by_cpu_time(device) else "wall"
     machine["peak_flops_by_matmul"] = peak_flops(device, scale.dtype)
-    cases = []
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    sizes = {"text": scale.text, "vision": scale.vision, "dtype": str(scale.dtype), "lora_r": scale.lora_r}
+    cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.cases:
             case = make_case(name, scale, args.steps, Path(folder), device)
@@ -355,10 +374,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 profile_arms(
                     case, device, scale.dtype, lambda arm, c=name: args.results / f"{args.name}_{c}_{arm}.txt"
                 )
-    machine["load_average_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    sizes = {"text": scale.text, "vision": scale.vision, "dtype": str(scale.dtype), "lora_r": scale.lora_r}
-    return {"machine": machine, "settings": settings, "sizes": sizes, "cases": cases}
+            machine["load_average_at_the_end"] = [round(load, 2) for load in os.getloadavg()]
+            yield {"machine": machine, "settings": settings, "sizes": sizes, "cases": cases}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -389,9 +406,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in ("training.stages", "training.feature_cache", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     args.results.mkdir(parents=True, exist_ok=True)
-    result = measure(args)
-    (args.results / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result, args.results / f"{args.name}.png")
+    for result in measure(args):
+        (args.results / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        draw(result, args.results / f"{args.name}.png")
     logger.info(table(result))
     return result
 

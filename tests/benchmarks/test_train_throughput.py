@@ -59,7 +59,7 @@ def test_ratios_are_taken_within_a_round():
 
     def turn(seconds: float) -> dict:
         rates = {"samples_per_second": 10 / seconds, "supervised_tokens_per_second": 100 / seconds}
-        return {"seconds": seconds, "peak_memory_bytes": None, "losses": [1.0, 1.0], **rates}
+        return {"seconds": seconds, "wall_seconds": seconds, "peak_memory_bytes": None, "losses": [1.0, 1.0], **rates}
 
     facts = {
         "arms": {arm: {"flops_per_step": 100, "tokens": tokens} for arm, tokens in (("a", 30), ("shared_image", 10))}

@@ -103,10 +103,11 @@ def draw(result: dict[str, Any], file: Path) -> None:
             [ratio["median"] - ratio["min"] for ratio in ratios],
             [ratio["max"] - ratio["median"] for ratio in ratios],
         ]
-        bars = axes.bar(places, heights, width * 0.92, label=LABELS[arm], color=COLOURS[arm])
+        axes.bar(places, heights, width * 0.92, label=LABELS[arm], color=COLOURS[arm])
         if arm != arms[0]:
             axes.errorbar(places, heights, errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=6, fontsize=8)
+        for place, ratio in zip(places, ratios, strict=True):
+            axes.text(place, ratio["max"], f" {ratio['median']:.1f}", ha="center", va="bottom", fontsize=8)
     for number, case in enumerate(cases):
         label = "by token count alone" if number == 0 else None
         ratio = case["ratio_by_token_count"]

@@ -8,7 +8,7 @@ Two processes on a machine without a GPU:
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_align.py recipes/...
 
-A run that was cut off goes on from its last whole checkpoint when it is started again.
+A run that was cut off goes on from its last whole checkpoint when it is started again; SIGTERM writes one first.
 `python run_align.py --help` lists all options.
 """
 
@@ -26,11 +26,13 @@ from training.checks import check_models, check_run
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
 from training.feature_cache import prepare_feature_cache
+from training.interruption import StopSignalCallback
 from training.loading import check_model_arguments, prepare_model, prepare_processor
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
 from training.samples import samples_from_rows
+from training.sharing import check_push
 from training.stages import apply_stage
 
 
@@ -49,18 +51,19 @@ def main(argv: list[str]) -> None:
             f"model_name_or_path {model_args.model_name_or_path!r} is an adapter; align from a full checkpoint "
             "(run_sft writes one with merge_adapter: true)"
         )
+    check_push(training_args)
 
     # 3. Where to start
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
     )
 
-    # 4. Processor and data: the first process prepares, the others read what it cached
-    with training_args.main_process_first(desc="processor and data"):
+    # 4. Processor and data: the first process prepares and checks, the others take what it cached and found
+    with training_args.main_process_first(desc="processor"):
         processor = prepare_processor(model_args)
-        where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
-        train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
-        eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
+    where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
+    train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
+    eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: only the projector trains
     model = apply_stage(prepare_model(model_args, processor), "align")
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> None:
         callbacks.append(
             SamplesCallback(samples, processor.decode, run_args.sample_steps, run_args.sample_max_new_tokens)
         )
+    callbacks.append(StopSignalCallback())  # the last one: see there
     trainer = Trainer(
         model=model,
         args=training_args,

@@ -8,7 +8,7 @@ Two processes on a machine without a GPU:
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_pretrain.py recipes/...
 
-A run that was cut off goes on from its last whole checkpoint when it is started again.
+A run that was cut off goes on from its last whole checkpoint when it is started again; SIGTERM writes one first.
 `python run_pretrain.py --help` lists all options.
 """
 
@@ -22,10 +22,12 @@ from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_models, check_run
 from training.data import load_blocks, load_documents
 from training.evaluation_loss import evaluation_hooks
+from training.interruption import StopSignalCallback
 from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
 from training.samples import samples_from_blocks
+from training.sharing import check_push
 from training.stages import apply_stage
 from training.text_models import check_text_arguments, prepare_text_model, prepare_tokenizer
 
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> None:
     check_text_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_push(training_args)
 
     # 3. Where to start
     checkpoint = checkpoint_to_resume(
@@ -62,6 +65,7 @@ def main(argv: list[str]) -> None:
         callbacks.append(
             SamplesCallback(samples, tokenizer.decode, run_args.sample_steps, run_args.sample_max_new_tokens)
         )
+    callbacks.append(StopSignalCallback())  # the last one: see there
     trainer = Trainer(
         model=model,
         args=training_args,

@@ -12,7 +12,7 @@ Two processes on a machine without a GPU:
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_sft.py recipes/...
 
-A run that was cut off goes on from its last whole checkpoint when it is started again.
+A run that was cut off goes on from its last whole checkpoint when it is started again; SIGTERM writes one first.
 `python run_sft.py --help` lists all options.
 """
 
@@ -39,6 +39,7 @@ from training.checks import check_lora, check_models, check_quantization, check_
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
 from training.feature_cache import prepare_feature_cache
+from training.interruption import StopSignalCallback
 from training.learning_rates import PartScheduleCallback, check_rates
 from training.loading import check_model_arguments, prepare_model, prepare_processor
 from training.merging import merge_adapter
@@ -46,6 +47,7 @@ from training.model_card import use_our_card
 from training.optimizers import trainer_optimizer
 from training.runs import finish_run, start_run, train
 from training.samples import samples_from_rows
+from training.sharing import check_push
 from training.stages import apply_stage
 
 
@@ -65,18 +67,19 @@ def main(argv: list[str]) -> None:
     with_adapter = continues_adapter or lora_args.lora_r > 0
     quantization = quantization_settings(lora_args, model_args)
     check_quantization(quantization, training_args.device)
+    check_push(training_args, base_reference(model_args)["names"] if with_adapter else None)
 
     # 3. Where to start
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
     )
 
-    # 4. Processor and data: the first process prepares, the others read what it cached
-    with training_args.main_process_first(desc="processor and data"):
+    # 4. Processor and data: the first process prepares and checks, the others take what it cached and found
+    with training_args.main_process_first(desc="processor"):
         processor = prepare_processor(model_args)
-        where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
-        train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
-        eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
+    where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
+    train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
+    eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
     model = apply_stage(prepare_model(model_args, processor, quantization, training_args.device), "sft", lora_args)
@@ -95,6 +98,7 @@ def main(argv: list[str]) -> None:
         callbacks.append(
             SamplesCallback(samples, processor.decode, run_args.sample_steps, run_args.sample_max_new_tokens)
         )
+    callbacks.append(StopSignalCallback())  # the last one: see there
     trainer = Trainer(
         model=model,
         args=training_args,

@@ -32,6 +32,7 @@ TRAINING_DEFAULTS = {
     "save_total_limit": "2",  # the last one, and the one before in case a crash truncated the last
     # accelerate would cut a packed batch of a stream into slices along dimension 0, images and rows alike
     "accelerator_config": '{"dispatch_batches": false}',
+    "hub_strategy": "end",  # the scripts push by themselves (training/sharing.py)
     # no parameter is left unused (see training.stages), so no search for it in every step
     "ddp_find_unused_parameters": "false",
 }

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -78,9 +80,7 @@ def load_conversations(
         return endless(packed_stream(rows, processor, share=share, **limits), evaluation)
     options = collator_options(args, output_dir)
     del options["packing"]
-    if not should_write:
-        options["bad_samples_file"] = None
-    report = check_rows(rows, processor, image_check=args.image_check, progress=should_write, **options)
+    report = check_rows_once(rows, processor, image_check=args.image_check, progress=should_write, **options)
     logger.info(describe_check(source, report, args.max_length))
     if report.problems:
         rows = rows.select(report.kept_indices)
@@ -95,6 +95,21 @@ def load_conversations(
     )
     logger.info(f"{source}: {plan}")
     return packed_rows(rows, plan)
+
+
+def check_rows_once(rows: Dataset, processor: JnanaProcessor, **options: Any) -> CheckReport:
+    """[`check_rows`] by the first process, whose report, or error, all others take over."""
+    outcome: list[CheckReport | ValueError | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = check_rows(rows, processor, **options)
+        except ValueError as error:
+            outcome[0] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    assert outcome[0] is not None
+    return outcome[0]
 
 
 def describe_check(source: str, report: CheckReport, max_length: int | None) -> str:

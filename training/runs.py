@@ -12,6 +12,9 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 
 from modeling import PROJECTOR_FIELDS, JnanaConfig
 
+from .interruption import check_disk_space, explain_full_disk
+from .sharing import push_folder
+
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,9 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     # set only now, for the dataloader's workers: tokenizing and checking the data was faster with it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_finished(checkpoint, trainer.args):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        check_disk_space(trainer)
+        with explain_full_disk(trainer.args):
+            trainer.train(resume_from_checkpoint=checkpoint)
         return
     logger.info(f"{checkpoint} is the end of this run: nothing is trained, the final files are written again")
     trainer._load_from_checkpoint(checkpoint)  # what Trainer.train itself calls first
@@ -84,8 +89,10 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
 
 def finish_run(trainer: Trainer) -> None:
     """Save a complete checkpoint with its card in `output_dir`, and push it when asked to."""
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    with explain_full_disk(trainer.args):
+        trainer.save_model(_internal_call=True)  # or the Trainer would push, and push everything
+        trainer.save_state()
+        trainer.create_model_card()
+    args = trainer.args
+    if args.push_to_hub and trainer.is_world_process_zero():
+        push_folder(args.output_dir, trainer.hub_model_id, token=args.hub_token, revision=args.hub_revision)

@@ -1,0 +1,104 @@
+"""Accidents for the interruption tests: each arranges, in the process that will suffer it, what happens when."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+
+
+SAVING = {
+    "weights": "_save",
+    "optimizer": "_save_optimizer_and_scheduler",
+    "random state": "_save_rng_state",
+}
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal at one event of one step."""
+
+    def __init__(self, number: int, event: str, step: int, to_group: bool = False):
+        self.number, self.step, self.to_group = number, step, to_group
+        setattr(self, event, self.strike)
+
+    def strike(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.killpg(0, self.number) if self.to_group else os.kill(os.getpid(), self.number)
+
+
+def strike(number: int, event: str, step: int, rank: int = 0) -> None:
+    """Arrange a signal in process `rank`: `on_step_begin` of step 4 comes when 4 steps are done."""
+    if int(os.environ.get("RANK", "0")) == rank:
+        add_callback(SignalAt(number, event, step))
+
+
+def kill_while_saving(what: str, step: int) -> None:
+    """SIGKILL in the middle of writing checkpoint `step`: `what` is written to its half, nothing after it."""
+    name = SAVING[what]
+    original = getattr(Trainer, name)
+
+    def half_way(self, output_dir, *args, **kwargs):
+        before = set(files(output_dir))
+        original(self, output_dir, *args, **kwargs)
+        if self.state.global_step == step and Path(output_dir).name == f"checkpoint-{step}":
+            for file in set(files(output_dir)) - before:
+                os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Trainer, name, half_way)
+
+
+def refuse_file(name: str, step: int) -> None:
+    """The disk is full when checkpoint `step` is written: the kernel itself refuses every byte of one of its files."""
+    add_callback(RefuseFile(name, step))
+
+
+class RefuseFile(TrainerCallback):
+    """Puts `/dev/full` in a file's place just before it is written."""
+
+    def __init__(self, name: str, step: int):
+        self.name, self.step = name, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder.mkdir()
+            (folder / self.name).symlink_to("/dev/full")
+
+
+def refuse_weights(folder: str) -> None:
+    """The disk is full when the weights in `folder` are written, with the error that safetensors then raises."""
+    original = Trainer._save
+
+    def full(self, output_dir=None, *args, **kwargs):
+        if Path(output_dir or self.args.output_dir).name == folder:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(self, output_dir, *args, **kwargs)
+
+    Trainer._save = full
+
+
+def terminate_group(event: str, step: int) -> None:
+    """SIGTERM to this process and to the workers of its dataloader, as a scheduler sends it."""
+    os.setpgrp()
+    add_callback(SignalAt(signal.SIGTERM, event, step, to_group=True))
+
+
+def files(folder: str) -> list[Path]:
+    return [path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".pt", ".pth")]
+
+
+def add_callback(callback: TrainerCallback) -> None:
+    """Give the next Trainer of this process one more callback, ahead of the script's own."""
+    original = Trainer.__init__
+
+    def init(self, *args, callbacks=None, **kwargs):
+        original(self, *args, callbacks=[callback, *(callbacks or [])], **kwargs)
+
+    Trainer.__init__ = init
+
+
+kill = partial(strike, signal.SIGKILL)
+terminate = partial(strike, signal.SIGTERM)

@@ -1,0 +1,106 @@
+"""A stand-in for the Hub on this machine: takes commits over HTTP, keeps their files, and serves them again."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class LocalHub:
+    """
+    One repository's worth of the Hub's HTTP interface, as far as `create_repo`, `upload_folder` and `from_pretrained`
+    use it.
+
+    Attributes:
+        url (`str`): For `HF_ENDPOINT`.
+        files (`dict[str, bytes]`): What the repository holds.
+        commits (`list[str]`): The messages of the commits made.
+        unknown (`list[str]`): Requests it had no answer for.
+    """
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.commits: list[str] = []
+        self.unknown: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def revision(self) -> str:
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LocalHub
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        path = urlsplit(self.path).path
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/repos/create":
+            name = json.loads(body)["name"]
+            self.answer({"url": f"{self.hub.url}/me/{name}"})
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
+            wanted = json.loads(body)["files"]
+            self.answer({"files": [{"path": f["path"], "uploadMode": "regular"} for f in wanted]})
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/commit/main", path):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.hub.commits.append(line["value"]["summary"])
+                elif line["key"] == "file":
+                    self.hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"{self.hub.url}/{path.split('/')[3]}/{path.split('/')[4]}/commit/{self.hub.revision}"
+            self.answer({"success": True, "commitOid": self.hub.revision, "commitUrl": url})
+        else:
+            self.refuse()
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        match = re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", path)
+        if path == "/api/whoami-v2":
+            self.answer({"name": "me", "type": "user", "auth": {}})
+        elif match and match[1] in self.hub.files:
+            self.answer(self.hub.files[match[1]])
+        elif match:
+            self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+(/revision/[^/]+)?", path):
+            names = sorted(self.hub.files)
+            siblings = [{"rfilename": name} for name in names]
+            self.answer({"id": "/".join(path.split("/")[3:5]), "sha": self.hub.revision, "siblings": siblings})
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/.+", path):
+            rows = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in sorted(self.hub.files.items())]
+            self.answer(rows)
+        else:
+            self.refuse()
+
+    do_HEAD = do_GET
+
+    def refuse(self) -> None:
+        self.hub.unknown.append(f"{self.command} {self.path}")
+        self.answer({"error": "unknown"}, 404)
+
+    def answer(self, content, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header(
+            "Content-Type", "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        )
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.hub.revision)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *args) -> None:
+        pass

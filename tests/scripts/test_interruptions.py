@@ -1,0 +1,206 @@
+"""The table of docs/interruptions.md, run line by line: what ends a run, when, and that the resumed run is no other.
+
+That is meant to the byte: the same file of weights, the same loss at every step.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.accidents import kill, kill_while_saving, refuse_file, refuse_weights, terminate, terminate_group
+from tests.scripts.conftest import align_options, sft_options
+from tests.scripts.forked import Ended, run_forked, succeed
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "interruptions.md"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A training run in which much can go wrong: what it uses, and on how many processes."""
+
+    name: str
+    script: str
+    weights: str
+    changes: tuple[tuple[str, object], ...]
+    processes: int = 1
+
+
+COMMON = {
+    "max_steps": 6,
+    "save_steps": 2,
+    "save_total_limit": 10,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+}
+ALIGN = Kind(
+    "align, 2 accumulation steps, 2 epochs", "run_align", "model.safetensors", (("gradient_accumulation_steps", 2),)
+)
+LORA = Kind(
+    "sft, LoRA with dropout, a stream that starts over",
+    "run_sft",
+    "adapter_model.safetensors",
+    (("lora_dropout", 0.3), ("streaming", "true"), ("per_device_train_batch_size", 6)),
+)
+TWO = Kind("align on 2 processes", "run_align", "model.safetensors", (("gradient_accumulation_steps", 2),), 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: the accidents of the first start, the second start, ..., then a start that ends well.
+
+    Args:
+        accidents: What is called in each process before it runs.
+        codes: The exit codes that follow.
+        resumed_from: The checkpoint that the last start goes on from; `None`: from the beginning.
+        workers: Of the dataloader, in the first start.
+    """
+
+    how: str
+    when: str
+    kind: Kind
+    accidents: tuple[Callable, ...]
+    codes: tuple[int, ...]
+    resumed_from: int | None
+    workers: int = 0
+
+    def line(self) -> str:
+        """This case in the table of the docs."""
+        start = "starts anew" if self.resumed_from is None else f"resumes from step {self.resumed_from}"
+        codes = ", ".join(str(code) for code in dict.fromkeys(self.codes))
+        return f"| {self.how} | {self.when} | {self.kind.name} | {codes} | {start}; same bytes |"
+
+
+KILLED, TERMINATED, FAILED = -signal.SIGKILL, 128 + signal.SIGTERM, 1
+CASES = [
+    Case("SIGKILL", "before the first checkpoint", ALIGN, (partial(kill, "on_step_end", 1),), (KILLED,), None),
+    Case("SIGKILL", "between two micro-batches", ALIGN, (partial(kill, "on_substep_end", 4),), (KILLED,), 4),
+    Case("SIGKILL", "before the final files", ALIGN, (partial(kill, "on_train_end", 6),), (KILLED,), 6),
+    Case("SIGKILL", "while weights are written", LORA, (partial(kill_while_saving, "weights", 4),), (KILLED,), 2),
+    Case(
+        "SIGKILL", "while the optimizer is written", LORA, (partial(kill_while_saving, "optimizer", 4),), (KILLED,), 2
+    ),
+    Case(
+        "SIGKILL, twice",
+        "in step 4, and again in step 6",
+        LORA,
+        (partial(kill, "on_step_begin", 3), partial(kill, "on_step_begin", 5)),
+        (KILLED, KILLED),
+        4,
+    ),
+    Case("SIGKILL", "of one of two processes", TWO, (partial(kill, "on_step_end", 3, rank=1),), (FAILED,), 2),
+    Case("SIGTERM", "between two micro-batches", ALIGN, (partial(terminate, "on_substep_end", 2),), (TERMINATED,), 3),
+    Case("SIGTERM", "in the last step", ALIGN, (partial(terminate, "on_step_begin", 5),), (TERMINATED,), 6),
+    Case(
+        "SIGTERM, twice",
+        "in step 2, and again in step 5",
+        LORA,
+        (partial(terminate, "on_step_begin", 1), partial(terminate, "on_step_begin", 4)),
+        (TERMINATED, TERMINATED),
+        5,
+    ),
+    Case(
+        "SIGTERM", "to one of two processes", TWO, (partial(terminate, "on_step_begin", 2, rank=1),), (TERMINATED,), 3
+    ),
+    Case(
+        "SIGTERM",
+        "to the dataloader's workers too",
+        ALIGN,
+        (partial(terminate_group, "on_step_begin", 2),),
+        (TERMINATED,),
+        3,
+        1,
+    ),
+    Case("full disk", "for a checkpoint's weights", LORA, (partial(refuse_weights, "checkpoint-4"),), (FAILED,), 2),
+    Case("full disk", "for its optimizer", ALIGN, (partial(refuse_file, "optimizer.pt", 4),), (FAILED,), 2),
+    Case("full disk", "for its last file", ALIGN, (partial(refuse_file, "trainer_state.json", 4),), (FAILED,), 2),
+    Case("full disk", "for the final weights", ALIGN, (partial(refuse_weights, "run"),), (FAILED,), 6),
+]
+
+
+def arguments(kind: Kind, output: Path, data, vision, pretrained, aligned) -> list[str]:
+    changes = {**COMMON, **dict(kind.changes), "output_dir": output}
+    if kind.script == "run_align":
+        return align_options(data, vision, pretrained, **changes)
+    return sft_options(data, aligned, **changes)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, data, vision, pretrained, aligned):
+    """Starts a run of a kind in processes of its own."""
+
+    def start(kind: Kind, output: Path, prepare: Callable | None = None, workers: int = 0) -> list[Ended]:
+        words = arguments(kind, output, data, vision, pretrained, aligned)
+        words.append(f"--dataloader_num_workers={workers}")
+        log = tmp_path_factory.mktemp("log")
+        return run_forked(kind.script, words, log, processes=kind.processes, prepare=prepare)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, start):
+    """The uninterrupted run of each kind, made once."""
+    made: dict[Kind, Path] = {}
+
+    def whole(kind: Kind) -> Path:
+        if kind not in made:
+            output = tmp_path_factory.mktemp("whole") / "run"
+            succeed(start(kind, output))
+            made[kind] = output
+        return made[kind]
+
+    return whole
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def assert_same(folder: Path, reference: Path, kind: Kind) -> None:
+    assert losses(folder) == losses(reference)
+    assert (folder / kind.weights).read_bytes() == (reference / kind.weights).read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.how} {case.when}".replace(" ", "_"))
+def test_interrupted(case: Case, start, whole, tmp_path):
+    assert case.line() in DOCS.read_text()
+    output = tmp_path / "run"
+    for accident, code in zip(case.accidents, case.codes, strict=True):
+        ended = start(case.kind, output, accident, case.workers)[0]
+        assert ended.code == code, ended.output[-4000:]
+        if code == TERMINATED:
+            assert ended.output.count("SIGTERM: stopped after step") == 1
+    if case.how == "full disk":
+        assert "has no room for what was to be written" in ended.output
+        assert f"{output}/checkpoint-{case.resumed_from} is whole; make room" in ended.output
+        for link in output.glob("checkpoint-*/*"):
+            if link.is_symlink():
+                link.unlink()  # there is room again
+    said = succeed(start(case.kind, output))
+    if case.resumed_from is None:
+        assert "resuming from" not in said
+    else:
+        assert f"resuming from {output}/checkpoint-{case.resumed_from} " in said
+    assert_same(output, whole(case.kind), case.kind)
+
+
+def test_the_table_lists_nothing_else():
+    lines = [line for line in DOCS.read_text().splitlines() if line.endswith("; same bytes |")]
+    assert lines == [case.line() for case in CASES]
+
+
+def test_the_comparison_notices(start, whole, tmp_path):
+    """The control: a resumed run whose dropout draws other numbers is not the same."""
+    shutil.copytree(whole(LORA), tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-6"))
+    (tmp_path / "run" / "checkpoint-4" / "rng_state.pth").unlink()
+    assert "resuming from" in succeed(start(LORA, tmp_path / "run"))
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "run", whole(LORA), LORA)

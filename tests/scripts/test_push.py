@@ -1,0 +1,150 @@
+"""What is shared on the Hub: the right files with the right content, and nothing of this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+import run_align
+import run_push
+import run_sft
+from tests.scripts.conftest import align_options, sft_options
+from tests.scripts.hub import LocalHub
+from tests.scripts.launching import ROOT
+from training.loading import load_model_and_processor
+from training.sharing import check_published, published_files
+
+
+CODE = {
+    "backbones_jnana.py",
+    "chat_encoding_jnana.py",
+    "configuration_jnana.py",
+    "modeling_jnana.py",
+    "pretrained_jnana.py",
+    "processing_jnana.py",
+    "projector_jnana.py",
+}
+PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+MODEL = {"model.safetensors", "config.json", "generation_config.json", "README.md"}
+PUSH = {"push_to_hub": "true", "hub_model_id": "me/model", "hub_token": "hf_x"}
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Takes the place of the Hub within this process; the uploads it was asked for."""
+    asked: list[dict] = []
+    repository = type("Repository", (), {"repo_id": "me/model"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: repository)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: asked.append(kwargs))
+    return asked
+
+
+def test_align_pushes_at_its_end(data, vision, pretrained, tmp_path, uploads):
+    """One upload, of the finished folder; with samples and skipped rows beside it that stay."""
+    samples = {"eval_data": data / "captions.json", "sample_steps": 1, "sample_max_new_tokens": 2, "max_steps": 2}
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path, save_steps=1, **samples, **PUSH))
+    ((upload),) = uploads
+    assert upload["repo_id"] == "me/model" and upload["folder_path"] == str(tmp_path)
+    assert set(upload["allow_patterns"]) == MODEL | PROCESSOR | CODE | {"loss_curve.png"}
+    left = {path.name for path in tmp_path.iterdir()} - set(upload["allow_patterns"])
+    assert left == {
+        "checkpoint-1",
+        "checkpoint-2",
+        "samples.html",
+        "samples.jsonl",
+        "trainer_state.json",
+        "training_args.bin",
+    }
+
+
+def test_no_folder_of_this_machine(pretrained, aligned, tuned, tmp_path):
+    """In none of the chain's finished folders; put into one, it is found."""
+    for folder in (pretrained, aligned, tuned / "merged"):
+        check_published(folder)
+        for file in published_files(folder):
+            assert str(pretrained.parent).encode() not in file.read_bytes(), file
+    for name, value in (("config.json", str(aligned)), ("README.md", f"trained on {tmp_path}/secret.json today")):
+        shutil.copytree(tuned / "merged", tmp_path / name)
+        file = tmp_path / name / name
+        content = json.dumps({**json.loads(file.read_text()), "x": value}) if name == "config.json" else value
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"{name}.* names .*, a folder of this machine; take it out"):
+            check_published(tmp_path / name)
+
+
+def test_pushed_read_back(tuned, tmp_path):
+    """A fresh interpreter pushes over HTTP, another folder's worth of cache reads it back: the same logits."""
+    hub = LocalHub()
+    program = f"""
+import sys, torch
+sys.argv = ["run_push.py"]
+import run_push
+run_push.main([{str(tuned / "merged")!r}, "me/model"])
+sys.path[:] = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+for name in [n for n in sys.modules if n.split(".")[0] in ("modeling", "processing", "training", "run_push")]:
+    del sys.modules[name]
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto import configuration_auto, modeling_auto, processing_auto
+model = AutoModelForImageTextToText.from_pretrained("me/model", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("me/model", trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__, type(model).__module__
+text = processor.apply_chat_template(
+    [{{"role": "user", "content": [{{"type": "text", "text": "what is the top?"}}]}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+torch.save((dict(text), model(**text).logits.detach()), {str(tmp_path / "logits.pt")!r})
+"""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+    environment |= {"HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    hub.close()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + str(hub.unknown)
+    assert set(hub.files) == MODEL | PROCESSOR | CODE
+    assert len(hub.commits) == 1
+    for file in published_files(tuned / "merged"):
+        assert hub.files[file.name] == file.read_bytes()
+    text, logits = torch.load(tmp_path / "logits.pt")
+    model, _ = load_model_and_processor(str(tuned / "merged"))
+    torch.testing.assert_close(model(**text).logits, logits, rtol=0, atol=0)
+
+
+class TestRefused:
+    """Each before a model is loaded, with the remedy."""
+
+    @pytest.fixture(autouse=True)
+    def no_model(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("a model was loaded before the check")
+
+        monkeypatch.setattr(run_align, "prepare_model", refuse)
+        monkeypatch.setattr(run_sft, "prepare_model", refuse)
+
+    def test_an_adapter_on_a_local_base(self, data, aligned, tmp_path):
+        message = (
+            f"push_to_hub is true, but the adapter would rest on model '{aligned}', .* run_push.py .* merge_adapter"
+        )
+        with pytest.raises(ValueError, match=message):
+            run_sft.main(sft_options(data, aligned, output_dir=tmp_path, **PUSH))
+
+    def test_a_push_at_every_save(self, data, vision, pretrained, tmp_path):
+        with pytest.raises(ValueError, match="hub_strategy is 'every_save', .* a pickle of the arguments"):
+            run_align.main(
+                align_options(data, vision, pretrained, output_dir=tmp_path, **PUSH, hub_strategy="every_save")
+            )
+
+    def test_pushing_that_adapter_later(self, tuned):
+        with pytest.raises(ValueError, match=r"jnana_base.json says that the adapter rests on model .*merged"):
+            run_push.main([str(tuned), "me/model"])
+
+    @pytest.mark.parametrize("folder", ["checkpoints", "nowhere"])
+    def test_a_folder_without_a_checkpoint(self, tmp_path, folder):
+        (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(ValueError, match="holds no finished checkpoint"):
+            run_push.main([str(tmp_path / folder), "me/model"])

@@ -1,0 +1,26 @@
+"""Imported once by the server process of `forked.py`: pays for the first load of a model, and trains nothing."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+from peft import get_peft_model  # noqa: F401
+from PIL import Image
+
+import run_align
+import run_pretrain  # noqa: F401
+import run_sft  # noqa: F401
+from tests.tiny import save_tiny_text, save_tiny_vision
+from training.arguments import ModelArguments
+from training.loading import prepare_model, prepare_processor
+
+
+with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    vision, text = save_tiny_vision(Path(folder) / "vision", "clip_full"), save_tiny_text(Path(folder) / "text")
+    arguments = ModelArguments(vision_model=str(vision), text_model=str(text))
+    prepare_model(arguments, prepare_processor(arguments))
+Image.init()
+
+# Half of a tiny run's time would go into drawing its loss curve at every save; other tests look at that.
+run_align.LossCurveCallback.on_save = lambda *args, **kwargs: None

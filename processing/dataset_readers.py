@@ -3,6 +3,7 @@
 Embedded images are never copied or decoded here: the row's table takes over the data set's own Arrow buffers.
 """
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from .recordings import TranscriptionError
 from .stored_transcripts import StoredTranscripts, with_recordings
 
 
-CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers")
-IMAGE_COLUMNS = ("images", "image", "image_path", "file_name")
+CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers", "txt")
+# the last four: WebDataset names a column after the files' ending
+IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "jpg", "jpeg", "png", "webp")
+SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 QUESTION_COLUMNS = ("question", "query")
 
 
@@ -45,7 +48,8 @@ def read_dataset(
 
     Columns are found by name: `messages` (chats), `conversations` (LLaVA records), or a text (`text`, `caption`,
     `captions`, `answer`, `answers`) with an optional `question`; each with an optional `images` or `image` column of
-    images or paths.
+    images or paths. In WebDataset's tar files that is `0001.jpg` beside `0001.txt` (a caption) or `0001.json` (an
+    object with the columns above).
 
     Raises:
         FileNotFoundError: if a local file does not exist.
@@ -54,7 +58,7 @@ def read_dataset(
     name = source if isinstance(source, str) else "dataset"
     suffix = Path(name).suffix.lower()
     records, data = None, source
-    if isinstance(source, str) and suffix in (*RECORD_FILES, ".parquet"):
+    if isinstance(source, str) and suffix in (*RECORD_FILES, *SHARDS):
         if load_options:
             raise ValueError(f"{', '.join(load_options)}: not an option of a local file ({name}).")
         image_folder = Path(source).parent if image_folder is None else image_folder
@@ -71,6 +75,8 @@ def read_dataset(
         if isinstance(data, datasets.IterableDataset) and data.features is None:
             data = data._resolve_features()
         columns = list(data.features)
+        if "__key__" in columns and "json" in columns:  # a tar file's object: its fields are the columns
+            columns = [column for column in columns if column != "json"] + list(data.features["json"])
     image_column = image_column or next((column for column in IMAGE_COLUMNS if column in columns), None)
     text_column = text_column or next((column for column in CAPTION_COLUMNS if column in columns), None)
     for column in (image_column, text_column, question_column, category_column):
@@ -90,7 +96,7 @@ def read_dataset(
         return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
     data = _undecoded(data, image_column)
     if isinstance(data, datasets.IterableDataset):
-        return data.map(whole_row, with_indices=True, remove_columns=columns, features=ROW_FEATURES)
+        return data.map(whole_row, with_indices=True, remove_columns=list(data.features), features=ROW_FEATURES)
     return _map_style_rows(data, image_column, image_folder, convert)
 
 
@@ -100,15 +106,18 @@ def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
         data = datasets.load_from_disk(source)
         data = data[split] if isinstance(data, datasets.DatasetDict) else data
         return data.to_iterable_dataset() if streaming else data
-    is_parquet = path.suffix.lower() == ".parquet"
-    if not path.exists() and (is_parquet or source.startswith((".", "/", "~")) or source.count("/") > 1):
+    shards = SHARDS.get(path.suffix.lower())
+    if any(mark in source for mark in "*?[") and shards is not None:
+        if not glob.glob(source):
+            raise FileNotFoundError(f"source={source!r} names no file.")
+    elif not path.exists() and (shards or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"source={source!r} does not exist.")
-    if path.is_file() and not is_parquet:
-        raise ValueError(f"{source}: files read are {', '.join(RECORD_FILES)} and .parquet.")
-    if is_parquet:
-        if streaming:
-            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+    elif path.is_file() and shards == "parquet" and not streaming:
         return datasets.Dataset(pa.parquet.read_table(path, memory_map=True))  # no cache is left behind
+    elif path.is_file() and shards is None:
+        raise ValueError(f"{source}: files read are {', '.join((*RECORD_FILES, *SHARDS))}.")
+    if shards is not None:
+        return datasets.load_dataset(shards, data_files=source, split="train", streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
 
 
@@ -134,8 +143,9 @@ class _Converter:
 
     def __call__(self, record: dict, images: list[dict], index: int) -> dict:
         source = f"{self.name}, record {index}"
-        if record.get("id") is not None:
-            source += f" (id {record['id']})"
+        name = record.get("id", record.get("__key__"))
+        if name is not None:
+            source += f" (id {name})"
         if "conversations" in self.columns:
             return llava_row(record, images, source, self.independent_turns)
         category = record.get(self.category_column) if self.category_column else None
@@ -168,6 +178,7 @@ class _RowConverter:
         self.convert, self.image_column, self.image_folder = convert, image_column, image_folder
 
     def __call__(self, record: dict, index: int) -> dict:
+        record = _unfolded(record)
         value = record.pop(self.image_column, None) if self.image_column else None
         values = value if isinstance(value, list) else [value]
         images = [_reference(item, self.image_folder) for item in values if item]
@@ -211,7 +222,7 @@ def _map_style_rows(data: Any, image_column: str | None, image_folder: Any, conv
 
 def _converted(data, start, stop, image_column, image_folder, convert, lengths) -> Iterator[dict]:
     for index in range(start, stop):
-        record = data[index]
+        record = _unfolded(data[index])
         if image_column in record:
             values = record.pop(image_column)
             values = values if isinstance(values, list) else [values]
@@ -220,6 +231,13 @@ def _converted(data, start, stop, image_column, image_folder, convert, lengths) 
         else:  # the images are joined afterwards, from Arrow: only their number is needed
             placeholders = [{"path": None, "bytes": None}] * next(lengths, 0)
             yield {**convert(record, placeholders, index), "images": []}
+
+
+def _unfolded(record: dict) -> dict:
+    """A record of a tar file with the fields of its `.json` as columns."""
+    if "__key__" in record and isinstance(record.get("json"), dict):
+        return {**record, **record["json"]}
+    return record
 
 
 def _as_lists(chunk: pa.Array) -> pa.Array:

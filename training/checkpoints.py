@@ -93,17 +93,26 @@ def checkpoint_problem(folder: Path) -> str | None:
         missing = sorted(shards - {file.name for file in weights})
         if missing:
             return f"{missing[0]} is missing"
-    sharded = sorted(folder.glob("pytorch_model_fsdp*")) + sorted(folder.glob("global_step*"))
-    if not weights and not sharded:
+    # FSDP writes pytorch_model_fsdp.bin and optimizer.bin, or a folder for each, complete when it has its .metadata;
+    # DeepSpeed writes global_stepN, complete when `latest` names it
+    shards = [path for name in ("pytorch_model_fsdp_*", "optimizer_*") for path in sorted(folder.glob(name))]
+    deepspeed = sorted(folder.glob("global_step*"))
+    if not weights and not shards and not deepspeed and not (folder / "pytorch_model_fsdp.bin").is_file():
         return "it holds no weights"
     for file in weights:
         if not safetensors_is_whole(file):
             return f"{file.name} is truncated"
-    saved_by_torch = [*folder.glob("*.pt"), *folder.glob("*.pth")]
+    saved_by_torch = [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
     for file in sorted(saved_by_torch):
         if not zipfile.is_zipfile(file):
             return f"{file.name} is truncated"
-    if not sharded and not (folder / "optimizer.pt").is_file():
+    for path in shards:
+        if path.is_dir() and not (path / ".metadata").is_file():
+            return f"{path.name} is incomplete"
+    if deepspeed and not (folder / "latest").is_file():
+        return "`latest` is missing"
+    optimizers = ("optimizer.pt", "optimizer.bin", "optimizer_0")
+    if not deepspeed and not any((folder / name).exists() for name in optimizers):
         return "optimizer.pt is missing (was it saved with save_only_model?)"
     return None
 

@@ -6,10 +6,12 @@ SIGKILL and power cuts leave no time for that; what they leave half written is f
 import contextlib
 import errno
 import logging
+import multiprocessing
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,9 @@ class StopSignalCallback(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGTERM, self.note)
             # Blocked too, for the sake of the dataloader's workers, which inherit it: a signal sent to the whole group
-            # would end them, and they the step.
+            # would end them, and they the step. What multiprocessing sends them at exit they would not hear either.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            Finalize(None, end_workers, exitpriority=100)
             self.active = True
 
     def note(self, signum, frame) -> None:
@@ -83,6 +86,15 @@ class StopSignalCallback(TrainerCallback):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             signal.signal(signal.SIGTERM, self.previous)
             self.active = False
+
+
+def end_workers() -> None:
+    """Kill this process's children, without the complaint that a dataloader makes of a lost worker."""
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in children:
+        child.kill()
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

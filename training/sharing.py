@@ -36,7 +36,7 @@ PUBLISHED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "*_jnana.py",
+    "*.py",
     "README.md",
     "loss_curve.png",
 )

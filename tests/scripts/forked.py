@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["tests.scripts.warm", "tests.scripts.forked", "tests.scripts.accidents"]
+PRELOADED = ["tests.scripts.warm", "tests.scripts.forked", "tests.scripts.accidents", "tests.scripts.sharding"]
 
 
 @dataclass

@@ -16,6 +16,7 @@ import pytest
 from tests.scripts.accidents import kill, kill_while_saving, refuse_file, refuse_weights, terminate, terminate_group
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import Ended, run_forked, succeed
+from tests.scripts.tiny_data import make_shards
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "interruptions.md"
@@ -48,7 +49,19 @@ LORA = Kind(
     "adapter_model.safetensors",
     (("lora_dropout", 0.3), ("streaming", "true"), ("per_device_train_batch_size", 6)),
 )
-TWO = Kind("align on 2 processes", "run_align", "model.safetensors", (("gradient_accumulation_steps", 2),), 2)
+PACKED = Kind(
+    "sft, LoRA, packed rows that share their image",
+    "run_sft",
+    "adapter_model.safetensors",
+    (("packing", "shared_image"), ("max_row_tokens", 96), ("gradient_accumulation_steps", 2)),
+)
+TWO = Kind(
+    "align on 2 processes, a stream of tar files",
+    "run_align",
+    "model.safetensors",
+    (("gradient_accumulation_steps", 2), ("streaming", "true"), ("train_data", "tar files")),
+    2,
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ CASES = [
         (KILLED, KILLED),
         4,
     ),
+    Case("SIGKILL", "between two steps", PACKED, (partial(kill, "on_step_end", 3),), (KILLED,), 2),
     Case("SIGKILL", "of one of two processes", TWO, (partial(kill, "on_step_end", 3, rank=1),), (FAILED,), 2),
     Case("SIGTERM", "between two micro-batches", ALIGN, (partial(terminate, "on_substep_end", 2),), (TERMINATED,), 3),
     Case("SIGTERM", "in the last step", ALIGN, (partial(terminate, "on_step_begin", 5),), (TERMINATED,), 6),
@@ -126,6 +140,8 @@ CASES = [
 
 def arguments(kind: Kind, output: Path, data, vision, pretrained, aligned) -> list[str]:
     changes = {**COMMON, **dict(kind.changes), "output_dir": output}
+    if changes.get("train_data") == "tar files":
+        changes["train_data"] = str(data / "shards" / "*.tar")
     if kind.script == "run_align":
         return align_options(data, vision, pretrained, **changes)
     return sft_options(data, aligned, **changes)
@@ -134,6 +150,7 @@ def arguments(kind: Kind, output: Path, data, vision, pretrained, aligned) -> li
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, data, vision, pretrained, aligned):
     """Starts a run of a kind in processes of its own."""
+    make_shards(data / "images", data / "shards", 4)
 
     def start(kind: Kind, output: Path, prepare: Callable | None = None, workers: int = 0) -> list[Ended]:
         words = arguments(kind, output, data, vision, pretrained, aligned)

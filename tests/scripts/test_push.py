@@ -20,15 +20,7 @@ from training.loading import load_model_and_processor
 from training.sharing import check_published, published_files
 
 
-CODE = {
-    "backbones_jnana.py",
-    "chat_encoding_jnana.py",
-    "configuration_jnana.py",
-    "modeling_jnana.py",
-    "pretrained_jnana.py",
-    "processing_jnana.py",
-    "projector_jnana.py",
-}
+CODE = {file.name for room in ("modeling", "processing") for file in (ROOT / room).glob("*_jnana.py")}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 MODEL = {"model.safetensors", "config.json", "generation_config.json", "README.md"}
 PUSH = {"push_to_hub": "true", "hub_model_id": "me/model", "hub_token": "hf_x"}

@@ -1,7 +1,9 @@
-"""Small files in the formats of the real data: a text corpus, COCO captions, LLaVA-Instruct, an image folder."""
+"""Small files in the formats of the real data: text, COCO captions, LLaVA-Instruct, an image folder, tar shards."""
 
 import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
 from PIL import Image
@@ -61,3 +63,20 @@ def make_data(folder: Path) -> Path:
         writer.writerow(["file_name", "text"])
         writer.writerows([name, caption(top, bottom)] for name, top, bottom in made)
     return folder
+
+
+def make_shards(images: Path, folder: Path, count: int) -> str:
+    """The pictures with their captions as WebDataset's tar files, `count` of them; returns their pattern."""
+    folder.mkdir(parents=True)
+    pictures = sorted(images.glob("*.png"))
+    for number in range(count):
+        with tarfile.open(folder / f"{number:03}.tar", "w") as shard:
+            for picture in pictures[number::count]:
+                for ending, content in (
+                    ("png", picture.read_bytes()),
+                    ("txt", caption(*picture.stem.split("_")).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{picture.stem}.{ending}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+    return str(folder / "*.tar")

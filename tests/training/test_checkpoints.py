@@ -57,6 +57,29 @@ def test_shards_are_all_needed(run):
     assert checkpoint_problem(folder) == "model-00002-of-00002.safetensors is missing"
 
 
+def test_sharded_checkpoints(run):
+    """FSDP's files, FSDP's folders, DeepSpeed's folder: each whole, then with one thing missing."""
+    folder = run / "checkpoint-10"
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    assert checkpoint_problem(folder) is None
+    cut(folder / "optimizer.bin")
+    assert checkpoint_problem(folder) == "optimizer.bin is truncated"
+    (folder / "optimizer.bin").unlink()
+    assert "optimizer.pt is missing" in checkpoint_problem(folder)
+    (folder / "model.safetensors").unlink()
+    assert checkpoint_problem(folder) == "it holds no weights"
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name).mkdir()
+        assert checkpoint_problem(folder) == f"{name} is incomplete"
+        (folder / name / ".metadata").touch()
+    assert checkpoint_problem(folder) is None
+    folder = run / "checkpoint-4"
+    (folder / "optimizer.pt").rename(folder / "global_step4")
+    assert checkpoint_problem(folder) == "`latest` is missing"
+    (folder / "latest").write_text("global_step4")
+    assert checkpoint_problem(folder) is None
+
+
 def test_nothing_to_resume(tmp_path):
     assert checkpoint_to_resume(str(tmp_path), None) is None
     assert checkpoint_to_resume(str(tmp_path / "new"), None) is None

@@ -1,0 +1,42 @@
+"""FSDP2 on CPUs: what `accelerate launch --config_file` sets, and a way round what keeps accelerate from using it."""
+
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from modeling import JnanaModel
+
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+# stock: the process group that `shard_on_cpu` prepared is used instead of a new one
+CONFIGURED = '--accelerator_config={"use_configured_state": true, "dispatch_batches": false}'
+
+
+def launch_environment(name: str, processes: int) -> dict[str, str]:
+    """The variables that `accelerate launch` makes of one of our files, of its own making."""
+    command = ["--config_file", str(CONFIGS / name), "--num_processes", str(processes), "--mixed_precision", "no"]
+    options, _, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "script.py"]))
+    made = prepare_multi_gpu_env(options)
+    return {key: value for key, value in made.items() if os.environ.get(key) != value}
+
+
+def shard_on_cpu() -> None:
+    """Say that the processes have GPUs: without them accelerate silently trains DDP. What follows is its own code."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    watch_imageless()
+
+
+def watch_imageless() -> None:
+    """Print a line whenever this process has a batch without an image."""
+    original = JnanaModel._touch_image_path
+
+    def touch(self, inputs_embeds):
+        print("a batch without an image")
+        return original(self, inputs_embeds)
+
+    JnanaModel._touch_image_path = touch

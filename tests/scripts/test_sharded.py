@@ -1,0 +1,118 @@
+"""DDP and FSDP2 on two processes: the same run as one process, also where one of the two has no image in its batch."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.scripts.conftest import sft_options
+from tests.scripts.forked import run_forked, succeed
+from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, watch_imageless
+from training.loading import load_model_and_processor
+
+
+SIZES = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "independent_turns": "false",
+    "adam_epsilon": "1e-3",
+    "learning_rate": "1e-2",
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, data, aligned):
+    """Fine-tunes on records of which every second has no image."""
+    folder = tmp_path_factory.mktemp("mixed")
+    records = json.loads((data / "instruct.json").read_text())
+    for record in records[1::2]:
+        del record["image"]
+        record["conversations"][0]["value"] = "what is the top?"
+    (folder / "instruct.json").write_text(json.dumps(records))
+
+    def start(output, how: str, **changes) -> list[str]:
+        processes = 1 if how == "one" else 2
+        changes = {**SIZES, "lora_r": 0, "per_device_train_batch_size": 2 // processes, **changes}
+        words = sft_options(data, aligned, output_dir=output, train_data=folder / "instruct.json", **changes)
+        options = {"processes": processes, "prepare": watch_imageless}
+        if how == "fsdp2":
+            words.append(CONFIGURED)
+            options |= {"prepare": shard_on_cpu, "environment": launch_environment("fsdp2.yaml", processes)}
+        ended = run_forked("run_sft", words, tmp_path_factory.mktemp("log"), **options)
+        succeed(ended)
+        return [each.output for each in ended]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, start):
+    output = tmp_path_factory.mktemp("one") / "run"
+    start(output, "one")
+    return output
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, start):
+    output = tmp_path_factory.mktemp("fsdp2") / "run"
+    return output, start(output, "fsdp2")
+
+
+def history(folder, name: str) -> torch.Tensor:
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return torch.tensor([entry[name] for entry in entries if name in entry], dtype=torch.float64)
+
+
+def assert_same_run(folder, reference, weights="model.safetensors") -> None:
+    """The same losses, gradient norms and final weights."""
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(history(folder, name), history(reference, name), rtol=2e-5, atol=0)
+    ours, theirs = load_file(folder / weights), load_file(reference / weights)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=5e-6, msg=name)
+
+
+def assert_one_lacked_an_image(outputs: list[str]) -> None:
+    counts = [output.count("a batch without an image") for output in outputs]
+    assert max(counts) > 0 and min(counts) < SIZES["max_steps"], counts
+
+
+def test_ddp_is_one_process(start, one, tmp_path):
+    assert_one_lacked_an_image(start(tmp_path / "run", "ddp"))
+    assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").is_file()
+    assert_same_run(tmp_path / "run", one)
+
+
+def test_fsdp2_is_one_process(one, sharded):
+    """accelerate's FSDP2 ran (its files say so), and what it leaves is an ordinary checkpoint in safetensors."""
+    folder, outputs = sharded
+    assert_one_lacked_an_image(outputs)
+    names = {path.name for path in (folder / "checkpoint-4").iterdir()}
+    assert {"pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"} <= names and "optimizer.pt" not in names
+    assert_same_run(folder, one)
+    model, processor = load_model_and_processor(str(folder))
+    reference, _ = load_model_and_processor(str(one))
+    text = processor.tokenizer("what is the top?", return_tensors="pt")
+    torch.testing.assert_close(model(**text).logits, reference(**text).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_fsdp2_resumes(start, sharded, tmp_path):
+    """To the byte; the two steps that it makes do change the weights."""
+    folder, _ = sharded
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-4", "model.safetensors"))
+    shutil.copy(folder / "checkpoint-2" / "model.safetensors", tmp_path / "run" / "checkpoint-2")
+    assert f"resuming from {tmp_path}/run/checkpoint-2 " in start(tmp_path / "run", "fsdp2")[0]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() != (folder / "checkpoint-2" / "model.safetensors").read_bytes()
+
+
+def test_fsdp2_with_an_adapter(start, tmp_path):
+    changes = {"lora_r": 4, "max_steps": 2}
+    start(tmp_path / "one", "one", **changes)
+    start(tmp_path / "fsdp2", "fsdp2", **changes)
+    assert (tmp_path / "fsdp2" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
+    assert_same_run(tmp_path / "fsdp2", tmp_path / "one", "adapter_model.safetensors")
+    load_model_and_processor(str(tmp_path / "fsdp2"))

@@ -1,4 +1,4 @@
-"""Data in shards: WebDataset's tar files and parquet files by a pattern, streamed or not, give the rows one expects."""
+"""Data in shards: WebDataset tar files and parquet files by a pattern, streamed or not, give the rows one expects."""
 
 import io
 import json

@@ -1,12 +1,14 @@
 """Accidents for the interruption tests: each arranges, in the process that will suffer it, what happens when."""
 
+import errno
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 
 SAVING = {
@@ -68,6 +70,19 @@ class RefuseFile(TrainerCallback):
             (folder / self.name).symlink_to("/dev/full")
 
 
+def refuse_state(step: int) -> None:
+    """The disk is full half-way through the last file of checkpoint `step`."""
+    original = TrainerState.save_to_json
+
+    def full(self, json_path: str) -> None:
+        original(self, json_path)
+        if Path(json_path).parent.name == f"checkpoint-{step}":
+            os.truncate(json_path, Path(json_path).stat().st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), json_path)
+
+    TrainerState.save_to_json = full
+
+
 def refuse_weights(folder: str) -> None:
     """The disk is full when the weights in `folder` are written, with the error that safetensors then raises."""
     original = Trainer._save
@@ -88,6 +103,24 @@ def terminate_group(event: str, step: int) -> None:
 
 def files(folder: str) -> list[Path]:
     return [path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".pt", ".pth")]
+
+
+def terminate_launcher(event: str, step: int) -> None:
+    """SIGTERM to the process that started this one; then the step waits until it has come back down."""
+    if os.environ["RANK"] == "0":
+        add_callback(SignalLauncher(event, step))
+
+
+class SignalLauncher(SignalAt):
+    def __init__(self, event: str, step: int):
+        super().__init__(signal.SIGTERM, event, step)
+
+    def strike(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getppid(), self.number)
+            deadline = time.monotonic() + 10
+            while signal.SIGTERM not in signal.sigpending() and time.monotonic() < deadline:
+                time.sleep(0.01)
 
 
 def add_callback(callback: TrainerCallback) -> None:

@@ -88,12 +88,13 @@ def check_published(folder: str | Path) -> None:
 
 
 def folder_of_this_machine(text: str, folder: Path) -> str | None:
-    """A path within `text` that exists here, or that leads to the home, working or checkpoint folder."""
-    for path in re.findall(r"(?:~|[A-Za-z]:)?[/\\][\w.\-/\\ ]*[\w.\-]", text):
-        candidate = Path(path.strip()).expanduser()
-        inside = [root for root in (Path.home(), Path.cwd(), folder) if candidate.is_relative_to(root)]
-        if candidate.is_absolute() and len(candidate.parts) > 2 and (inside or candidate.exists()):
-            return str(candidate)
+    """A path within `text` that lies in a folder of this machine: `/x/y` at least, home, the working one, `folder`."""
+    homes = {place for place in (Path.home(), Path.cwd(), folder) if len(place.parts) > 1}
+    for path in re.findall(r"(?:~|[A-Za-z]:)?[/\\][\w.\-/\\]*[\w\-]", text):
+        candidate = Path(path).expanduser()
+        for place in (candidate, *candidate.parents):
+            if place in homes or (place.is_absolute() and len(place.parts) > 2 and place.exists()):
+                return str(candidate)
     return None
 
 

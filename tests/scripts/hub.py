@@ -50,7 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"url": f"{self.hub.url}/me/{name}"})
         elif re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
             wanted = json.loads(body)["files"]
-            self.answer({"files": [{"path": f["path"], "uploadMode": "regular"} for f in wanted]})
+            self.answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]}
+            )
         elif re.fullmatch(r"/api/models/[^/]+/[^/]+/commit/main", path):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "header":

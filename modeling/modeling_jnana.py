@@ -232,6 +232,10 @@ class JnanaModel(JnanaPreTrainedModel):
         )
         if image_indices is not None:
             image_hidden_states = self._show_images(image_hidden_states, image_indices)
+        nothing = None
+        if image_hidden_states is None and self.training and torch.distributed.is_available():
+            if torch.distributed.is_initialized():
+                nothing = self._touch_image_path((inputs_embeds if input_ids is None else input_ids).device)
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
             if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
@@ -243,8 +247,8 @@ class JnanaModel(JnanaPreTrainedModel):
             image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_hidden_states)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
-        elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            inputs_embeds = self._touch_image_path(inputs_embeds)
+        elif nothing is not None:
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.dtype)
 
         if segment_ids is not None or branch_ids is not None:
             shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
@@ -323,15 +327,14 @@ class JnanaModel(JnanaPreTrainedModel):
             ),
         )
 
-    def _touch_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _touch_image_path(self, device: torch.device) -> torch.Tensor:
         """
-        Run tower and projector on a black image and add nothing. When processes train together and one has a batch
-        without images, its parameters must take part all the same: DDP waits for their gradients, FSDP and ZeRO-3 for
-        their shards.
+        Run tower and projector on a black image; returns a zero that depends on them. When processes train together
+        and one has a batch without images, its parameters must take part all the same: DDP waits for their gradients,
+        FSDP and ZeRO-3 for their shards, in the order in which the other processes ask for them: images first.
         """
-        black = torch.zeros(image_shape(self.config), device=inputs_embeds.device, dtype=self.vision_tower.dtype)
-        features = self.get_image_features(black, return_dict=True).pooler_output[0]
-        return inputs_embeds + 0.0 * features.sum().to(inputs_embeds.dtype)
+        black = torch.zeros(image_shape(self.config), device=device, dtype=self.vision_tower.dtype)
+        return 0.0 * self.get_image_features(black, return_dict=True).pooler_output[0].sum()
 
 
 class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):

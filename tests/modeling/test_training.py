@@ -276,7 +276,7 @@ def test_a_process_without_images_in_its_batch_takes_part(tmp_path, monkeypatch)
         gradients = [p.grad for p in model.model.multi_modal_projector.parameters()]
         assert all(gradient is not None and not gradient.any() for gradient in gradients)
         # Negative control: without it, DDP stops at the second batch.
-        monkeypatch.setattr(type(model.model), "_touch_image_path", lambda self, embeds: embeds)
+        monkeypatch.setattr(type(model.model), "_touch_image_path", lambda self, device: None)
         with pytest.raises(RuntimeError, match="finished reduction"):
             for _ in range(3):
                 wrapped(**text).loss.backward()

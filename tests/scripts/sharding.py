@@ -35,8 +35,8 @@ def watch_imageless() -> None:
     """Print a line whenever this process has a batch without an image."""
     original = JnanaModel._touch_image_path
 
-    def touch(self, inputs_embeds):
+    def touch(self, device):
         print("a batch without an image")
-        return original(self, inputs_embeds)
+        return original(self, device)
 
     JnanaModel._touch_image_path = touch

@@ -11,8 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 class LocalHub:
     """
-    One repository's worth of the Hub's HTTP interface, as far as `create_repo`, `upload_folder` and `from_pretrained`
-    use it.
+    One repository's worth of the Hub's HTTP interface, as far as `create_repo`, `upload_folder` and the download of
+    single files use it.
 
     Attributes:
         url (`str`): For `HF_ENDPOINT`.
@@ -79,9 +79,6 @@ class _Handler(BaseHTTPRequestHandler):
             names = sorted(self.hub.files)
             siblings = [{"rfilename": name} for name in names]
             self.answer({"id": "/".join(path.split("/")[3:5]), "sha": self.hub.revision, "siblings": siblings})
-        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/.+", path):
-            rows = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in sorted(self.hub.files.items())]
-            self.answer(rows)
         else:
             self.refuse()
 

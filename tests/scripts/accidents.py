@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -103,24 +102,6 @@ def terminate_group(event: str, step: int) -> None:
 
 def files(folder: str) -> list[Path]:
     return [path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".pt", ".pth")]
-
-
-def terminate_launcher(event: str, step: int) -> None:
-    """SIGTERM to the process that started this one; then the step waits until it has come back down."""
-    if os.environ["RANK"] == "0":
-        add_callback(SignalLauncher(event, step))
-
-
-class SignalLauncher(SignalAt):
-    def __init__(self, event: str, step: int):
-        super().__init__(signal.SIGTERM, event, step)
-
-    def strike(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getppid(), self.number)
-            deadline = time.monotonic() + 10
-            while signal.SIGTERM not in signal.sigpending() and time.monotonic() < deadline:
-                time.sleep(0.01)
 
 
 def add_callback(callback: TrainerCallback) -> None:

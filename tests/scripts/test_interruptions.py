@@ -4,7 +4,6 @@ That is meant to the byte: the same file of weights, the same loss at every step
 """
 
 import json
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from tests.scripts.accidents import (
 )
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import Ended, run_forked, succeed
-from tests.scripts.launching import ROOT, launch
 from tests.scripts.tiny_data import make_shards
 
 
@@ -230,20 +228,3 @@ def test_the_comparison_notices(start, whole, tmp_path):
     assert "resuming from" in succeed(start(LORA, tmp_path / "run"))
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "run", whole(LORA), LORA)
-
-
-def test_accelerate_launch_passes_sigterm_on(start, whole, tmp_path, data, vision, pretrained, aligned):
-    """The launcher alone is told; its two processes agree on a step, save it and leave."""
-    output, script = tmp_path / "run", tmp_path / "interrupted.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.scripts.accidents import terminate_launcher\nimport run_align\n"
-        "terminate_launcher('on_step_begin', 2)\nrun_align.main(sys.argv[1:])\n"
-    )
-    process = launch(str(script), arguments(TWO, output, data, vision, pretrained, aligned), processes=2)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode != 0
-    assert said.count("SIGTERM: stopped after step") == 1, said[-4000:]
-    (stopped,) = [int(number) for number in re.findall(r"stopped after step (\d+) of 6", said)]
-    assert f"resuming from {output}/checkpoint-{stopped} " in succeed(start(TWO, output))
-    assert_same(output, whole(TWO), TWO)

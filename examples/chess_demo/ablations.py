@@ -16,13 +16,11 @@ from pathlib import Path
 from run_demo import Job, Stage, assistant_commands, launch, run_stage
 
 
-# Options of run_align.py; `align_steps` 0 leaves the align stage out: the projector starts sft at random.
+# Options of run_align.py that replace the recipe's; `align_steps` 0: sft starts with a random projector.
 VARIANTS: dict[str, dict] = {
-    "as in the demo": {},
     "no align": {"align_steps": 0},
     "linear projector": {"projector_type": "linear"},
     "mlp projector": {"projector_type": "mlp"},
-    "resblock projector": {"projector_type": "resblock"},
     "last layer alone": {"vision_feature_layer": "-1"},
     "second last layer alone": {"vision_feature_layer": "-2"},
     "language model from random weights": {"random_text_model": True},
@@ -59,13 +57,21 @@ def run_variant(name: str, demo: Path, output: Path, seed: int) -> dict:
     started = time.monotonic()
     for stage in variant_stages(name, demo, output, seed):
         run_stage(stage, output)
-    results = json.loads((output / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    splits = {split: results["splits"][split]["overall"] for split in ("test", "unseen")}
-    result: dict = {"variant": name, "seed": seed, "seconds": time.monotonic() - started}
-    for split, scores in splits.items():
-        result[split] = {"exact_match": scores["exact_match"], "questions": scores["n"]}
+    result = {"variant": name, "seed": seed, "seconds": time.monotonic() - started}
+    result |= scores_of(output / "evaluation")
     result_file.write_text(json.dumps(result, indent=2), encoding="utf-8")
     return result
+
+
+def scores_of(evaluation: Path) -> dict[str, dict]:
+    """Exact match and number of questions of both splits, from a folder of run_evaluate.py."""
+    splits = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["splits"]
+    overall = {split: splits[split]["overall"] for split in ("test", "unseen")}
+    return {split: {"exact_match": s["exact_match"], "questions": s["n"]} for split, s in overall.items()}
+
+
+def describe(result: dict) -> str:
+    return ", ".join(f"{split} {100 * result[split]['exact_match']:.1f} %" for split in ("test", "unseen"))
 
 
 def main() -> None:
@@ -76,11 +82,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    whole = scores_of(arguments.demo_dir / "evaluation")
+    print(f"the demo: {describe(whole)}", flush=True)
     for name in arguments.variants:
         folder = arguments.output_dir.resolve() / name.replace(" ", "_")
         result = run_variant(name, arguments.demo_dir.resolve(), folder, arguments.seed)
-        shares = ", ".join(f"{split} {100 * result[split]['exact_match']:.1f} %" for split in ("test", "unseen"))
-        print(f"{name}: {shares}", flush=True)
+        print(f"{name}: {describe(result)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of everything but the test and unseen pictures")
     parser.add_argument("--test_seed", type=int, default=1000, help="of the test and unseen pictures")
     parser.add_argument("--part", choices=("all", "text", "pictures"), default="all", help="to draw them side by side")
-    parser.add_argument("--documents", type=int, default=27200, help="of the language model's corpus")
+    parser.add_argument("--documents", type=int, default=22400, help="of the language model's corpus")
     parser.add_argument("--single_images", type=int, default=4000)
     parser.add_argument("--train_images", type=int, default=8000)
     parser.add_argument("--validation_questions", type=int, default=270)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # System packages that some tests use; those tests are skipped, and say so, where they are missing.
+#   chromium    drives the chat app
 #   espeak-ng   speaks the questions that WhisperX has to hear
 set -euo pipefail
-packages=(espeak-ng)
+packages=(chromium espeak-ng)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -12,28 +12,31 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/chess_demo/run_demo.py $(ARGS)
 
 # One thread a worker: tiny models gain nothing from more, and workers stop fighting over the cores.
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 # Training throughput beside stock LLaVA, on one thread: benchmarks/README.md.
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m benchmarks.train_throughput $(ARGS)
 
-quality: $(VENV)/.installed
+quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-style: $(VENV)/.installed
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+# The demo needs the package alone; everything else also needs what tests, style checks and the app use.
+$(VENV)/.installed: EXTRAS =
+$(VENV)/.installed-dev: EXTRAS = [app,dev]
+$(VENV)/.installed $(VENV)/.installed-dev: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
 	touch $@

@@ -1,5 +1,7 @@
 """The stage scripts with packed rows: the same steps as without, however batches are cut, interrupted or spread."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -12,13 +14,13 @@ import run_align
 import run_pretrain
 import run_sft
 from tests.scripts.conftest import align_options, options, sft_options
-from tests.scripts.launching import finish, launch
+from tests.scripts.forked import run_forked, succeed
 from tests.scripts.test_processes import assert_same_run, losses_of
 from tests.scripts.test_resume import assert_same_weights
 
 
-# Every batch is the whole data set, so that one layout's steps are another's
-ALL = {"max_row_tokens": 64, "adam_epsilon": "1e-3", "save_strategy": "no", "logging_steps": 1, "max_steps": 3}
+# Every step is the whole data set, so that one layout's steps are another's
+ALL = {"max_row_tokens": 44, "adam_epsilon": "1e-3", "save_strategy": "no", "logging_steps": 1, "max_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -37,42 +39,42 @@ def captions(data, tmp_path_factory):
     return folder / "captions.json", len(annotations)
 
 
-def test_align_is_the_same_run_in_every_layout(data, vision, pretrained, captions, tmp_path, capsys):
-    """Full batches: without packing, rows, shared image, accumulated one by one, and on two processes."""
+def layout(data, vision, pretrained, file, folder, batch, **changes) -> list[str]:
+    """Three steps over all of the data, and the loss of validation at the end."""
+    changes = {"train_data": file, "eval_data": file, "eval_strategy": "steps", "eval_steps": 3, **ALL, **changes}
+    changes |= {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 3, "output_dir": folder}
+    return align_options(data, vision, pretrained, **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(data, vision, pretrained, captions, tmp_path_factory):
+    """A folder with the same run in four layouts: `none`, `rows`, and the eight rows of a shared image as 8x1, 1x8."""
+    folder = tmp_path_factory.mktemp("layouts")
     file, count = captions
+    for name, batch, changes in (
+        ("none", count, {}),
+        ("rows", 64, {"packing": "rows"}),
+        ("8x1", 8, {"packing": "shared_image"}),
+        ("1x8", 1, {"packing": "shared_image", "gradient_accumulation_steps": 8}),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            run_align.main(layout(data, vision, pretrained, file, folder / name, batch, **changes))
+        if "x" in name:
+            assert " 8 packed rows" in said.getvalue() and "saved)" in said.getvalue()
+    return folder
 
-    def arguments(name, **changes):
-        values = {
-            **ALL,
-            "train_data": file,
-            "output_dir": tmp_path / name,
-            "eval_data": file,
-            "eval_strategy": "steps",
-        }
-        values |= {"eval_steps": 3, "per_device_eval_batch_size": 3, **changes}
-        return align_options(data, vision, pretrained, **values)
 
-    run_align.main(arguments("none", per_device_train_batch_size=count))
-    capsys.readouterr()
-    for packing in ("rows", "shared_image"):
-        run_align.main(arguments(packing, packing=packing, per_device_train_batch_size=64))
-        said = capsys.readouterr().out
-        assert_same_run(tmp_path / packing, tmp_path / "none")
-    rows = int(said.split(" packed rows")[0].split()[-1])
-    assert rows >= 4 and "saved)" in said
-    run_align.main(
-        arguments("one", packing="shared_image", per_device_train_batch_size=1, gradient_accumulation_steps=64)
-    )
-    assert_same_run(tmp_path / "one", tmp_path / "none")
-    half = -(-rows // 2)
-    output = finish(
-        launch("run_align.py", arguments("two", packing="shared_image", per_device_train_batch_size=half), processes=2)
-    )
-    assert "2 process(es), distributed" in output
-    if rows % 2 == 0:  # an odd row out would be made up for by one of the others
-        assert_same_run(tmp_path / "two", tmp_path / "none")
-    for name in ("rows", "shared_image", "one", "two"):
-        assert eval_loss(tmp_path / name) == pytest.approx(eval_loss(tmp_path / "none"), rel=1e-5), name
+@pytest.mark.parametrize("name", ["rows", "8x1", "1x8"])
+def test_align_is_the_same_run_in_every_layout(runs, name):
+    assert_same_run(runs / name, runs / "none")
+    assert eval_loss(runs / name) == pytest.approx(eval_loss(runs / "none"), rel=1e-5)
+
+
+def test_two_processes_with_four_rows_each_are_one_with_eight(data, vision, pretrained, captions, runs, tmp_path):
+    arguments = layout(data, vision, pretrained, captions[0], tmp_path / "two", 4, packing="shared_image")
+    assert "2 process(es), distributed" in succeed(run_forked("run_align", arguments, tmp_path / "log", processes=2))
+    assert_same_run(tmp_path / "two", runs / "none")
+    assert eval_loss(tmp_path / "two") == pytest.approx(eval_loss(runs / "none"), rel=1e-5)
 
 
 def eval_loss(folder) -> float:
@@ -80,15 +82,13 @@ def eval_loss(folder) -> float:
     return next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
 
 
-def test_without_the_count_of_tokens_it_differs(data, vision, pretrained, captions, tmp_path, monkeypatch):
+def test_without_the_count_of_tokens_it_differs(data, vision, pretrained, captions, runs, tmp_path, monkeypatch):
     """The control: each packed row weighing the same."""
     monkeypatch.setattr(Trainer, "_get_num_items_in_batch", lambda *args: None)
-    changes = {**ALL, "train_data": captions[0], "packing": "shared_image"}
-    for name, batch, accumulation in (("all", 64, 1), ("one", 1, 64)):
-        changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        run_align.main(align_options(data, vision, pretrained, **changes, output_dir=tmp_path / name))
+    changes = {"packing": "shared_image", "gradient_accumulation_steps": 8}
+    run_align.main(layout(data, vision, pretrained, captions[0], tmp_path, 1, **changes))
     with pytest.raises(AssertionError):
-        assert_same_run(tmp_path / "one", tmp_path / "all")
+        assert_same_run(tmp_path, runs / "8x1")
 
 
 def test_lora_is_the_same_run(data, aligned, tmp_path):

@@ -235,7 +235,8 @@ class JnanaModel(JnanaPreTrainedModel):
         nothing = None
         if image_hidden_states is None and self.training and torch.distributed.is_available():
             if torch.distributed.is_initialized():
-                nothing = self._touch_image_path((inputs_embeds if input_ids is None else input_ids).device)
+                given = inputs_embeds if input_ids is None else input_ids
+                nothing = self._touch_image_path(given.device)  # type: ignore[union-attr]  # one of them is given
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
             if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image

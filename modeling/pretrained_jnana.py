@@ -90,7 +90,8 @@ class JnanaPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.post_init`; `_no_split_modules` then names only classes that this model holds."""
         super().post_init()
         # CLIP's list names its text half too, and accelerate's FSDP refuses a class it does not find
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        held = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = held.intersection(self._no_split_modules or ())
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process: bool = True, *, save_original_format=False, **kwargs

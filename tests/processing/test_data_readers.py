@@ -255,7 +255,7 @@ def test_records_of_a_file_are_taken_as_they_stand(pictures, streaming):
         ("data.jsonl", b"\n", "holds no records"),
         ("data.json", b"[]", "holds no records"),
         ("data.json", b'{"images": [1], "annotations": []}', "images 0: an object with named fields is needed, not 1"),
-        ("data.xlsx", b"", r"files read are .csv, .json, .jsonl and .parquet"),
+        ("data.xlsx", b"", r"files read are .csv, .json, .jsonl, .parquet, .tar"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):

@@ -175,11 +175,16 @@ def test_a_fresh_interpreter_loads_saves_and_loads_again(tmp_path):
         run = subprocess.run(
             [sys.executable, "-I", "-c", script, str(tmp_path / source), str(tmp_path / target)],
             cwd=away,
-            env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "HF_HOME": str(tmp_path / "hub"),
+                "HF_MODULES_CACHE": str(tmp_path / "modules"),
+                "HF_HUB_OFFLINE": "1",
+            },
             capture_output=True,
             text=True,
         )
-        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.returncode == 0, f"exit code {run.returncode}\n{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
         assert float(run.stdout.split()[-1]) == expected
         auto_map = json.loads((tmp_path / target / "config.json").read_text())["auto_map"]
         assert set(auto_map) == {

@@ -1,0 +1,12 @@
+"""What all tests share: each process keeps the code of the checkpoints that it loads in a folder of its own.
+
+transformers copies such code to one place in the user's home, file by file, without a lock and not in one piece: a
+process that loads a checkpoint of the same name in that moment may import half a file.
+"""
+
+import os
+import tempfile
+
+
+_MODULES = tempfile.TemporaryDirectory(prefix="jnana-test-modules-")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name  # read when transformers is imported, which no plugin has done yet

@@ -1,0 +1,200 @@
+"""Peak memory of the jnana SFT recipe at full size: what a card must have to run it.
+
+    python -m benchmarks.sft_memory                                          # a GPU; 12 GB of disk while it runs
+    python -m benchmarks.sft_memory --output results.json --dtype float16 --bf16 false --fp16 true      # as on a T4
+    python -m benchmarks.sft_memory --quantization none                      # what the 4 bits are good for
+    python -m benchmarks.sft_memory --scale tiny                             # the mechanics, on a CPU
+
+`run_sft.py` itself runs `recipes/jnana/sft.yaml`, with nothing overridden but paths, the number of steps and what is
+written to disk; the adapter is then merged as the recipe asks. What it starts from is random: CLIP ViT-B/32, the
+recipe's projector and Phi-2 in their full shapes, and pictures and conversations of the real data's lengths. Options
+that are not this script's go to `run_sft.py`. Without a GPU the full size is refused.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import release_memory
+from transformers import CLIPVisionConfig, PhiConfig
+
+import run_sft
+from benchmarks.machine import PeakMemory, describe_machine
+from benchmarks.workloads import SCALES, Scale, make_pictures, make_processor, make_rows
+from modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
+from training.arguments import as_command_line, read_recipe, typed
+from training.loading import load_model_and_processor
+from training.merging import merge_adapter
+from training.stages import part_of
+
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "jnana"
+LIMIT_GB = 15  # the T4 on which the system's builder trained it
+IMAGE_TOKENS = {"phi2": 49, "tiny": 4}
+# The tiny scale takes these for the recipe's own; everything else is the recipe's there too.
+TINY = {"lora_r": 2, "dtype": "float32", "bf16": "false", "use_cpu": "true", "dataloader_num_workers": 0}
+
+
+def save_base(folder: Path, scale: Scale, image_tokens: int, device: torch.device) -> None:
+    """What the align recipe leaves, with random weights in place of trained ones."""
+    processor = make_processor(scale, image_tokens)
+    align = read_recipe(RECIPES / "align.yaml")
+    fields = {name: typed(align[name]) for name in PROJECTOR_FIELDS if name in align}
+    config = JnanaConfig.from_vision_text_configs(
+        CLIPVisionConfig(**scale.vision[image_tokens]),
+        PhiConfig(**scale.text[image_tokens]),
+        image_token_id=processor.image_token_id,
+        **fields,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(scale.dtype)
+    try:
+        with device:
+            model = JnanaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_data(folder: Path, count: int) -> Path:
+    """A LLaVA-Instruct file beside its pictures; returns the file."""
+    pictures = make_pictures(folder, count)
+    records = []
+    for number, (row, picture) in enumerate(zip(make_rows("sft", pictures), pictures, strict=True)):
+        turns = []
+        for (_, question), (answer,) in (tuple(turn["content"] for turn in chat) for chat in row["conversations"]):
+            mark = "" if turns else "<image>\n"
+            turns.append({"from": "human", "value": mark + question["text"]})
+            turns.append({"from": "gpt", "value": answer["text"]})
+        records.append({"id": str(number), "image": picture.name, "conversations": turns})
+    file = folder / "instruct.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    return file
+
+
+def command_line(args: argparse.Namespace, folder: Path, base: Path, data: Path) -> list[str]:
+    """The recipe, and what this measurement must set: paths, steps, and that disk is left alone."""
+    values = {
+        "model_name_or_path": base,
+        "train_data": data,
+        "image_folder": data.parent,
+        "output_dir": folder / "sft",
+        "max_steps": args.steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "merge_adapter": "false",  # measured by itself
+        "disable_tqdm": "true",
+    }
+    if args.scale == "tiny":
+        values |= {**TINY, "max_row_tokens": SCALES["tiny"].max_row_tokens[IMAGE_TOKENS["tiny"]]}
+    return [str(RECIPES / "sft.yaml"), *as_command_line(values), *args.run_sft_options]
+
+
+def peak(memory: PeakMemory, device: torch.device) -> dict[str, Any]:
+    """The peak in GB of 10^9 bytes: in tensors, and of what torch's allocator had taken from the card for them."""
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    return {
+        "peak_gb": None if memory.bytes is None else memory.bytes / 1e9,
+        "peak_reserved_gb": None if reserved is None else reserved / 1e9,
+    }
+
+
+def held_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of weights by part, of an adapter with its base; what trains apart, with its gradients and AdamW."""
+    held = {"quantised": 0, "quantised_weights": 0, "trains": 0}
+    for name, weight in model.named_parameters():
+        size = weight.numel() * weight.element_size()
+        if type(weight).__name__ in ("Params4bit", "Int8Params"):
+            held["quantised"] += size
+            held["quantised_weights"] += quantized_weight_count(weight)
+        elif weight.requires_grad:
+            held["trains"] += size
+        else:
+            held[part_of(name)] = held.get(part_of(name), 0) + size
+    held["gradients_and_adamw"] = 3 * held["trains"]  # a gradient and two moments a weight, all in float32
+    return held
+
+
+def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Train, then merge."""
+    scale, image_tokens = SCALES[args.scale], IMAGE_TOKENS[args.scale]
+    save_base(folder / "base", scale, image_tokens, device)
+    data = save_data(folder / "data", args.images)
+    command = command_line(args, folder, folder / "base", data)
+    release_memory()
+    with PeakMemory(device) as training:
+        run_sft.main(command)
+    phases = {"training": peak(training, device)}
+    release_memory()
+    with PeakMemory(device) as merging:
+        merge_adapter(str(folder / "sft"), folder / "merged", device=device)
+    phases["merging"] = peak(merging, device)
+    model, _ = load_model_and_processor(str(folder / "sft"), trainable_adapter=True, device_map={"": device})
+    log = json.loads((folder / "sft" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return {
+        "machine": describe_machine(device),
+        "scale": args.scale,
+        "recipe": read_recipe(RECIPES / "sft.yaml"),
+        "run_sft_options": args.run_sft_options,
+        "steps": args.steps,
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "phases": phases,
+        "held_bytes": held_bytes(model),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people; the verdict is on what the allocator took, to which CUDA's own context comes (about half a GB)."""
+    lines = [f"jnana SFT at {result['scale']} size, {result['steps']} steps; GB of 10^9 bytes"]
+    for phase, measured in result["phases"].items():
+        tensors, reserved = measured["peak_gb"], measured["peak_reserved_gb"]
+        line = f"  {phase}: " + ("peak not known here" if tensors is None else f"peak {tensors:.2f}")
+        if reserved is not None:
+            verdict = "under" if reserved < LIMIT_GB else "NOT under"
+            line += f", taken from the card {reserved:.2f}: {verdict} {LIMIT_GB}"
+        lines.append(line)
+    held = ", ".join(
+        f"{name} {size / 1e9:.3f}" for name, size in result["held_bytes"].items() if name != "quantised_weights"
+    )
+    return "\n".join([*lines, f"  of it held throughout: {held}"])
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--scale", choices=sorted(IMAGE_TOKENS), default="phi2")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--images", type=int, default=96, help="pictures drawn, with four or five pairs each")
+    parser.add_argument("--folder", help="for the random checkpoint while it runs; default: the system's")
+    parser.add_argument("--output", type=Path, help="a JSON file; nothing is kept without it")
+    args, args.run_sft_options = parser.parse_known_args(argv)
+    if args.steps < 1 or args.images < 1:
+        parser.error("--steps and --images must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    if args.scale != "tiny" and not torch.cuda.is_available():
+        sys.exit(
+            "There is no CUDA GPU here, and peak memory at full size can be measured on nothing else. Run this on "
+            "one, or try the mechanics with --scale tiny."
+        )
+    device = torch.device("cpu" if args.scale == "tiny" else "cuda")
+    with tempfile.TemporaryDirectory(prefix="jnana-", dir=args.folder) as folder:
+        result = measure(args, Path(folder), device)
+    print(table(result), flush=True)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    main()

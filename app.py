@@ -41,6 +41,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="what the page calls the model; default: the last part of its path")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16, float16; default: as the checkpoint says")
+    parser.add_argument(
+        "--quantization",
+        choices=["none", "nf4", "int8"],
+        help="bits of the language model; default: an adapter's base as in training, all else as saved",
+    )
     parser.add_argument("--speech_model", help="WhisperX's: small, large-v3-turbo, a folder ...; 'none' turns it off")
     parser.add_argument("--examples_folder", type=Path, default=EXAMPLES, help="pictures to click, questions in .txt")
     parser.add_argument("--host", help="default: GRADIO_SERVER_NAME, else this machine alone (127.0.0.1)")
@@ -90,10 +95,11 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     path = find_model(arguments.model_name_or_path)
     device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
     try:
-        model, processor = load_model_and_processor(path, dtype=arguments.dtype)
-        if not getattr(model, "is_quantized", False):  # quantised weights are where bitsandbytes put them
-            model.to(device)
-    except (OSError, ValueError) as error:
+        # straight to its device: a quantised model cannot be moved afterwards
+        model, processor = load_model_and_processor(
+            path, dtype=arguments.dtype, quantization=arguments.quantization, device_map={"": torch.device(device)}
+        )
+    except (ImportError, OSError, ValueError) as error:  # ImportError: bitsandbytes is not installed
         raise SystemExit(f"The model can't be loaded: {error}") from None
     name = arguments.name or Path(path.rstrip("/")).name
     if name == "merged":  # run_sft's folder: the run's name says more

@@ -41,7 +41,7 @@ from evaluation import (
 from evaluation.arguments import EvaluationArguments
 from processing import load_rows
 from training.arguments import parse_arguments
-from training.checks import check_output_dir, check_source
+from training.checks import check_output_dir, check_quantization, check_source
 from training.loading import load_model_and_processor
 
 
@@ -63,14 +63,15 @@ def main(argv: list[str]) -> None:
         check_source("eval_data", source)
     check_source("model_name_or_path", args.model_name_or_path)
     check_output_dir(args.output_dir)
+    check_quantization({"quantization": args.quantization or "none", "compute_dtype": args.dtype}, state.device)
     questions = {name: load_questions(args, name) for name in args.test_sets}
 
     # 3. Model
-    loading = {"trust_remote_code": args.trust_remote_code}
+    loading = {"trust_remote_code": args.trust_remote_code, "dtype": args.dtype, "quantization": args.quantization}
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
-    model, processor = load_model_and_processor(args.model_name_or_path, dtype=args.dtype, **loading)
-    model.to(state.device)
+    # straight to its device: a quantised model cannot be moved afterwards
+    model, processor = load_model_and_processor(args.model_name_or_path, device_map={"": state.device}, **loading)
 
     # 4. Answers, with pictures and blind
     results = [answer_test_set(args, model, processor, name, asked) for name, asked in questions.items()]

@@ -87,8 +87,9 @@ class Assistant:
     def describe(self) -> str:
         """Model, device and dtype in a line (`str`)."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        if getattr(self.model, "is_loaded_in_4bit", False):
-            dtype = f"4-bit weights, computing in {dtype}"
+        for bits in (4, 8):
+            if getattr(self.model, f"is_loaded_in_{bits}bit", False):
+                dtype = f"{bits}-bit weights, computing in {dtype}"
         device = str(self.model.device)
         if device.startswith("cuda"):
             device = f"{device} ({torch.cuda.get_device_name(self.model.device)})"

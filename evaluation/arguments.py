@@ -39,6 +39,10 @@ class EvaluationArguments:
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "Of the weights; default: as the checkpoint says."}
     )
+    quantization: Literal["none", "nf4", "int8"] | None = field(
+        default=None,
+        metadata={"help": "Bits of the language model; default: an adapter's base as in training, all else as saved."},
+    )
     attn_implementation: str | None = field(default=None)
     trust_remote_code: bool = field(default=False)
     num_workers: int = field(default=2, metadata={"help": "Dataloader workers that decode pictures."})

@@ -60,10 +60,10 @@ def load_model_and_processor(
     processor = load_processor(path, trust_remote_code)
     if dtype is not None:
         loading_kwargs["dtype"] = dtype
+    config = load_config(path)
     if quantization is not None:
         settings = {"quantization": quantization} if isinstance(quantization, str) else quantization
-        loading_kwargs["quantization_config"] = quantization_config(settings, dtype)
-    config = load_config(path)
+        loading_kwargs["quantization_config"] = quantization_config(settings, dtype or config.dtype)
     check_fit(config, processor, path)
     if is_adapter(path):
         base = load_base(JnanaForConditionalGeneration, adapter_reference(path), config, **loading_kwargs)

@@ -1,6 +1,7 @@
 """What the app is told on its command line and by the environment."""
 
 import pytest
+import torch
 
 
 pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
@@ -63,3 +64,20 @@ def test_speech_is_off_unless_asked_for_or_at_hand(monkeypatch):
     assert isinstance(app.find_speech(None, Limits(audio_seconds=9)), StandIn)
     assert started == [("small", 120), (None, 9)]
     assert app.find_speech("none", Limits()) is None
+
+
+def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
+    taken = {}
+
+    def load(path, **options):
+        taken.update(options)
+        raise ImportError("quantization is 'nf4', which needs bitsandbytes")
+
+    monkeypatch.setattr(app, "load_model_and_processor", load)
+    given = ["--model_name_or_path", "mine", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="can't be loaded: quantization is 'nf4', which needs bitsandbytes"):
+        app.load_assistant(app.parse_arguments([*given, "--quantization", "nf4"]))
+    assert (taken["quantization"], taken["device_map"]) == ("nf4", {"": torch.device("cpu")})
+    with pytest.raises(SystemExit, match="can't be loaded"):
+        app.load_assistant(app.parse_arguments(given))
+    assert taken["quantization"] is None  # as the folder says

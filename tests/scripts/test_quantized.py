@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+import run_evaluate
 import run_merge
 import run_sft
 from tests.scripts.conftest import options, sft_options
@@ -141,3 +142,32 @@ def test_align_goes_on_from_an_earlier_align(aligned, data, tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (aligned, tmp_path))
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if "multi_modal_projector" in name}
+
+
+def test_evaluating_an_adapter_on_its_4_bits_and_off_them(quantized, data, tmp_path):
+    """By default the base is held as in training; `quantization` overrides that, for a full checkpoint too."""
+    fingerprints = {}
+    for name, folder, changes in (
+        ("as trained", quantized, {}),
+        ("nf4", quantized, {"quantization": "nf4"}),
+        ("none", quantized, {"quantization": "none"}),
+        ("merged", quantized / "merged", {}),
+        ("merged, nf4", quantized / "merged", {"quantization": "nf4"}),
+    ):
+        values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "blind": "false"}
+        values |= {"max_rows": 2, "max_new_tokens": 2, "num_workers": 0, "max_examples": 0, **changes}
+        run_evaluate.main(options(model_name_or_path=folder, output_dir=tmp_path / name, **values))
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["splits"]["test"]["overall"]["n"] == 4
+        assert results["settings"]["quantization"] == changes.get("quantization")
+        fingerprints[name] = results["model_fingerprint"]
+    assert fingerprints["as trained"] == fingerprints["nf4"]
+    assert len(set(fingerprints.values())) == 4  # the control: whatever else was loaded is something else
+
+
+def test_evaluation_says_before_loading_that_bitsandbytes_is_missing(quantized, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(run_evaluate, "load_model_and_processor", lambda *a, **k: pytest.fail("the model was loaded"))
+    values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes"):
+        run_evaluate.main(options(model_name_or_path=quantized / "merged", quantization="nf4", **values))

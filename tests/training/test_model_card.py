@@ -1,11 +1,14 @@
 """The card wins over the Trainer's own, on a push too; nothing of this machine is in it."""
 
+import re
+from pathlib import Path
+
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from tests.tiny import tiny_text_config, tiny_tokenizer
-from training.arguments import ModelArguments, TextDataArguments, TextModelArguments
+from training.arguments import ModelArguments, TextDataArguments, TextModelArguments, read_recipe
 from training.model_card import is_hub_id, model_origins, public_name, use_our_card
 
 
@@ -77,3 +80,23 @@ def test_names_that_may_be_shown(tmp_path):
     assert public_name("microsoft/phi-2") == "microsoft/phi-2"
     arguments = ModelArguments(vision_model="openai/clip-vit-base-patch32", text_model=str(tmp_path))
     assert model_origins(arguments) == [None, "openai/clip-vit-base-patch32", str(tmp_path)]
+
+
+SYSTEMS = ("era_capstone", "jnana", "llava_chess", "phi35_pooled", "visualize_this")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_recipes_card_names_the_models_that_the_recipe_joins(system):
+    root = Path(__file__).parents[2]
+    recipe = next(file for file in (root / f"recipes/{system}/{s}.yaml" for s in ("align", "sft")) if file.is_file())
+    joined = read_recipe(recipe)
+    card = ModelCard.load(root / f"model_cards/{system}.md")
+    assert card.data.base_model == [joined["vision_model"], joined["text_model"]]
+    assert card.data.pipeline_tag == "image-text-to-text" and "Not measured here: " in card.text
+    for link in re.findall(r"\]\(([^)]+)\)", card.text):
+        assert (root / "model_cards" / link).exists(), link
+
+
+def test_every_system_has_a_card():
+    cards = {file.stem for file in (Path(__file__).parents[2] / "model_cards").glob("*.md")}
+    assert cards == {*SYSTEMS, "README", "template"}

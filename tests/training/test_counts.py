@@ -88,6 +88,28 @@ def test_phi35_pooled_adapter_and_projector():
     assert part["multi_modal_projector"].total == 2 * 512 + (512 * 3072 + 3072) + (3072 * 3072 + 3072)
 
 
+def lora_weights(rank: int, *shapes: tuple[int, int]) -> int:
+    """Weights of an adapter on linear layers of these (in, out) sizes."""
+    return sum(rank * (wide + narrow) for wide, narrow in shapes)
+
+
+@pytest.mark.parametrize(("feature_layer", "tower_layers"), [(-2, 23), (-1, 24)])
+def test_llava_chess_adapts_the_tower_too(feature_layer, tower_layers):
+    """CLIP ViT-L/336 read at its second last hidden state: its 24th layer would get no gradient, so no adapter."""
+    args, lora = read("llava_chess/align.yaml")[0], read("llava_chess/sft.yaml")[1]
+    assert args.vision_feature_layer == [-2]
+    args.vision_feature_layer = [feature_layer]  # -1 is the control: there the last layer is adapted as well
+    with torch.device("meta"):
+        part = count_parameters(apply_stage(meta_pair(args), "sft", lora))
+    tower = lora_weights(64, *[(1024, 1024)] * 4, (1024, 4096), (4096, 1024))
+    text = lora_weights(64, *[(4096, 4096)] * 4, *[(4096, 11008)] * 2, (11008, 4096))
+    assert part["vision_tower"].trainable == tower_layers * tower == tower_layers * 1_179_648
+    assert part["language_model"].trainable == 32 * text == 159_907_840
+    assert part["multi_modal_projector"].trainable == 20_979_712 and part["lm_head"].trainable == 0
+    share = sum(count.trainable for count in part.values()) / sum(count.total for count in part.values())
+    assert 0.028 < share < 0.03  # the builder's "about 4 %" names neither rank nor language model
+
+
 @pytest.mark.parametrize(
     ("system", "projector"),
     [

@@ -1,4 +1,4 @@
-"""A night of QLoRA: two rounds by `accelerate launch`, the second killed and resumed, then merged and asked."""
+"""A night of QLoRA: two rounds, the second by `accelerate launch`, killed and resumed; then merged and asked."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def rounds(aligned, data, tmp_path_factory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("night")
     first, second = folder / "round1", folder / "round2"
     changes = {"quantization": "nf4", "learning_rate": "1e-2", "max_steps": 12, "save_strategy": "no"}
-    finish(launch("run_sft.py", sft_options(data, aligned, output_dir=first, **changes)))
+    run_sft.main(sft_options(data, aligned, output_dir=first, **changes))
     return first, second, killed_and_resumed(sft_options(data, first, output_dir=second, **SECOND), second)
 
 

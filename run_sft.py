@@ -6,7 +6,7 @@ holds the adapter and the trained projector, the processor, and what they rest o
 
     accelerate launch run_sft.py recipes/jnana/sft.yaml
     accelerate launch run_sft.py recipes/phi35_pooled/sft.yaml --learning_rate 5e-5 --merge_adapter true
-    accelerate launch run_sft.py recipes/llava_chess/sft.yaml --train_data my_photos --output_dir outputs/mine
+    accelerate launch run_sft.py recipes/llava_chess/sft.yaml --train_data my_photos --eval_data my_test_photos
 
 Two processes on a machine without a GPU:
 
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
     with_adapter = continues_adapter or lora_args.lora_r > 0
     quantization = quantization_settings(lora_args, model_args)
     check_quantization(quantization, training_args.device)
-    check_push(training_args, base_reference(model_args)["names"] if with_adapter else None)
+    base_names = {"model": lora_args.base_model_id} if lora_args.base_model_id else base_reference(model_args)["names"]
+    check_push(training_args, base_names if with_adapter else None)
 
     # 3. Where to start
     checkpoint = checkpoint_to_resume(

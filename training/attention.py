@@ -10,6 +10,8 @@ import time
 from types import SimpleNamespace
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
@@ -48,7 +50,10 @@ def choose_attention(
     asked = attn_implementation is not None or config._attn_implementation != "sdpa"
     if data_args.packing == "none" or asked or device.type != "cuda":
         return config._attn_implementation
-    best, reason = fastest_attention(config, data_args.max_row_tokens, device)
+    # The first process decides for all, by its clock.
+    main = PartialState().is_main_process
+    found = [fastest_attention(config, data_args.max_row_tokens, device) if main else None]
+    best, reason = broadcast_object_list(found)[0]
     logger.info(f"attention of packed rows: {best}, {reason}")
     if best != config._attn_implementation:
         language_model.set_attn_implementation(best)

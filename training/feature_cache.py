@@ -185,7 +185,8 @@ class _Builder:
         cache = FeatureCache(self.folder)
         places, problems = self.find_pictures(cache, group)
         self.report_problems(problems)
-        if any(digest not in cache for digest in places):
+        # All of them or none: another run may add pictures between one process's look and the next one's.
+        if any(group.gather(any(digest not in cache for digest in places))):
             with self.lock() if group.rank == 0 else contextlib.nullcontext():
                 if group.rank == 0:
                     delete_unfinished(self.folder)

@@ -98,8 +98,10 @@ def merge_adapter(
     with adapted.disable_adapter():
         change = max_difference(before, probe_logits(adapted, processor))
     if method != "none":
+        generation_config = adapted.get_base_model().generation_config  # with the ids that end an answer
         del adapted
         base = merging_base(path, reference, merge_base, dtype, placed)
+        base.generation_config = generation_config
         adapted = PeftModel.from_pretrained(base, path)
     merged = adapted.merge_and_unload().to(getattr(torch, dtype))
     after = probe_logits(merged, processor)

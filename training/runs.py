@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def is_finished(checkpoint: str | None, args: TrainingArguments) -> bool:
         return False
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     wanted = args.max_steps if args.max_steps > 0 else state["max_steps"]
-    same_epochs = args.max_steps > 0 or state["num_train_epochs"] == args.num_train_epochs
+    same_epochs = args.max_steps > 0 or state["num_train_epochs"] == math.ceil(args.num_train_epochs)
     return same_epochs and state["global_step"] >= wanted
 
 

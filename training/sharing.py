@@ -121,8 +121,8 @@ def check_base_is_shared(names: dict[str, str], subject: str) -> None:
         if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ValueError(
                 f"{subject} {key} {name!r}, a folder that others do not have. Share that folder first "
-                "(`python run_push.py FOLDER NAME/MODEL`) and train from its Hub id, or set merge_adapter: true and "
-                "share `merged`, which needs no base"
+                "(`python run_push.py FOLDER NAME/MODEL`) and train from its Hub id or name that as base_model_id, or "
+                "set merge_adapter: true without push_to_hub and share `merged`, which needs no base"
             )
 
 

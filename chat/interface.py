@@ -305,7 +305,8 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
             _on(examples.click, page.choose_example, [examples, visitor], [*pictures, question])
         _on(picture.input, page.add_picture, [picture, visitor], [*pictures, picture])
         _on(drop.click, page.drop_pictures, [visitor], pictures)
-        _on(recording.input, page.transcribe, [recording, question], [question], concurrency_id="speech")
+        # Not `input`, which Gradio's audio sends before the recording is there
+        _on(recording.change, page.transcribe, [recording, question], [question], concurrency_id="speech")
         writing = {"concurrency_id": "model", "trigger_mode": "once"}
         for event in (send.click, question.submit):
             _on(event, page.send, [question, temperature, new_tokens, visitor], everything, **writing)

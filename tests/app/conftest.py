@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import run_sft
 from tests.scripts.conftest import align_options, data, one_thread, pretrained, vision  # noqa: F401  (fixtures)
+from tests.speech import STAND_IN_MODEL, whisperx_python
 
 
 ROOT = Path(__file__).parents[2]
@@ -55,31 +58,46 @@ def checkpoint(chess, data, vision, pretrained, tmp_path_factory) -> Path:  # no
     return folder
 
 
+@dataclass
+class RunningApp:
+    """
+    Args:
+        address (`str`): Of its page.
+        log (`Path`): What it prints.
+        dawdle (`Path`): While this file is there, each token takes a while.
+        deaf (`str`): Why it has no speech recogniser; empty if it has one.
+    """
+
+    address: str
+    log: Path
+    dawdle: Path
+    deaf: str = ""
+
+
 @pytest.fixture(scope="session")
-def app_address(checkpoint, tmp_path_factory):
-    """The app as people start it, in a process of its own; (address, path of its log)."""
-    log = tmp_path_factory.mktemp("app") / "app.log"
+def running(checkpoint, tmp_path_factory):
+    """The app in a process of its own, with the real speech worker where one can be had (`RunningApp`)."""
+    folder = tmp_path_factory.mktemp("app")
+    log, dawdle = folder / "app.log", folder / "dawdle"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("JNANA_LOGIN", None)
-    command = [sys.executable, str(ROOT / "app.py"), "--model_name_or_path", str(checkpoint), "--name", "chess"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, "--speech_model", "none", "--upload_megabytes", "2"],
-            cwd=log.parent,
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
+    deaf, speech_model = "", str(STAND_IN_MODEL)
     try:
-        yield wait_for_address(process, log), log
+        environment["JNANA_WHISPERX_PYTHON"] = whisperx_python()
+    except RuntimeError as error:
+        deaf, speech_model = f"no environment with WhisperX: {error}", "none"
+    command = [sys.executable, "-m", "tests.app.unhurried_app", str(dawdle), "--model_name_or_path", str(checkpoint)]
+    command += ["--name", "chess", "--speech_model", speech_model, "--upload_megabytes", "2"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        yield RunningApp(wait_for_address(process, log), log, dawdle, deaf)
     finally:
         process.terminate()
         process.wait(timeout=30)
 
 
 def wait_for_address(process: subprocess.Popen, log: Path, seconds: float = 300) -> str:
-    import time
-
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for line in log.read_text().splitlines():

@@ -12,13 +12,14 @@ from PIL import Image
 
 from tests.app.conftest import CHROMIUM
 from tests.chat.test_limits import bomb
+from tests.speech import speak
 
 
 pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; .ci/system_packages.sh installs it")
 
-TIMEOUT = 120_000  # ms; on a quiet machine everything takes a second or two
+TIMEOUT = 60_000  # ms; on a quiet machine everything takes a second or two
 sync_api.expect.set_options(timeout=TIMEOUT)
 
 
@@ -33,12 +34,12 @@ def browser():
 
 
 @pytest.fixture
-def tab(browser, app_address):
+def tab(browser, running):
     page = browser.new_page(viewport={"width": 1180, "height": 940})
     page.set_default_timeout(TIMEOUT)
     page.outside = []  # what the page fetches from elsewhere
-    page.on("request", lambda r: page.outside.append(r.url) if app_address[0] not in r.url else None)
-    page.goto(app_address[0])
+    page.on("request", lambda r: page.outside.append(r.url) if running.address not in r.url else None)
+    page.goto(running.address)
     page.wait_for_selector("#question textarea")
     yield page
     page.close()
@@ -54,11 +55,18 @@ def show(tab, file: Path) -> None:
     tab.set_input_files("#picture input[type=file]", str(file))
 
 
-def ask(tab, question: str) -> str:
-    """Type, send, wait for the answer to be complete; the last message of the chat."""
+def hand_over(tab, recording: Path) -> None:
+    """Drop a recording."""
+    tab.click('#recording button[aria-label="Upload file"]')
+    tab.set_input_files("#recording input[type=file]", str(recording))
+
+
+def ask(tab, question: str | None = None) -> str:
+    """Type (or leave what the box says), send, wait for the answer to be complete; the last message of the chat."""
     answers = tab.locator("#chat .bot.message")
     before = answers.count()
-    tab.fill("#question textarea", question)
+    if question is not None:
+        tab.fill("#question textarea", question)
     for _ in range(20):  # while the last answer is being put away, a click counts for nothing
         tab.click("#send")
         try:
@@ -102,7 +110,7 @@ def test_pictures_questions_and_right_answers(tab, chess):
     assert [url for url in tab.outside if not url.startswith(("data:", "blob:"))] == []
 
 
-def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, app_address, tmp_path):
+def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, running, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     bomb(tmp_path / "bomb.png", 30_000, 30_000)
     Image.effect_noise((1800, 1800), 90).save(tmp_path / "large.png")
@@ -118,7 +126,7 @@ def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, app_address
     show(tab, file)
     tab.wait_for_selector("#waiting img")
     assert ask(tab, turns[0]) == turns[1]
-    assert "Traceback" not in app_address[1].read_text()
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_an_example_is_clicked_and_the_answer_retried(tab):
@@ -130,3 +138,42 @@ def test_an_example_is_clicked_and_the_answer_retried(tab):
     sync_api.expect(tab.locator("#chat .bot.message")).to_have_text([answer])
     sync_api.expect(tab.locator("#status")).to_contain_text("new tokens")
     screenshot(tab, "example")
+
+
+def test_a_spoken_question_is_heard_shown_and_answered(tab, running, chess, tmp_path):
+    """The real WhisperX in its worker process, with a model that knows a few questions."""
+    if running.deaf:
+        pytest.skip(running.deaf)
+    file, turns = chats(chess)[0]
+    spoken = speak(turns[0], tmp_path / "question.wav")
+    show(tab, file)
+    tab.wait_for_selector("#waiting img")
+    hand_over(tab, spoken)
+    box = tab.locator("#question textarea")
+    sync_api.expect(box).to_have_value(turns[0], timeout=3 * TIMEOUT)  # loading WhisperX included
+    screenshot(tab, "spoken_question")
+    sync_api.expect(tab.locator("#chat .message")).to_have_count(0)  # nothing is sent before it was read
+    assert ask(tab) == turns[1]
+    screenshot(tab, "spoken_question_answered")
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_an_answer_is_stopped(tab, running, chess):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    tab.wait_for_selector("#waiting img")
+    assert ask(tab, turns[0]) == turns[1]
+    running.dawdle.touch()
+    try:
+        tab.fill("#question textarea", turns[2])
+        tab.click("#send")
+        sync_api.expect(tab.locator("#status")).to_contain_text("writing")
+        tab.click("#stop")
+        sync_api.expect(tab.locator("#status")).to_contain_text("stopped")
+    finally:
+        running.dawdle.unlink()
+    last = tab.locator("#chat .bot.message").nth(1)
+    said = last.inner_text().strip()
+    assert turns[3].startswith(said) and said != turns[3]
+    tab.click("#retry")
+    sync_api.expect(last).to_have_text(turns[3])  # the whole of it

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 import run_evaluate
 import run_merge
 import run_sft
+from chat import ChatSession
+from tests.chat.test_session import largest_difference, reread
 from tests.scripts.conftest import options, sft_options
 from tests.scripts.test_chain import logits
 from training.adapters import adapter_reference
@@ -112,6 +115,30 @@ def test_an_adapter_folder_loads_in_a_fresh_interpreter(quantized, tmp_path):
     sums = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("sum")]
     assert sums == pytest.approx([expected, earlier], abs=1e-3)
     assert abs(expected - earlier) > 0.1  # the control: the two folders do not hold the same
+
+
+HELD = {"merged": ("merged", None), "adapter": (".", "none"), "nf4_adapter": (".", None)}
+
+
+@pytest.mark.parametrize(("folder", "quantization"), HELD.values(), ids=HELD)
+def test_the_chat_takes_every_kind_of_folder(quantized, aligned, folder, quantization):
+    """The answers of `generate`; what is kept between turns is what a second reading gives; the adapter is at work."""
+    model, processor = load_model_and_processor(str(quantized / folder), quantization=quantization)
+    assert bool(getattr(model, "is_loaded_in_4bit", False)) == (folder == "." and quantization is None)
+    image = Image.radial_gradient("L").convert("RGB")
+    session = ChatSession(model, processor)
+    *_, answer = session.ask("what is this?", [image], max_new_tokens=6)
+    *_, _ = session.ask("why?", max_new_tokens=6)
+    assert answer and session.last_turn.cached_tokens > 10
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is this?"}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(output, skip_special_tokens=True).strip() == answer
+    assert largest_difference(session, reread(session)) < 1e-5
+    without = ChatSession(load_model_and_processor(str(aligned))[0], processor)  # the control: no adapter
+    without.messages, without._pictures = session.messages, session._pictures
+    assert largest_difference(session, reread(without)) > 1e-3
 
 
 def test_a_second_round_adopts_everything(quantized, data, tmp_path):

@@ -117,6 +117,7 @@ class WorkerProcess:
             raise WorkerTimeout(f"no {waiting_for.removeprefix('a ')} in time", self.last_words) from None
         if message is None:
             self._messages.put(None)  # for whoever asks again
+            self._readers[0].join()  # which has read its last line: the end of the process may be waited for
             status = self.kill()
             how = "was killed" if status is None else f"ended with exit status {status}"
             raise WorkerEnded(f"the worker {how}", self.last_words, status)
@@ -175,7 +176,7 @@ class WorkerProcess:
     def _end(self) -> int:
         if not self._readers[0].is_alive():  # its output has ended: let it say how
             with contextlib.suppress(ChildProcessError):
-                deadline = time.monotonic() + 1.0
+                deadline = time.monotonic() + 3.0
                 while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
                     if time.monotonic() > deadline:
                         break

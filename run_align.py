@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from processing import JnanaCollator
 from training.adapters import is_adapter
 from training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
-from training.attention import choose_attention
+from training.attention import check_attention, choose_attention, row_multiple
 from training.callbacks import LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_models, check_run
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     check_model_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_attention(model_args.attn_implementation, data_args.packing)
     if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
         raise ValueError(
             f"model_name_or_path {model_args.model_name_or_path!r} is an adapter; align from a full checkpoint "
@@ -68,9 +69,12 @@ def main(argv: list[str]) -> None:
     # 5. Model: only the projector trains
     model = apply_stage(prepare_model(model_args, processor), "align")
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
-    choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
+    attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 
     # 6. Trainer
+    multiple = row_multiple(attention, data_args.packing)
+    options = collator_options(data_args, training_args.output_dir)
+    collator = JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)
     callbacks = [LossCurveCallback()]
     if run_args.sample_steps > 0:
         samples = samples_from_rows(eval_rows, processor, run_args.sample_count)
@@ -81,7 +85,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=JnanaCollator(processor, images=images, **collator_options(data_args, training_args.output_dir)),
+        data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -32,7 +32,7 @@ from training.arguments import (
     parse_arguments,
     recipe_name,
 )
-from training.attention import choose_attention
+from training.attention import check_attention, choose_attention, row_multiple
 from training.callbacks import BaseReferenceCallback, LossCurveCallback, SamplesCallback
 from training.checkpoints import checkpoint_to_resume, delete_checkpoints
 from training.checks import check_lora, check_models, check_quantization, check_run
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     check_model_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_attention(model_args.attn_implementation, data_args.packing)
     check_rates(rate_args, training_args)
     continues_adapter = model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path)
     check_lora(lora_args, model_args.model_name_or_path if continues_adapter else None)
@@ -85,9 +86,12 @@ def main(argv: list[str]) -> None:
     # 5. Model: the projector trains, and the language model by an adapter or whole
     model = apply_stage(prepare_model(model_args, processor, quantization, training_args.device), "sft", lora_args)
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
-    choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
+    attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 
     # 6. Trainer
+    multiple = row_multiple(attention, data_args.packing)
+    options = collator_options(data_args, training_args.output_dir)
+    collator = JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)
     callbacks = [LossCurveCallback()]
     if rate_args.given:
         callbacks.append(PartScheduleCallback(rate_args))
@@ -103,7 +107,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=JnanaCollator(processor, images=images, **collator_options(data_args, training_args.output_dir)),
+        data_collator=collator,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -3,6 +3,12 @@
 Flex attention skips what the mask of packed rows hides, whole blocks at a time; sdpa computes it and throws it away.
 But flex attention is compiled for the very head size (Phi-2's heads are 80 wide), and on some machines it fails to, or
 is no faster. So both are tried on one layer's worth of random tensors, forward and backward, before training.
+
+Rows differ in length. transformers (5.23) leaves `dynamic` to torch.compile: kernel and block mask are compiled for
+the first length, once more with the length as a variable when a second one comes, and a third time for rows of one
+block of 128 tokens; every other length takes the second. (torch 2.13: counted on a CPU, forward only.) So the trial
+takes turns between two lengths, and times what training will run: the kernel of variable length. Packed rows are
+padded to whole blocks, which flex attention computes anyway, so that few lengths occur and most batches have the same.
 """
 
 import logging
@@ -17,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling.packed_attention_jnana import create_packed_mask
+from modeling.packed_attention_jnana import MASKED_ATTENTION, create_packed_mask
 
 from .arguments import DataArguments
 
@@ -27,6 +33,29 @@ logger = logging.getLogger(__name__)
 # In bfloat16, whose numbers are 0.4 % apart; a wrong mask differs by the size of the values themselves
 TOLERANCE = 0.05
 ROUNDS = 5
+BLOCK = 128  # tokens of flex attention's blocks
+
+
+def check_attention(attn_implementation: str | None, packing: str) -> None:
+    """Refuse an attention implementation that knows lengths only for rows that need a mask.
+
+    Args:
+        attn_implementation (`str`, *optional*): As transformers names it.
+        packing (`str`): `none`, `rows` or `shared_image`.
+
+    Raises:
+        ValueError: naming both options and the remedy.
+    """
+    if packing != "none" and attn_implementation is not None and attn_implementation not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}, which cannot follow the mask of packed rows (packing: "
+            f"{packing}); give one of {', '.join(MASKED_ATTENTION)}, leave it out, or set packing: none"
+        )
+
+
+def row_multiple(attn_implementation: str, packing: str) -> int | None:
+    """What the collator pads rows to a multiple of: whole blocks for flex attention, `None` for any length."""
+    return BLOCK if packing != "none" and attn_implementation == "flex_attention" else None
 
 
 def choose_attention(
@@ -43,10 +72,14 @@ def choose_attention(
 
     Returns:
         `str`: The implementation.
+
+    Raises:
+        ValueError: if the model was loaded with one that can't follow the mask of packed rows.
     """
     language_model = model.get_base_model() if isinstance(model, PeftModel) else model
     language_model = language_model.model.language_model
     config = language_model.config
+    check_attention(config._attn_implementation, data_args.packing)
     asked = attn_implementation is not None or config._attn_implementation != "sdpa"
     if data_args.packing == "none" or asked or device.type != "cuda":
         return config._attn_implementation
@@ -61,11 +94,12 @@ def choose_attention(
 
 
 def fastest_attention(config: PreTrainedConfig, max_row_tokens: int, device: torch.device) -> tuple[str, str]:
-    """Try flex attention against sdpa.
+    """Try flex attention against sdpa, on rows of two lengths.
 
     Args:
-        config (`PreTrainedConfig`): The language model's; its heads, their size and its sliding window are tried.
-        max_row_tokens (`int`): Tokens of the row that is tried.
+        config (`PreTrainedConfig`): The language model's; its heads, their size, its sliding window and the number of
+            its layers are tried.
+        max_row_tokens (`int`): Tokens of the longer row, in whole blocks; the other one is about half as long.
         device (`torch.device`): Where.
 
     Returns:
@@ -74,22 +108,30 @@ def fastest_attention(config: PreTrainedConfig, max_row_tokens: int, device: tor
     if getattr(config, "attention_dropout", 0.0) > 0:
         return "sdpa", f"flex attention has no dropout and attention_dropout is {config.attention_dropout}"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tried = attention_inputs(config, max_row_tokens, device, dtype)
-    expected, seconds = run_attention("sdpa", config, tried)
+    rows = [attention_inputs(config, length, device, dtype) for length in tried_lengths(max_row_tokens)]
+    expected, seconds = run_attention("sdpa", config, rows)
     try:
-        found, flex_seconds = run_attention("flex_attention", config, tried)
+        found, flex_seconds = run_attention("flex_attention", config, rows)
     except Exception as error:  # a compiler's, of any class; sdpa is always there
-        return "sdpa", f"flex attention fails here for heads of {tried['query'].shape[-1]}: {str(error)[:200]}"
+        return "sdpa", f"flex attention fails here for heads of {rows[0]['query'].shape[-1]}: {str(error)[:200]}"
     worst = max(
         ((ours - theirs).float().norm() / theirs.float().norm()).item()
         for ours, theirs in zip(found, expected, strict=True)
     )
-    times = f"{1000 * flex_seconds:.1f} ms a layer against {1000 * seconds:.1f} ms with sdpa"
+    lengths = " and ".join(str(row["query"].shape[2]) for row in rows)
+    times = f"{1000 * flex_seconds:.1f} ms against {1000 * seconds:.1f} ms with sdpa for rows of {lengths} tokens"
     if not worst <= TOLERANCE:  # NaN is not
         return "sdpa", f"flex attention computes something else here (relative difference {worst:.1e})"
     if flex_seconds >= seconds:
         return "sdpa", f"flex attention is no faster ({times})"
     return "flex_attention", f"{times}, the same numbers (relative difference {worst:.0e})"
+
+
+def tried_lengths(max_row_tokens: int) -> list[int]:
+    """The longest row in whole blocks, and one about half as long if that is another length."""
+    longest = -(-max_row_tokens // BLOCK) * BLOCK
+    shorter = max(longest // 2 // BLOCK * BLOCK, BLOCK)
+    return [longest, shorter] if shorter < longest else [longest]
 
 
 def attention_inputs(
@@ -114,39 +156,56 @@ def attention_inputs(
 
 
 def run_attention(
-    implementation: str, config: PreTrainedConfig, inputs: dict[str, torch.Tensor]
+    implementation: str, config: PreTrainedConfig, rows: list[dict[str, torch.Tensor]]
 ) -> tuple[list[torch.Tensor], float]:
-    """One layer's attention, forward and backward.
+    """The attention of one training step for each row, one after the other, as batches of different lengths follow
+    one another.
+
+    A step makes the mask once and uses it in every layer; one layer is run, forward and backward, and counted for all.
 
     Args:
         implementation (`str`): Name that transformers knows it by.
         config (`PreTrainedConfig`): The language model's.
-        inputs (`dict[str, torch.Tensor]`): From [`attention_inputs`].
+        rows (`list[dict[str, torch.Tensor]]`): Each from [`attention_inputs`].
 
     Returns:
-        `tuple[list[torch.Tensor], float]`: Output and the gradients of queries, keys and values; seconds a round, the
-            median of five after one that compiles.
+        `tuple[list[torch.Tensor], float]`: For each row the output and the gradients of queries, keys and values;
+            seconds for all rows, the median of five rounds after one that compiles.
     """
+    seconds, results = [], []
+    for _ in range(1 + ROUNDS):
+        results, spent = [], 0.0
+        for inputs in rows:
+            found, mask_seconds, layer_seconds = run_layer(implementation, config, inputs)
+            results += found
+            spent += mask_seconds + config.num_hidden_layers * layer_seconds
+        seconds.append(spent)
+    return results, sorted(seconds[1:])[ROUNDS // 2]
+
+
+def run_layer(
+    implementation: str, config: PreTrainedConfig, inputs: dict[str, torch.Tensor]
+) -> tuple[list[torch.Tensor], float, float]:
+    """Mask and one layer's attention, forward and backward; results as in [`run_attention`], seconds of each."""
     query, key, value = (inputs[name] for name in ("query", "key", "value"))
     window = getattr(config, "sliding_window", None)
     mask_config = SimpleNamespace(_attn_implementation=implementation, sliding_window=window)
     embeds = torch.empty(1, query.shape[2], 1, device=query.device, dtype=query.dtype)
-    mask = create_packed_mask(mask_config, embeds, inputs["segment_ids"], inputs["branch_ids"], inputs["position_ids"])
+    ids = [inputs[name] for name in ("segment_ids", "branch_ids", "position_ids")]
     groups = query.shape[1] // key.shape[1]
     layer = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=groups)
     attend = ALL_ATTENTION_FUNCTIONS[implementation]
-    seconds, results = [], []
-    for _ in range(1 + ROUNDS):
-        synchronize(query.device)
-        start = time.perf_counter()
-        output = attend(layer, query, key, value, mask, dropout=0.0, scaling=query.shape[-1] ** -0.5)[0]
-        gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
-        synchronize(query.device)
-        seconds.append(time.perf_counter() - start)
-        results = [output.detach(), *gradients]
-    return results, sorted(seconds[1:])[ROUNDS // 2]
+    start = synchronized_time(query.device)
+    mask = create_packed_mask(mask_config, embeds, *ids)
+    made = synchronized_time(query.device)
+    output = attend(layer, query, key, value, mask, dropout=0.0, scaling=query.shape[-1] ** -0.5)[0]
+    gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
+    done = synchronized_time(query.device)
+    return [output.detach(), *gradients], made - start, done - made
 
 
-def synchronize(device: torch.device) -> None:
+def synchronized_time(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

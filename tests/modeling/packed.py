@@ -31,12 +31,14 @@ def conversations(seed: int = 0) -> list[list[EncodedConversation]]:
     return [captions, questions, both, text]
 
 
-def batch(rows: list[list[list[EncodedConversation]]], packing: str) -> dict[str, torch.Tensor]:
+def batch(
+    rows: list[list[list[EncodedConversation]]], packing: str, multiple_of: int | None = None
+) -> dict[str, torch.Tensor]:
     """Model inputs of rows of groups, as `JnanaCollator` makes them."""
     if packing == "none":
         rows = [[[conversation]] for row in rows for group in row for conversation in group]
     packed = [pack_row(row, IMAGE, SIZE, packing == "shared_image") for row in rows]
-    inputs = stack_rows(packed, pad_token_id=1)
+    inputs = stack_rows(packed, 1, multiple_of)
     if packing == "none":
         inputs["attention_mask"] = (inputs["segment_ids"] >= 0).long()
         for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels", "logits_to_keep"):
@@ -54,7 +56,7 @@ def batches(how: str) -> list[dict[str, torch.Tensor]]:
 
     Args:
         how (`str`): `single` (a conversation a batch), `padded` (one batch), `rows` and `shared_image` (two rows of
-            different lengths), `one tree a batch`.
+            different lengths), `blocks` (the same, padded to whole blocks of 128), `one tree a batch`.
     """
     groups = conversations()
     if how == "single":
@@ -63,7 +65,8 @@ def batches(how: str) -> list[dict[str, torch.Tensor]]:
         return [batch([groups], "none")]
     if how == "one tree a batch":
         return [batch([[group]], "shared_image") for group in groups]
-    return [batch([[groups[0], groups[3]], [groups[2], groups[1]]], how)]
+    rows = [[groups[0], groups[3]], [groups[2], groups[1]]]
+    return [batch(rows, "shared_image", 128)] if how == "blocks" else [batch(rows, how)]
 
 
 def loss_and_gradients(model, inputs: list[dict[str, torch.Tensor]]) -> tuple[float, dict[str, torch.Tensor]]:

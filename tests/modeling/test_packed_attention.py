@@ -38,8 +38,19 @@ def test_every_layout_trains_the_same(models, family):
     model = models(family)
     alone = loss_and_gradients(model, batches("single"))
     assert len(alone[1]) > 40
-    for how in ("padded", "rows", "shared_image", "one tree a batch"):
+    for how in ("padded", "rows", "shared_image", "blocks", "one tree a batch"):
         assert difference(loss_and_gradients(model, batches(how)), alone) < EXACT, how
+
+
+def test_padding_that_is_learned_is_seen(models):
+    """The control of `blocks`: most of its places are padding, and one of them with a label is noticed."""
+    model = models("phi")
+    alone = loss_and_gradients(model, batches("single"))
+    [inputs] = batches("blocks")
+    padding = inputs["segment_ids"] < 0
+    assert inputs["input_ids"].shape == (2, 128) and padding.float().mean() > 0.3
+    inputs["shift_labels"][-1, -1], inputs["logits_to_keep"][-1, -1] = 1, True
+    assert padding[-1, -1] and difference(loss_and_gradients(model, [inputs]), alone) > 100 * EXACT
 
 
 def test_qwen_has_layers_of_both_kinds(models):

@@ -154,6 +154,21 @@ def test_the_lessons_tell_a_wrong_layout(processor):
         assert lessons(batch) == right
 
 
+def test_rows_padded_to_blocks_teach_the_same(processor):
+    """What is added is padding and nothing else: no segment, no label."""
+    rows = [{"trees": [random_row(random.Random(seed), 0) for seed in range(2)]}]
+    tight = JnanaCollator(processor, packing="shared_image")(rows)
+    wide = JnanaCollator(processor, packing="shared_image", pad_to_multiple_of=128)(rows)
+    width = tight["input_ids"].shape[1]
+    assert wide["input_ids"].shape[1] % 128 == 0 < width % 128
+    fillers = {"segment_ids": -1, "branch_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
+    for name, filler in {**fillers, "logits_to_keep": False}.items():
+        assert wide[name][:, :width].equal(tight[name]) and (wide[name][:, width:] == filler).all(), name
+    assert lessons(wide) == lessons(tight)
+    wide["shift_labels"][0, width], wide["logits_to_keep"][0, width] = 5, True
+    assert lessons(wide) != lessons(tight)
+
+
 def test_an_image_is_opened_once(processor, pictures):
     chats = [caption_conversation(text, None) for text in ("red", "a red one")]
     rows = [make_row([{"path": str(pictures / name), "bytes": None}], chats, name) for name in ("2.jpg", "0.png")]

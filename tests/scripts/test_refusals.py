@@ -45,11 +45,22 @@ def no_model(monkeypatch):
         ({"max_length": 3}, "max_length=3"),
         ({"max_train_rows": 0}, "max_train_rows is 0; it must be at least 1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but the Trainer would smooth"),
+        (
+            {"attn_implementation": "flash_attention_2", "packing": "rows"},
+            "attn_implementation is 'flash_attention_2', .*packing: rows.*; give one of sdpa, .* set packing: none",
+        ),
     ],
 )
 def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run_align.main(align_options(data, vision, pretrained, **{"output_dir": tmp_path, **changes}))
+
+
+def test_a_feature_cache_under_zero_3(no_model, data, vision, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.checks.is_deepspeed_zero3_enabled", lambda: True)
+    options = {"output_dir": tmp_path, "feature_cache": tmp_path / "cache"}
+    with pytest.raises(ValueError, match="feature_cache is '.*cache', but ZeRO-3 cuts .* fsdp2.yaml .* leave it out"):
+        run_align.main(align_options(data, vision, pretrained, **options))
 
 
 def test_half_a_pair(no_model, data, vision, tmp_path):
@@ -69,6 +80,10 @@ def test_no_jnana_checkpoint(no_model, data, vision, tmp_path):
         ({"lora_r": 0, "merge_adapter": "true"}, "merge_adapter is true but lora_r is 0"),
         ({"lora_r": -4}, "lora_r is -4"),
         ({"lora_dropout": 1.5}, "lora_dropout 1.5"),
+        (
+            {"attn_implementation": "flash_attention_2", "packing": "shared_image"},
+            "attn_implementation is 'flash_attention_2', .*packing: shared_image",
+        ),
     ],
 )
 def test_sft_refuses(no_model, data, aligned, tmp_path, changes, message):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -202,11 +203,21 @@ class JnanaImageMixin:
             ),
         )
 
-    def _touch_image_path(self, device: torch.device) -> torch.Tensor:
+    def _others_may_read_images(self, past_key_values: Cache | None) -> bool:
+        """Whether other processes may be reading images now: several run, and this is no step of generation."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        return past_key_values is None or past_key_values.get_seq_length() == 0
+
+    def _touch_image_path(self, device: torch.device, stored: bool) -> torch.Tensor:
         """
-        Run tower and projector on a black image; returns a zero that depends on them. When processes train together
-        and one has a batch without images, its parameters must take part all the same: DDP waits for their gradients,
-        FSDP and ZeRO-3 for their shards, in the order in which the other processes ask for them: images first.
+        Run tower and projector on a black image, or the projector alone on features of zeros (`stored`: the processes
+        read stored features); returns a zero that depends on them. When several processes compute together and one has
+        a batch without images, its parameters must take part all the same: DDP waits for their gradients, FSDP and
+        ZeRO-3 for their shards, in evaluation too, and in the order in which the other processes ask: images first.
         """
+        if stored:
+            size = (1, self.config.num_image_tokens, self.config.vision_feature_size)
+            return 0.0 * self.project_vision_features(torch.zeros(size, device=device))[0].sum()
         black = torch.zeros(image_shape(self.config), device=device, dtype=self.vision_tower.dtype)
         return 0.0 * self.get_image_features(black, return_dict=True).pooler_output[0].sum()

@@ -84,7 +84,8 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Instead of `input_ids`.
             image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, vision_feature_size)`,
-                *optional*): Instead of `pixel_values`: features before the projector, computed earlier.
+                *optional*): Instead of `pixel_values`: features before the projector, computed earlier. Of a batch
+                without images: none (`num_images` 0), where other processes may have some.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what
                 [`~JnanaModel.get_image_features`] returned.
             image_indices (`torch.LongTensor` of shape `(num_image_places,)`, *optional*): The image that each place
@@ -99,16 +100,21 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        # No images, and those of other processes are stored features: what `FeatureCache` gives a batch of text alone.
+        stored = image_features is not None and image_features.shape[0] == 0
         image_hidden_states = self._read_images(
-            pixel_values, image_features, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy
+            pixel_values,
+            None if stored else image_features,
+            mm_encoder_outputs,
+            vision_feature_layer,
+            vision_feature_select_strategy,
         )
         if image_indices is not None:
             image_hidden_states = self._show_images(image_hidden_states, image_indices)
         nothing = None
-        if image_hidden_states is None and self.training and torch.distributed.is_available():
-            if torch.distributed.is_initialized():
-                given = inputs_embeds if input_ids is None else input_ids
-                nothing = self._touch_image_path(given.device)  # type: ignore[union-attr]  # one of them is given
+        if image_hidden_states is None and self._others_may_read_images(past_key_values):
+            given = inputs_embeds if input_ids is None else input_ids
+            nothing = self._touch_image_path(given.device, stored)  # type: ignore[union-attr]  # one of them is given
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
             if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image

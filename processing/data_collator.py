@@ -193,11 +193,10 @@ class JnanaCollator:
             for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels"):
                 del batch[name]
         shown = [number for row in packed for number in row.images]
-        if shown:
-            order = list(dict.fromkeys(shown))  # images of rows that were left out are not among them
-            batch |= self.images.stack([images.loaded[number] for number in order])
-            if self.packing != "none" or len(order) < len(shown):
-                batch["image_indices"] = torch.tensor([order.index(number) for number in shown])
+        order = list(dict.fromkeys(shown))  # images of rows that were left out are not among them
+        batch |= self.images.stack([images.loaded[number] for number in order])
+        if shown and (self.packing != "none" or len(order) < len(shown)):
+            batch["image_indices"] = torch.tensor([order.index(number) for number in shown])
         return batch
 
     def _blank(self) -> tuple[EncodedConversation, list[Any]]:

@@ -152,9 +152,10 @@ class FeatureCache:
 
         Returns:
             `dict[str, torch.Tensor]`: the model's `image_features`
-                `(num_images, num_image_tokens, vision_feature_size)`.
+                `(num_images, num_image_tokens, vision_feature_size)`; of no images too, which tells the model that
+                other processes have stored features, so that it does not run the tower to keep up with them.
         """
-        return {"image_features": torch.stack(images)}
+        return {"image_features": torch.stack(images) if images else torch.empty(0, *self.shape, dtype=self.dtype)}
 
     def _not_stored(self, image: dict, source: str) -> BadSampleError:
         load_image(image, source=source)  # a file that is broken says so itself

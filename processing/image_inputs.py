@@ -58,9 +58,11 @@ class PixelImages:
     def stack(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """
         Args:
-            images (`list`): as [`~PixelImages.load`] gave them, at least one.
+            images (`list`): as [`~PixelImages.load`] gave them.
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` `(num_images, channels, height, width)`.
+            `dict[str, torch.Tensor]`: `pixel_values` `(num_images, channels, height, width)`, or nothing of no images.
         """
+        if not images:
+            return {}
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}

@@ -8,6 +8,7 @@ import torch
 from peft import PeftConfig
 from safetensors import safe_open
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_bitsandbytes_available
 
 from modeling import JnanaConfig, JnanaForConditionalGeneration
@@ -98,6 +99,12 @@ def check_feature_cache(args: DataArguments) -> None:
         raise ValueError(
             f"feature_cache is {args.feature_cache!r} but streaming is true: every picture must be known before "
             "training. Leave one of them out"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"feature_cache is {args.feature_cache!r}, but ZeRO-3 cuts the tower's weights over the processes as it "
+            "loads them, so that none can compute features; train with recipes/accelerate/fsdp2.yaml or zero2.yaml, "
+            "or leave it out"
         )
     folder = Path(args.feature_cache)
     if not (folder / KEY_FILE).is_file():  # a finished one may be read-only

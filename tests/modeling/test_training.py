@@ -276,10 +276,42 @@ def test_a_process_without_images_in_its_batch_takes_part(tmp_path, monkeypatch)
         gradients = [p.grad for p in model.model.multi_modal_projector.parameters()]
         assert all(gradient is not None and not gradient.any() for gradient in gradients)
         # Negative control: without it, DDP stops at the second batch.
-        monkeypatch.setattr(type(model.model), "_touch_image_path", lambda self, device: None)
+        monkeypatch.setattr(type(model.model), "_touch_image_path", lambda self, *given: None)
         with pytest.raises(RuntimeError, match="finished reduction"):
             for _ in range(3):
                 wrapped(**text).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_when_a_process_without_images_keeps_up_with_others(tmp_path, monkeypatch):
+    """In evaluation and where generation begins, as in training; alone never. Logits stay what they are."""
+    model = join(tmp_path).eval()
+    text, none = text_ids(2), torch.empty(0, model.config.num_image_tokens, model.config.vision_feature_size)
+    ran = []
+    for part in ("vision_tower", "multi_modal_projector"):
+        getattr(model.model, part).register_forward_hook(lambda *given, part=part: ran.append(part))
+
+    def run(**given) -> tuple[torch.Tensor, list[str]]:
+        ran.clear()
+        with torch.no_grad():
+            return model(text, **given).logits, list(ran)
+
+    def generate() -> tuple[torch.Tensor, list[str]]:
+        ran.clear()
+        ids = model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=1)
+        return ids, list(ran)
+
+    logits, ids = run()[0], generate()[0]
+    assert run()[1] == run(image_features=none)[1] == generate()[1] == []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for found, wanted, parts in (
+            (run(), logits, ["vision_tower", "multi_modal_projector"]),
+            (run(image_features=none), logits, ["multi_modal_projector"]),
+            (generate(), ids, ["vision_tower", "multi_modal_projector"]),  # once, for the first of its steps
+        ):
+            assert torch.equal(found[0], wanted) and found[1] == parts
     finally:
         torch.distributed.destroy_process_group()
 

@@ -35,8 +35,8 @@ def watch_imageless() -> None:
     """Print a line whenever this process has a batch without an image."""
     original = JnanaModel._touch_image_path
 
-    def touch(self, device):
-        print("a batch without an image")
-        return original(self, device)
+    def touch(self, *given):
+        print("a batch without an image" if self.training else "evaluated without an image")
+        return original(self, *given)
 
     JnanaModel._touch_image_path = touch

@@ -19,6 +19,10 @@ SIZES = {
     "independent_turns": "false",
     "adam_epsilon": "1e-3",
     "learning_rate": "1e-2",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "per_device_eval_batch_size": 1,
+    "max_eval_rows": 4,
 }
 
 
@@ -35,7 +39,8 @@ def start(tmp_path_factory, data, aligned):
     def start(output, how: str, **changes) -> list[str]:
         processes = 1 if how == "one" else 2
         changes = {**SIZES, "lora_r": 0, "per_device_train_batch_size": 2 // processes, **changes}
-        words = sft_options(data, aligned, output_dir=output, train_data=folder / "instruct.json", **changes)
+        changes = {"train_data": folder / "instruct.json", "eval_data": folder / "instruct.json", **changes}
+        words = sft_options(data, aligned, output_dir=output, **changes)
         options = {"processes": processes, "prepare": watch_imageless}
         if how == "fsdp2":
             words.append(CONFIGURED)
@@ -66,8 +71,9 @@ def history(folder, name: str) -> torch.Tensor:
 
 
 def assert_same_run(folder, reference, weights="model.safetensors") -> None:
-    """The same losses, gradient norms and final weights."""
-    for name in ("loss", "grad_norm"):
+    """The same losses, in training and evaluation, gradient norms and final weights."""
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert len(history(folder, name))
         torch.testing.assert_close(history(folder, name), history(reference, name), rtol=2e-5, atol=0)
     ours, theirs = load_file(folder / weights), load_file(reference / weights)
     assert ours.keys() == theirs.keys()
@@ -78,6 +84,8 @@ def assert_same_run(folder, reference, weights="model.safetensors") -> None:
 def assert_one_lacked_an_image(outputs: list[str]) -> None:
     counts = [output.count("a batch without an image") for output in outputs]
     assert max(counts) > 0 and min(counts) < SIZES["max_steps"], counts
+    # in evaluation the second process gets every second record, which has none
+    assert [output.count("evaluated without an image") > 0 for output in outputs] == [False, True]
 
 
 def test_ddp_is_one_process(start, one, tmp_path):
@@ -97,6 +105,12 @@ def test_fsdp2_is_one_process(one, sharded):
     reference, _ = load_model_and_processor(str(one))
     text = processor.tokenizer("what is the top?", return_tensors="pt")
     torch.testing.assert_close(model(**text).logits, reference(**text).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_fsdp2_with_a_feature_cache(start, one, tmp_path):
+    """No process runs the tower while it trains or evaluates, the one without an image neither: all wait for all."""
+    assert_one_lacked_an_image(start(tmp_path / "run", "fsdp2", feature_cache=tmp_path / "cache"))
+    assert_same_run(tmp_path / "run", one)
 
 
 def test_fsdp2_resumes(start, sharded, tmp_path):

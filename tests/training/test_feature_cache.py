@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 import processing.feature_cache as cache_format
 from modeling import JnanaForConditionalGeneration
 from processing import BadSampleError, FeatureCache, JnanaCollator, JnanaProcessor, load_image, read_bad_samples
-from processing.data_rows import caption_conversation, make_row, rows_to_dataset
+from processing.data_rows import caption_conversation, make_row, message, rows_to_dataset, text_part
 from tests.tiny import save_tiny_text, save_tiny_vision
 from training import feature_cache
 from training.arguments import DataArguments
@@ -179,6 +179,20 @@ class TestTraining:
         _, wrong = self.loss_and_gradients(model, cached)
         name = next(name for name in gradients if "projector" in name)
         assert (wrong[name] - gradients[name]).norm() > 1e-4 * gradients[name].norm()
+
+    def test_text_alone_trains_as_without_a_cache(self, pair, pictures, tmp_path, packing):
+        """Its features are none, so that with several processes the model knows what the others have."""
+        model, processor = pair
+        cache = build(pair, rows_in(pictures), tmp_path / "cache")
+        chat = [message("user", text_part("what?")), message("assistant", text_part("red"))]
+        rows = [make_row([], [chat], "text")]
+        cached = JnanaCollator(processor, packing=packing, images=cache)(rows)
+        features = cached["image_features"]
+        assert features.shape == (0, 4, 64) and "image_indices" not in cached
+        loss, gradients = self.loss_and_gradients(model, JnanaCollator(processor, packing=packing)(rows))
+        cached_loss, cached_gradients = self.loss_and_gradients(model, cached)
+        assert torch.equal(loss, cached_loss) and gradients.keys() == cached_gradients.keys()
+        assert gradients and not any("projector" in name for name in gradients)
 
     def test_bad_pictures_are_left_out_as_elsewhere(self, pair, pictures, tmp_path, packing):
         cache = build(pair, rows_in(pictures), tmp_path / "cache")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -34,14 +33,16 @@ def start_run(args: TrainingArguments) -> None:
     set_seed(args.seed)
 
 
-def is_finished(checkpoint: str | None, args: TrainingArguments) -> bool:
-    """Whether a checkpoint is the end of its run: the Trainer would take one step too many from there."""
+def is_finished(checkpoint: str | None, trainer: Trainer) -> bool:
+    """Whether a checkpoint is the end of the run that is asked for now: the Trainer would take one step too many from
+    there. What counts are the steps that today's `max_steps`, or epochs of today's data, come to."""
     if checkpoint is None:
         return False
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    wanted = args.max_steps if args.max_steps > 0 else state["max_steps"]
-    same_epochs = args.max_steps > 0 or state["num_train_epochs"] == math.ceil(args.num_train_epochs)
-    return same_epochs and state["global_step"] >= wanted
+    wanted = trainer.args.max_steps
+    if wanted <= 0:  # the last of the Trainer's own numbers
+        *_, wanted = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return state["global_step"] >= wanted
 
 
 def check_same_model(model: nn.Module, checkpoint: str) -> None:
@@ -78,12 +79,15 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         check_same_model(trainer.model, checkpoint)
     # set only now, for the dataloader's workers: tokenizing and checking the data was faster with it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not is_finished(checkpoint, trainer.args):
+    if not is_finished(checkpoint, trainer):
         check_disk_space(trainer)
         with explain_full_disk(trainer.args):
             trainer.train(resume_from_checkpoint=checkpoint)
         return
-    logger.info(f"{checkpoint} is the end of this run: nothing is trained, the final files are written again")
+    logger.info(
+        f"{checkpoint} is the end of this run: nothing is trained, the final files are written again (a larger "
+        "max_steps or num_train_epochs would go on)"
+    )
     trainer._load_from_checkpoint(checkpoint)  # what Trainer.train itself calls first
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 

@@ -1,5 +1,6 @@
 """Cut off and started again: the same weights as without the cut, and broken checkpoints passed over."""
 
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,33 @@ def test_a_finished_run_stays_as_it_is(data, vision, pretrained, aligned, tmp_pa
     assert "is the end of this run: nothing is trained" in capsys.readouterr().out
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "align", aligned))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def steps_of(folder) -> list[int]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["step"] for entry in history if "loss" in entry]
+
+
+def test_a_finished_run_goes_on_when_more_is_asked_for(data, vision, pretrained, tmp_path, capsys):
+    """By epochs, of two steps each, and by steps; asking for what is there trains nothing."""
+    output = tmp_path / "align"
+    ways = [
+        ({"num_train_epochs": 1.5}, 3),
+        ({"num_train_epochs": 1.5}, 3),  # finished
+        ({"num_train_epochs": 2}, 4),  # of as many epochs, rounded up
+        ({"max_steps": 4}, 4),  # finished
+        ({"max_steps": 5}, 5),
+        ({"num_train_epochs": 2}, 5),  # finished
+    ]
+    steps = 0
+    for changes, wanted in ways:
+        options = {"max_steps": -1, "save_steps": 1, "save_total_limit": 1, **changes}
+        run_align.main(align_options(data, vision, pretrained, output_dir=output, **options))
+        said = capsys.readouterr().out
+        assert ("is the end of this run: nothing is trained" in said) == (wanted == steps), changes
+        assert (f"resuming from {output / f'checkpoint-{steps}'} " in said) == (steps > 0)
+        assert steps_of(output) == list(range(1, wanted + 1))
+        steps = wanted
 
 
 def test_overwriting_starts_anew(data, vision, pretrained, aligned, tmp_path):

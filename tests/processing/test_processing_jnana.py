@@ -44,6 +44,7 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
     saved = sorted(path.name for path in (tmp_path / "saved").iterdir())
     assert saved == [
         "chat_encoding_jnana.py",
+        "chat_inputs_jnana.py",
         "chat_template.jinja",
         "processing_jnana.py",
         "processor_config.json",
@@ -75,13 +76,15 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
 def test_copied_code_imports_nothing_of_this_project():
     """Remote code is read as text: relative imports of neighbours, transformers and the standard library only."""
     folder = Path(__file__).parents[2] / "processing"
-    for name in ("processing_jnana.py", "chat_encoding_jnana.py"):
+    neighbours = ("chat_encoding_jnana", "chat_inputs_jnana")
+    allowed = {"collections", "re", "functools", "typing", "pathlib", "transformers"} | {f".{n}" for n in neighbours}
+    for name in ("processing_jnana.py", *(f"{neighbour}.py" for neighbour in neighbours)):
         modules = {
             line.split()[1].split(".")[0] if not line.split()[1].startswith(".") else line.split()[1]
             for line in (folder / name).read_text().splitlines()
             if line.startswith(("import ", "from "))
         }
-        assert modules <= {"re", "functools", "typing", "pathlib", "transformers", ".chat_encoding_jnana"}
+        assert modules <= allowed
 
 
 def test_file_names_are_unique_over_the_packages_that_are_copied_flat():

@@ -140,9 +140,10 @@ def test_saved_processors_hear_as_well(processor, tmp_path):
     encoding = tmp_path / "chat_encoding_jnana.py"
     if encoding.is_file():
         assert "def transcribe_chat" in encoding.read_text()
-    source = (Path(run_transcribe.__file__).parent / "processing" / "processing_jnana.py").read_text()
-    imports = set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE))
-    assert imports == {"chat_encoding_jnana"}
+    folder = Path(run_transcribe.__file__).parent / "processing"
+    sources = [(folder / name).read_text() for name in ("processing_jnana.py", "chat_inputs_jnana.py")]
+    imports = {name for source in sources for name in re.findall(r"^from \.(\w+) import", source, re.MULTILINE)}
+    assert imports == {"chat_encoding_jnana", "chat_inputs_jnana"}
 
 
 # ---------------------------------------------------------------------- training data

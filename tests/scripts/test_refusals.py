@@ -59,7 +59,7 @@ def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, me
 def test_a_feature_cache_under_zero_3(no_model, data, vision, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr("training.checks.is_deepspeed_zero3_enabled", lambda: True)
     options = {"output_dir": tmp_path, "feature_cache": tmp_path / "cache"}
-    with pytest.raises(ValueError, match="feature_cache is '.*cache', but ZeRO-3 cuts .* fsdp2.yaml .* leave it out"):
+    with pytest.raises(ValueError, match="feature_cache is '.*cache', but ZeRO-3 cuts .*fsdp2.yaml.* leave it out"):
         run_align.main(align_options(data, vision, pretrained, **options))
 
 

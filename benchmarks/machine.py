@@ -1,6 +1,8 @@
 """What a measurement ran on, so that a figure is never seen without its machine."""
 
+import ctypes
 import datetime
+import gc
 import os
 import platform
 import resource
@@ -57,6 +59,7 @@ class PeakMemory:
     The most memory that a block of code held beyond what was held when it began, in bytes.
 
     On a GPU what torch allocated; on Linux the process's resident memory, whose high-water mark the kernel resets.
+    What was freed before is given back to the system first: memory taken from it again would not show.
     `None` where neither is known.
 
     Args:
@@ -73,6 +76,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
+            give_back_freed_memory()
             try:
                 Path("/proc/self/clear_refs").write_text("5")
                 self.resettable = True
@@ -86,6 +90,13 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
         elif self.resettable:
             self.bytes = max(_status("VmHWM") - self.before, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Hand what was freed back to the system, where the C library can (glibc)."""
+    gc.collect()
+    if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _status(field: str) -> int:

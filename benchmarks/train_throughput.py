@@ -1,6 +1,6 @@
 """Training throughput beside stock LLaVA: the same pictures, texts and weights through the stock `Trainer`, four ways.
 
-    python -m benchmarks.train_throughput                        # one CPU thread, a small Phi: about eight minutes
+    python -m benchmarks.train_throughput                        # one CPU thread, a small Phi: about ten minutes
     python -m benchmarks.train_throughput --scale phi2           # a GPU, full Phi-2 from random weights
     python -m benchmarks.train_throughput --cases align-49 --rounds 9 --profile
 
@@ -13,8 +13,8 @@ The four take turns within each round, so that a machine that slows down slows a
 rounds, ratios are taken within a round. On one CPU thread the clock is the process's own CPU time, which does not run
 while other programs have the processor; elsewhere it is the clock on the wall. In every round the losses of every step
 are compared with stock LLaVA's, and once the projector's gradient: a faster way that computes something else is an
-error, not a result. Writes `results/<name>.json` and `.png` after each case; with `--profile` also
-`results/<name>_<case>_<arm>.txt`.
+error, not a result. Writes `results/<name>.json` and `.png` after each case. `--profile` adds where one step's time
+goes, and writes the profiler's tables, `results/<name>_<case>_<arm>.txt`.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.machine import PeakMemory, describe_machine, synchronize
+from benchmarks.profiling import profile_step
 from benchmarks.throughput_report import draw, summarize, table
 from benchmarks.workloads import SCALES, Scale, make_models, make_pictures, make_processor, make_rows
 from processing import JnanaCollator, JnanaProcessor, check_rows, load_image, packed_rows, plan_rows, with_images
@@ -306,27 +307,18 @@ def compare_losses(case: Case, turns: dict[str, dict], dtype: torch.dtype) -> fl
     return largest
 
 
-def profile_arms(case: Case, device: torch.device, dtype: torch.dtype, file: Callable[[str], Path]) -> None:
-    """A table for each arm of where one step's time goes: forward, backward and the collator."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+def profile_arms(
+    case: Case, device: torch.device, dtype: torch.dtype, file: Callable[[str], Path]
+) -> dict[str, dict[str, float]]:
+    """Where one step's time goes, by arm; also writes the profiler's tables."""
+    found = {}
     for arm in ARMS:
         model = reset(case, arm).train()
-        with torch.profiler.profile(activities=activities) as profile:
-            with torch.profiler.record_function("collator"):
-                batch = case.collators[arm](case.batches[arm][1])
-            batch = {name: value.to(device) for name, value in batch.items()}
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                with torch.profiler.record_function("forward"):
-                    loss = model(**batch).loss
-                with torch.profiler.record_function("backward"):
-                    loss.backward()
-            synchronize(device)
-        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        text = profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+        make_batch = functools.partial(case.collators[arm], case.batches[arm][1])
+        found[arm], text = profile_step(model, make_batch, device, dtype)
         file(arm).write_text(text + "\n")
         logger.info(f"{case.name}, {arm}\n{text}")
+    return found
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -349,7 +341,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     machine = describe_machine(device)
     machine["clock"] = "CPU time of the process" if by_cpu_time(device) else "wall"
     machine["peak_flops_by_matmul"] = peak_flops(device, scale.dtype)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value for key, value in vars(args).items() if key != "results"}
     sizes = {"text": scale.text, "vision": scale.vision, "dtype": str(scale.dtype), "lora_r": scale.lora_r}
     cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -371,7 +363,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             cases[-1]["largest_loss_difference"] = difference
             cases[-1]["samples_per_step"] = statistics.mean(case.conversations[1 : args.steps])
             if args.profile:
-                profile_arms(
+                cases[-1]["profile"] = profile_arms(
                     case, device, scale.dtype, lambda arm, c=name: args.results / f"{args.name}_{c}_{arm}.txt"
                 )
             machine["load_average_at_the_end"] = [round(load, 2) for load in os.getloadavg()]

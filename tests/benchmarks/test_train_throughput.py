@@ -26,6 +26,9 @@ def test_one_command_writes_figures_and_a_plot(tmp_path):
     assert arms["feature_cache"]["flops_per_step"] < arms["shared_image"]["flops_per_step"]  # without the tower
     assert arms["shared_image"]["flops_per_step"] < arms["llava"]["flops_per_step"]
     assert len(table(result).splitlines()) == 2 + 4
+    for shares in case["profile"].values():
+        assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > 0 and shares["collator"] > 0
+    assert case["profile"]["shared_image"]["mask"] > 0 == case["profile"]["padded"]["mask"]
 
 
 def test_a_wrong_result_is_not_measured(tmp_path, monkeypatch):

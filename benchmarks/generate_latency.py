@@ -106,12 +106,11 @@ def measure(arguments: argparse.Namespace, tokens: int, device: torch.device) ->
     """One case: `tokens` image tokens."""
     scale = SCALES[arguments.scale]
     processor = make_processor(scale, tokens)
-    vocabulary = scale.text[tokens]["vocab_size"]
-    # Every row of the head is a word, so that answers are told apart by their text
-    processor.tokenizer.add_tokens([f" w{n}" for n in range(vocabulary - len(processor.tokenizer))])
     llava, jnana = make_models(scale, tokens, processor.image_token_id, device)
     for model in (llava.eval(), jnana.eval()):
-        # no end of text either: every answer has its full length
+        # Only words are written, whose logits are the largest, so that answers are told apart by their text ...
+        model.lm_head.weight.data[len(processor.tokenizer) :] = 0
+        # ... and no end of text: every answer has its full length
         model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
     questions = [" ".join(words()[start : start + 12]) for start in (0, 40)]
     rounds: list[dict[str, list[Timed]]] = []

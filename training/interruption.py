@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from torch import distributed, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch import distributed
+from transformers import TrainerCallback, TrainingArguments
 
 from .checkpoints import checkpoint_problem, list_checkpoints
 
@@ -136,36 +135,3 @@ def is_full_disk(error: BaseException) -> bool:
     # torch's archive writer does not even pass the reason on
     words = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
     return any(word in str(error) for word in words)
-
-
-def check_disk_space(trainer: Trainer) -> None:
-    """Refuse a run whose checkpoints cannot fit, before it trains; warn where they may not.
-
-    Raises:
-        ValueError: naming `output_dir`, what a checkpoint takes and what is free.
-    """
-    args = trainer.args
-    if not args.should_save:
-        return
-    size = checkpoint_size(trainer.model)
-    free = shutil.disk_usage(args.output_dir).free
-    present = len(list_checkpoints(args.output_dir))
-    # the new one is written before the oldest goes, and the final files come on top
-    kept = present + 1 if args.save_total_limit is None else args.save_total_limit + 1
-    wanted = size * (1 if str(args.save_strategy.value) == "no" else max(kept + 1 - present, 1))
-    if free < size:
-        raise ValueError(
-            f"output_dir {args.output_dir!r} has {free / 1e6:,.0f} MB free, but one checkpoint takes about "
-            f"{size / 1e6:,.0f} MB; make room, or choose another"
-        )
-    if free < wanted:
-        logger.warning(
-            f"output_dir {args.output_dir!r} has {free / 1e6:,.0f} MB free; the run may need {wanted / 1e6:,.0f} MB "
-            f"(about {size / 1e6:,.0f} MB a checkpoint, save_total_limit {args.save_total_limit})"
-        )
-
-
-def checkpoint_size(model: nn.Module) -> int:
-    """Bytes of the weights that a checkpoint holds, without the optimizer's: an adapter, or the whole model."""
-    adapter = isinstance(model, PeftModel)
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not adapter)

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 
 from modeling import PROJECTOR_FIELDS, JnanaConfig
 
-from .interruption import check_disk_space, explain_full_disk
+from .disk_space import check_disk_space
+from .interruption import explain_full_disk
 from .sharing import push_folder
 
 

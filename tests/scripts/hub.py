@@ -6,13 +6,13 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class LocalHub:
     """
-    One repository's worth of the Hub's HTTP interface, as far as `create_repo`, `upload_folder` and the download of
-    single files use it.
+    One repository's worth of the Hub's HTTP interface, as far as `create_repo`, `upload_folder`, `list_repo_tree` and
+    the download of single files use it.
 
     Attributes:
         url (`str`): For `HF_ENDPOINT`.
@@ -36,6 +36,11 @@ class LocalHub:
     @property
     def revision(self) -> str:
         return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+
+
+def oid(data: bytes) -> str:
+    """A file's name in git."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,7 +79,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif match and match[1] in self.hub.files:
             self.answer(self.hub.files[match[1]])
         elif match:
-            self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            self.no_entry()
+        elif tree := re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+(?:/(.+))?", path):
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+            entries = self.entries(f"{tree[1]}/" if tree[1] else "", recursive)
+            self.answer(entries) if entries or not tree[1] else self.no_entry()
         elif re.fullmatch(r"/api/models/[^/]+/[^/]+(/revision/[^/]+)?", path):
             names = sorted(self.hub.files)
             siblings = [{"rfilename": name} for name in names]
@@ -83,6 +92,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse()
 
     do_HEAD = do_GET
+
+    def entries(self, folder: str, recursive: bool) -> list[dict]:
+        """What lies in a folder (`a/b/`, or empty), in the words of the Hub's `tree`: no folder without a file."""
+        found: dict[str, dict] = {}
+        for name in sorted(name for name in self.hub.files if name.startswith(folder)):
+            parts = name.removeprefix(folder).split("/")
+            for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
+                inner = folder + "/".join(parts[:depth])
+                found[inner] = {"type": "directory", "path": inner, "size": 0, "oid": oid(inner.encode())}
+            if recursive or len(parts) == 1:
+                data = self.hub.files[name]
+                found[name] = {"type": "file", "path": name, "size": len(data), "oid": oid(data)}
+        return list(found.values())
+
+    def no_entry(self) -> None:
+        self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
 
     def refuse(self) -> None:
         self.hub.unknown.append(f"{self.command} {self.path}")
@@ -95,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Content-Type", "application/octet-stream" if isinstance(content, bytes) else "application/json"
         )
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("ETag", f'"{oid(data)}"')
         self.send_header("X-Repo-Commit", self.hub.revision)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

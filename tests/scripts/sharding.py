@@ -1,4 +1,4 @@
-"""FSDP2 on CPUs: what `accelerate launch --config_file` sets, and a way round what keeps accelerate from using it."""
+"""FSDP2 and ZeRO on CPUs: what `accelerate launch --config_file` sets, and a way round what keeps FSDP2 off them."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from modeling import JnanaModel
 
@@ -19,8 +19,9 @@ CONFIGURED = '--accelerator_config={"use_configured_state": true, "dispatch_batc
 def launch_environment(name: str, processes: int) -> dict[str, str]:
     """The variables that `accelerate launch` makes of one of our files, of its own making."""
     command = ["--config_file", str(CONFIGS / name), "--num_processes", str(processes), "--mixed_precision", "no"]
-    options, _, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "script.py"]))
-    made = prepare_multi_gpu_env(options)
+    options, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "script.py"]))
+    options.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    made = prepare_deepspeed_cmd_env(options)[1] if options.use_deepspeed else prepare_multi_gpu_env(options)
     return {key: value for key, value in made.items() if os.environ.get(key) != value}
 
 
@@ -28,6 +29,14 @@ def shard_on_cpu() -> None:
     """Say that the processes have GPUs: without them accelerate silently trains DDP. What follows is its own code."""
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    watch_imageless()
+
+
+def use_deepspeed() -> None:
+    """DeepSpeed over gloo alone: what it would compile for processes of one machine takes a minute and spins."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     watch_imageless()
 
 

@@ -24,6 +24,7 @@ from tests.scripts.accidents import (
 )
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import Ended, run_forked, succeed
+from tests.scripts.launching import launch
 from tests.scripts.tiny_data import make_shards
 
 
@@ -99,6 +100,11 @@ class Case:
 
 
 KILLED, TERMINATED, FAILED = -signal.SIGKILL, 128 + signal.SIGTERM, 1
+# started by `accelerate launch`, which passes the signal on, after a moment and once more to those who have it already
+LAUNCHED = {
+    "launcher": Case("SIGTERM", "to `accelerate launch` alone", TWO, (), (TERMINATED,), 3),
+    "all": Case("SIGTERM", "to `accelerate launch` and all its processes", TWO, (), (TERMINATED,), 3),
+}
 CASES = [
     Case("SIGKILL", "before the first checkpoint", ALIGN, (partial(kill, "on_step_end", 1),), (KILLED,), None),
     Case("SIGKILL", "between two micro-batches", ALIGN, (partial(kill, "on_substep_end", 4),), (KILLED,), 4),
@@ -138,11 +144,13 @@ CASES = [
         3,
         1,
     ),
+    *LAUNCHED.values(),
     Case("full disk", "for a checkpoint's weights", LORA, (partial(refuse_weights, "checkpoint-4"),), (FAILED,), 2),
     Case("full disk", "for its optimizer", ALIGN, (partial(refuse_file, "optimizer.pt", 4),), (FAILED,), 2),
     Case("full disk", "for its last file", ALIGN, (partial(refuse_state, 4),), (FAILED,), 2),
     Case("full disk", "for the final weights", ALIGN, (partial(refuse_weights, "run"),), (FAILED,), 6),
 ]
+FORKED = [case for case in CASES if case.accidents]
 
 
 def arguments(kind: Kind, output: Path, data, vision, pretrained, aligned) -> list[str]:
@@ -193,7 +201,7 @@ def assert_same(folder: Path, reference: Path, kind: Kind) -> None:
     assert (folder / kind.weights).read_bytes() == (reference / kind.weights).read_bytes()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.how} {case.when}".replace(" ", "_"))
+@pytest.mark.parametrize("case", FORKED, ids=lambda case: f"{case.how} {case.when}".replace(" ", "_"))
 def test_interrupted(case: Case, start, whole, tmp_path):
     assert case.line() in DOCS.read_text()
     output = tmp_path / "run"
@@ -213,6 +221,22 @@ def test_interrupted(case: Case, start, whole, tmp_path):
         assert "resuming from" not in said
     else:
         assert f"resuming from {output}/checkpoint-{case.resumed_from} " in said
+    assert_same(output, whole(case.kind), case.kind)
+
+
+@pytest.mark.parametrize("to", LAUNCHED)
+def test_interrupted_under_accelerate_launch(to, start, whole, tmp_path, data, vision, pretrained, aligned):
+    case, output = LAUNCHED[to], tmp_path / "run"
+    words = arguments(case.kind, output, data, vision, pretrained, aligned)
+    struck = [to, "2", str(tmp_path), case.kind.script]
+    process = launch("tests/scripts/struck.py", [*struck, *words], case.kind.processes)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, said[-4000:]  # the launcher's own
+    assert said.count("SIGTERM: stopped after step 3") == 1, said[-4000:]
+    assert "forcefully exiting" not in said
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(TERMINATED)] * 2
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert f"resuming from {output}/checkpoint-3 " in succeed(start(case.kind, output))
     assert_same(output, whole(case.kind), case.kind)
 
 

@@ -5,9 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 
 import run_align
 import run_push
@@ -15,6 +19,7 @@ import run_sft
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.hub import LocalHub
 from tests.scripts.launching import ROOT
+from training.loading import load_model_and_processor
 from training.sharing import check_published, published_files
 
 
@@ -67,19 +72,86 @@ def test_no_folder_of_this_machine(pretrained, aligned, tuned, tmp_path):
             check_published(tmp_path / name)
 
 
-def test_pushed_over_http(tuned, tmp_path):
-    """`run_push.py` as people start it: one commit, and every file arrives as it is."""
+# Reads a checkpoint from the Hub with transformers alone: the repository is not on its path.
+READ = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path[:] = [place for place in sys.path if place not in ("", sys.argv[1])]
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained("someone/name", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("someone/name", trust_remote_code=True)
+assert not {"training", "modeling", "processing"} & {name.split(".")[0] for name in sys.modules}
+chat = [{"role": "user", "content": [{"type": "image", "image": Image.open(sys.argv[2])},
+                                     {"type": "text", "text": "what is the <image> top?"}]}]
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                       return_tensors="pt")
+with torch.no_grad():
+    torch.save({**inputs, "logits": model(**inputs).logits}, sys.argv[3])
+"""
+
+
+@pytest.fixture
+def hub():
     hub = LocalHub()
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-    environment |= {"HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, str(ROOT / "run_push.py"), str(tuned / "merged"), "me/model"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    yield hub
     hub.close()
+
+
+def talk(hub: LocalHub, folder: Path, *command: str) -> None:
+    """Run Python against `hub`, with an empty cache in `folder`; it must end well and ask nothing unheard of."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+    environment |= {"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + str(hub.unknown)
+    assert hub.unknown == []
+
+
+def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):
+    """`run_push.py` as people start it: one commit, every file as it is. Others read the same tokens and logits."""
+    talk(hub, tmp_path / "me", str(ROOT / "run_push.py"), str(tuned / "merged"), "someone/name")
     assert set(hub.files) == MODEL | PROCESSOR | CODE
     assert len(hub.commits) == 1
     for file in published_files(tuned / "merged"):
         assert hub.files[file.name] == file.read_bytes()
+
+    picture = data / "images" / "red_blue.png"
+    talk(hub, tmp_path / "other", "-I", "-c", READ, str(ROOT), str(picture), str(tmp_path / "read.pt"))
+    read = torch.load(tmp_path / "read.pt")
+    model, processor = load_model_and_processor(str(tuned / "merged"))
+    image = {"type": "image", "image": Image.open(picture)}
+    logits = {}
+    for question in ("what is the <image> top?", "what is the bottom?"):
+        chat = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits[question] = model(**inputs).logits[:, -1]
+        assert torch.equal(inputs["pixel_values"], read["pixel_values"])
+        same = inputs["input_ids"].tolist() == read["input_ids"].tolist()
+        assert same == ("<image>" in question)
+    same, other = logits.values()
+    assert torch.equal(same, read["logits"][:, -1]) and not torch.equal(other, read["logits"][:, -1])
+
+
+def test_the_hub_lists_its_files(hub):
+    """As huggingface_hub reads the real one: files and folders, one level or all, and nothing where nothing is."""
+    api = HfApi(endpoint=hub.url, token="hf_x")
+    hub.files |= {"a.json": b"{}", "additional_chat_templates/tool.jinja": b"x", "deep/er/b.txt": b"b"}
+    names = [entry.path for entry in api.list_repo_tree("someone/name")]
+    assert names == ["a.json", "additional_chat_templates", "deep"]
+    (file,) = api.list_repo_tree("someone/name", "additional_chat_templates")
+    assert (file.path, file.size) == ("additional_chat_templates/tool.jinja", 1)
+    everything = {entry.path for entry in api.list_repo_tree("someone/name", recursive=True)}
+    assert everything == {*hub.files, "additional_chat_templates", "deep", "deep/er"}
+    with pytest.raises(EntryNotFoundError):
+        list(api.list_repo_tree("someone/name", "nowhere"))
 
 
 class TestRefused:

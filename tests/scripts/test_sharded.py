@@ -1,7 +1,8 @@
-"""DDP and FSDP2 on two processes: the same run as one process, also where one of the two has no image in its batch."""
+"""DDP, FSDP2 and ZeRO on two processes: the same run as one process, also where one of the two lacks an image."""
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.scripts.conftest import sft_options
 from tests.scripts.forked import run_forked, succeed
-from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, watch_imageless
+from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, use_deepspeed, watch_imageless
 from training.loading import load_model_and_processor
 
 
@@ -24,6 +25,11 @@ SIZES = {
     "per_device_eval_batch_size": 1,
     "max_eval_rows": 4,
 }
+
+ADAPTER = {"lora_r": 4, "max_steps": 2}
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,10 @@ def start(tmp_path_factory, data, aligned):
         if how == "fsdp2":
             words.append(CONFIGURED)
             options |= {"prepare": shard_on_cpu, "environment": launch_environment("fsdp2.yaml", processes)}
+        if how.startswith("zero"):
+            words.append("--ddp_backend=gloo")  # or accelerate counts one process where there is no GPU
+            environment = launch_environment(f"{how}.yaml", processes) | {"ACCELERATE_USE_CPU": "false"}
+            options |= {"prepare": use_deepspeed, "environment": environment}
         ended = run_forked("run_sft", words, tmp_path_factory.mktemp("log"), **options)
         succeed(ended)
         return [each.output for each in ended]
@@ -123,10 +133,52 @@ def test_fsdp2_resumes(start, sharded, tmp_path):
     assert (folder / "model.safetensors").read_bytes() != (folder / "checkpoint-2" / "model.safetensors").read_bytes()
 
 
-def test_fsdp2_with_an_adapter(start, tmp_path):
-    changes = {"lora_r": 4, "max_steps": 2}
-    start(tmp_path / "one", "one", **changes)
-    start(tmp_path / "fsdp2", "fsdp2", **changes)
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, start):
+    output = tmp_path_factory.mktemp("adapter") / "run"
+    start(output, "one", **ADAPTER)
+    return output
+
+
+def test_fsdp2_with_an_adapter(start, adapter, tmp_path):
+    start(tmp_path / "fsdp2", "fsdp2", **ADAPTER)
     assert (tmp_path / "fsdp2" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
-    assert_same_run(tmp_path / "fsdp2", tmp_path / "one", "adapter_model.safetensors")
+    assert_same_run(tmp_path / "fsdp2", adapter, "adapter_model.safetensors")
     load_model_and_processor(str(tmp_path / "fsdp2"))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_zero_is_one_process(start, one, how, tmp_path):
+    """DeepSpeed ran (its files say so), resumes to the byte, and leaves an ordinary checkpoint in safetensors."""
+    folder = tmp_path / how
+    assert_one_lacked_an_image(start(folder, how))
+    states = sorted(path.name for path in (folder / "checkpoint-4" / "global_step4").glob("*optim_states.pt"))
+    assert [name.split("_mp_rank")[0] for name in states] == [f"zero_pp_rank_{rank}" for rank in range(2)]
+    assert_same_run(folder, one)
+    load_model_and_processor(str(folder))
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "model.safetensors").unlink()
+    assert f"resuming from {folder}/checkpoint-2 " in start(folder, how)[0]
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert (folder / "checkpoint-2" / "model.safetensors").read_bytes() != weights
+
+
+@pytest.fixture(scope="module")
+def second_round(tmp_path_factory, start, adapter):
+    changes = {**ADAPTER, "model_name_or_path": adapter, "lora_r": 0}
+    output = tmp_path_factory.mktemp("second") / "run"
+    start(output, "one", **changes)
+    return output, changes
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_zero_with_an_adapter(start, second_round, how, tmp_path):
+    """One that exists: ZeRO-3 loads a model in another way and would draw other random numbers for a new one."""
+    reference, changes = second_round
+    start(tmp_path / how, how, **changes)
+    assert (tmp_path / how / "checkpoint-2" / "global_step2").is_dir()
+    assert_same_run(tmp_path / how, reference, "adapter_model.safetensors")
+    load_model_and_processor(str(tmp_path / how))

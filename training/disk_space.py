@@ -4,6 +4,7 @@ import logging
 import shutil
 
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer
 
 from .checkpoints import list_checkpoints
@@ -42,8 +43,8 @@ def check_disk_space(trainer: Trainer) -> None:
     if free < wanted:
         logger.warning(
             f"output_dir {args.output_dir!r} has {free / 1e6:,.0f} MB free; the run may need {wanted / 1e6:,.0f} MB "
-            f"(about {checkpoint / 1e6:,.0f} MB a checkpoint, save_total_limit {args.save_total_limit}, one more while it "
-            "is written, and the final weights)"
+            f"(about {checkpoint / 1e6:,.0f} MB a checkpoint, save_total_limit {args.save_total_limit}, one more "
+            "while it is written, and the final weights)"
         )
 
 
@@ -64,7 +65,10 @@ def resuming_size(trainer: Trainer) -> int:
     else:
         name = trainer.args.optim.value
         numbers = next((number for part, number in NUMBERS_KEPT.items() if part in name), 2)
-        size = sum(counts.values()) * numbers * (1 if "8bit" in name else 4)
+        # the Trainer has bitsandbytes keep 32 bits for embeddings
+        embeddings = {id(m.weight) for m in trainer.model.modules() if isinstance(m, nn.Embedding)}
+        small = "8bit" in name
+        size = sum(n * numbers * (1 if small and key not in embeddings else 4) for key, n in counts.items())
     if (
         trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     ):  # they keep the whole model once more, in their own form

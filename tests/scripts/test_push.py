@@ -140,8 +140,9 @@ def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):
     assert torch.equal(same, read["logits"][:, -1]) and not torch.equal(other, read["logits"][:, -1])
 
 
-def test_the_hub_lists_its_files(hub):
+def test_the_hub_lists_its_files(hub, monkeypatch):
     """As huggingface_hub reads the real one: files and folders, one level or all, and nothing where nothing is."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     api = HfApi(endpoint=hub.url, token="hf_x")
     hub.files |= {"a.json": b"{}", "additional_chat_templates/tool.jinja": b"x", "deep/er/b.txt": b"b"}
     names = [entry.path for entry in api.list_repo_tree("someone/name")]

@@ -62,14 +62,14 @@ def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
 
 
 class SamplesCallback(TrainerCallback):
-    """Every `every` steps writes the true and the generated text of a few validation samples.
+    """Before the first step and every `every` steps writes the true and the generated text of a few validation samples.
 
     They are printed, appended to `samples.jsonl`, and shown with their pictures in `samples.html`.
 
     Args:
         samples (`list[Sample]`): Prompts as model inputs, with the text a perfect model would write.
         decode (`Callable[[list[int]], str]`): Token ids to text.
-        every (`int`): Steps between two rounds; one more round at the end.
+        every (`int`): Steps between two rounds; one more round at the start and at the end.
         max_new_tokens (`int`): Tokens generated at most.
     """
 
@@ -80,12 +80,14 @@ class SamplesCallback(TrainerCallback):
         self.max_new_tokens = max_new_tokens
         self.last_step = -1
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         file = Path(args.output_dir) / SAMPLES_FILE
         if state.is_world_process_zero and file.is_file():
             # what an interrupted run wrote after the checkpoint that is resumed will be written again
-            kept = [line for line in read_lines(file) if line["step"] <= state.global_step]
+            kept = [line for line in read_lines(file) if 0 < state.global_step >= line["step"]]
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        if state.global_step == 0:
+            self.write(args, state, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:

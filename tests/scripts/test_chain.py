@@ -110,14 +110,14 @@ def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
 
 def test_samples_and_loss_curve(tuned, pretrained):
     lines = read_lines(tuned / "samples.jsonl")
-    assert [line["step"] for line in lines] == [3, 3, 6, 6]
+    assert [line["step"] for line in lines] == [0, 0, 3, 3, 6, 6]
     assert lines[0]["prompt"] == "what is the top?" and lines[0]["truth"] == "white"
     page = (tuned / "samples.html").read_text()
     assert page.count("<img") == 2 and "what is the bottom?" in page
     for folder in (tuned, pretrained):
         with Image.open(folder / "loss_curve.png") as curve:
             assert curve.size[0] > 500
-    assert len(read_lines(pretrained / "samples.jsonl")) == 2
+    assert len(read_lines(pretrained / "samples.jsonl")) == 3
 
 
 def test_the_card_is_ours_and_private(tuned, aligned):

@@ -97,13 +97,10 @@ def test_the_second_round_went_on_where_it_was_killed(rounds, data, tmp_path):
     first, second, said = rounds
     assert f"resuming from {second / 'checkpoint-4'}" in said
     run_sft.main(sft_options(data, first, output_dir=tmp_path / "whole", **{**SECOND, "save_strategy": "no"}))
-    resumed, whole, earlier = (
-        load_file(folder / "adapter_model.safetensors") for folder in (second, tmp_path / "whole", first)
-    )
-    assert resumed.keys() == whole.keys() == earlier.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-    assert all(not torch.equal(whole[name], earlier[name]) for name in whole)  # the control: the round changed them
+    resumed, whole, earlier = (folder / "adapter_model.safetensors" for folder in (second, tmp_path / "whole", first))
+    assert resumed.read_bytes() == whole.read_bytes()
+    before, after = load_file(earlier), load_file(whole)
+    assert all(not torch.equal(after[name], before[name]) for name in after)  # the control: the round changed them
 
 
 def test_merged_and_asked_in_a_fresh_interpreter(rounds, aligned, data, tmp_path):

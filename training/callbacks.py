@@ -62,7 +62,7 @@ def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
 
 
 class SamplesCallback(TrainerCallback):
-    """Before the first step and every `every` steps writes the true and the generated text of a few validation samples.
+    """Before the first step and every `every` steps writes true and generated text of a few validation samples.
 
     They are printed, appended to `samples.jsonl`, and shown with their pictures in `samples.html`.
 

@@ -9,12 +9,16 @@ The name and the layout are those that Spaces expects; there JNANA_MODEL names t
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import os
+import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,18 @@ from processing import Transcriber
 from training.loading import load_model_and_processor
 
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed app has left stays
+    fcntl = None  # type: ignore[assignment]
+
+
 DEMO = Path("outputs/chess_demo/sft/merged")
 NO_SPEECH = (
     "Spoken questions are off here: there is no speech recogniser. Whoever runs this app can turn them on with "
     "--speech_model small."
 )
+LOCK = ".alive"
 logger = logging.getLogger("app")
 
 
@@ -81,17 +92,21 @@ def find_login(given: str | None) -> tuple[str, str] | None:
 
 
 def find_speech(model: str | None, limits: Limits) -> Transcriber | None:
-    """A transcriber if one is asked for or costs no download; it starts in the background."""
+    """A transcriber if one is asked for or costs no download, not yet started."""
     known = importlib.util.find_spec("whisperx") or os.environ.get("JNANA_WHISPERX_PYTHON")
     if model == "none" or not (model or known or os.environ.get("JNANA_WHISPERX_MODEL")):
         return None
-    transcriber = Transcriber(model, max_seconds=limits.audio_seconds)
-    transcriber.start()
-    return transcriber
+    return Transcriber(model, max_seconds=limits.audio_seconds)
 
 
 def load_assistant(arguments: argparse.Namespace) -> Assistant:
-    limits = Limits(**{name: getattr(arguments, name) for name in vars(Limits())})
+    try:  # what is quickly checked comes before what takes long
+        limits = Limits(**{name: getattr(arguments, name) for name in vars(Limits())})
+        transcriber = find_speech(arguments.speech_model, limits)
+    except ValueError as error:
+        raise SystemExit(f"{error}") from None
+    if not arguments.examples_folder.is_dir():
+        raise SystemExit(f"--examples_folder {arguments.examples_folder} is no folder.")
     path = find_model(arguments.model_name_or_path)
     device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
     try:
@@ -104,7 +119,8 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     name = arguments.name or Path(path.rstrip("/")).name
     if name == "merged":  # run_sft's folder: the run's name says more
         name = "/".join(Path(path).resolve().parts[-3:-1])
-    transcriber = find_speech(arguments.speech_model, limits)
+    if transcriber is not None:
+        transcriber.start()
     return Assistant(model, processor, name, limits, transcriber, NO_SPEECH)
 
 
@@ -115,16 +131,39 @@ def main(argv: list[str]) -> None:
     login = find_login(arguments.login)
     assistant = load_assistant(arguments)
     logger.info(assistant.describe())
-    options: dict[str, Any] = launch_options(assistant)
-    with tempfile.TemporaryDirectory(prefix="jnana-") as uploads:  # they go when the app goes
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # `docker stop`, a closed terminal: as Ctrl-C
+        signal.signal(signal.Signals[name], end_as_by_hand)
+    with upload_folder() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:
+            options: dict[str, Any] = launch_options(assistant, uploads)
             build_interface(assistant, arguments.examples_folder).launch(
                 server_name=arguments.host, server_port=arguments.port, auth=login, **options
             )
+        except OSError as error:  # the port is taken, the address is not this machine's
+            raise SystemExit(f"The page can't be served: {error}") from None
         finally:
             if assistant.transcriber is not None:
                 assistant.transcriber.close()
+
+
+def end_as_by_hand(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def upload_folder() -> Iterator[Path]:
+    """
+    A folder that is there as long as the app; those of apps that were killed go first. Who holds the lock is alive.
+    """
+    for left in Path(tempfile.gettempdir()).glob("jnana-uploads-*") if fcntl else ():
+        with contextlib.suppress(OSError), (left / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="jnana-uploads-") as folder, (Path(folder) / LOCK).open("w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -37,19 +37,23 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    # 1. What is to be transcribed
-    if args.data.suffix.lower() == ".parquet":
-        records = pyarrow.parquet.read_table(args.data, memory_map=True).to_pylist()
-    else:
-        records = read_records(args.data)
+    # 1. What is to be transcribed, and by what
+    try:
+        if args.data.suffix.lower() == ".parquet":
+            records = pyarrow.parquet.read_table(args.data, memory_map=True).to_pylist()
+        else:
+            records = read_records(args.data)
+        stored = StoredTranscripts(args.data)
+        transcriber = Transcriber(args.model, language=args.language, max_seconds=args.max_seconds)
+    except (OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
     recordings = list(recordings_in(records))
     if not recordings:
         logger.error("%s: no message holds a part {'type': 'audio', 'path': ...}: nothing to transcribe.", args.data)
         return 1
 
     # 2. Transcribe what is new
-    stored = StoredTranscripts(args.data)
-    transcriber = Transcriber(args.model, language=args.language, max_seconds=args.max_seconds)
     try:
         problems = stored.make(transcriber, recordings)
     except TranscriptionError as error:

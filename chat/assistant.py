@@ -1,16 +1,20 @@
 """What the visitors share, the model, and what each has alone: a chat, pictures waiting to be asked about."""
 
 import logging
+import tempfile
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 from PIL.Image import Image
 from torch import nn
 
-from processing import JnanaProcessor
+from processing import JnanaProcessor, TranscriptionError
 
 from .limits import Limits, Refused, read_picture
 from .session import ChatSession, Picture
@@ -18,30 +22,55 @@ from .session import ChatSession, Picture
 
 logger = logging.getLogger(__name__)
 THUMBNAIL = 512  # pixels; what the page shows of a picture
+# Kinds of `TranscriptionError` that a visitor can do something about; the others may name paths of this machine
+FOR_VISITORS = ("audio", "too_long", "timeout")
+UNHEARD = "Spoken questions can't be understood here just now; the reason has been noted. Type the question, please."
 
 
 @dataclass
 class Shown:
-    """A picture as the model takes it, and a small copy for the page."""
+    """A picture as the model takes it, and the file of a small copy for the page."""
 
     picture: Picture
-    thumbnail: Image
+    thumbnail: str
+
+
+@dataclass
+class Asked:
+    """
+    A question that waits for its turn.
+
+    Args:
+        question (`str`): Its text.
+        pictures (`list[Shown]`): The pictures given with it.
+        before (`list[dict]`): The page's chat without it, to go back to.
+        again (`bool`): Whether it is the last question once more.
+    """
+
+    question: str
+    pictures: list[Shown]
+    before: list[dict]
+    again: bool = False
 
 
 @dataclass(eq=False)
 class Visitor:
     """
-    One browser tab.
+    One chat in one browser tab.
 
     Args:
         session (`ChatSession`): The chat.
         waiting (`list[Shown]`): Pictures for the next question.
         transcript (`list[dict]`): The chat as the page shows it.
+        asked (`Asked` or `None`): What waits to be answered.
+        gone (`bool`): Whether the chat was cleared or its tab closed.
     """
 
     session: ChatSession
     waiting: list[Shown] = field(default_factory=list)
     transcript: list[dict] = field(default_factory=list)
+    asked: Asked | None = None
+    gone: bool = False
 
 
 class Assistant:
@@ -80,9 +109,10 @@ class Assistant:
     def goodbye(self, visitor: Visitor | None) -> None:
         """A visitor who left: an answer in the making ends, the memory is free again."""
         if visitor is not None:
-            visitor.session.stop()
             with self._recent_lock:
+                visitor.gone = True
                 self._recent.pop(id(visitor.session), None)
+            visitor.session.stop()
 
     def describe(self) -> str:
         """Model, device and dtype in a line (`str`)."""
@@ -103,12 +133,13 @@ class Assistant:
             Refused: if it can't be used, or the chat has all the pictures it may have.
         """
         asked = sum(part["type"] == "image" for m in visitor.session.messages for part in m["content"])
+        asked += len(visitor.asked.pictures) if visitor.asked else 0
         if asked + len(visitor.waiting) >= self.limits.images:
             raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start anew.")
         image = read_picture(path, self.limits)
         picture = visitor.session.prepare(image)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
-        visitor.waiting.append(Shown(picture, image))
+        visitor.waiting.append(Shown(picture, keep_file(image)))
 
     def listen(self, path: str) -> str:
         """
@@ -117,22 +148,23 @@ class Assistant:
         Raises:
             Refused: if there is no speech in it, or it can't be transcribed.
         """
-        from processing import TranscriptionError
-
         if self.transcriber is None:
             raise Refused(self.speech_note)
         try:
             heard = self.transcriber.transcribe(path)
         except TranscriptionError as error:
-            logger.warning("a recording was not transcribed: %s", error)
-            raise Refused(str(error)) from None
+            logger.warning("a recording was not transcribed: %s %s", error, error.details)
+            raise Refused(str(error) if error.kind in FOR_VISITORS else UNHEARD) from None
         if not heard.text.strip():
             raise Refused("No speech was heard in that recording. Speak closer to the microphone, or type.")
         return heard.text.strip()
 
-    def keep_recent(self, session: ChatSession) -> None:
+    def keep_recent(self, visitor: Visitor) -> None:
         """Call after each answer: of the chats, only the latest keep their keys and values."""
+        session = visitor.session
         with self._recent_lock:
+            if visitor.gone:
+                return
             self._recent[id(session)] = session
             self._recent.move_to_end(id(session))
             surplus = [self._recent.popitem(last=False)[1] for _ in range(len(self._recent) - self.limits.kept_chats)]
@@ -141,3 +173,14 @@ class Assistant:
                 old.forget_cache()
             except RuntimeError:  # it is being answered just now, and comes back by itself
                 continue
+
+
+def keep_file(thumbnail: Image) -> str:
+    """
+    The file (`str`) of a picture for the page, where Gradio keeps such files and deletes them in time. Given the
+    picture itself, Gradio would compress it anew for every word of an answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "picture.webp"
+        thumbnail.save(file)
+        return save_file_to_cache(file, cache_dir=get_upload_folder())

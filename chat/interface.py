@@ -1,32 +1,27 @@
-"""The page: a chat on one side, pictures, voice and settings on the other. Needs Gradio 6.
-
-Whatever goes wrong in a request ends as one line on the visitor's page: what can be said to a visitor (`Refused`, a
-chat that is too long) in its own words, everything else as "something went wrong", the details in the log alone.
-"""
+"""The page: a chat on one side, pictures, voice, settings on the other. `page.py` has what it does. Needs Gradio 6."""
 
 import functools
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
-from .assistant import Assistant, Shown, Visitor
-from .limits import Refused, check_question, refuse_addresses
-from .session import ContextFullError
+from .assistant import Assistant
+from .gate import Gate
+from .limits import Refused, refuse_addresses
+from .page import Page, for_visitors
 
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = Path(__file__).parent / "examples"
 QUESTIONS = ("What do you see in this picture?", "How many pieces are there?", "Which piece is at the top?")
-APOLOGY = "Something went wrong here. It has been noted; try again, or clear the chat."
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important}
 #about {opacity: .75; font-size: .85rem}
 #status {font-size: .8rem; opacity: .75; min-height: 1.2rem}
 #waiting .grid-wrap {min-height: 0}
+#picture .upload-container .wrap {min-height: 0}
 footer {display: none !important}
 """
 
@@ -49,165 +44,6 @@ class GuardedBlocks(gr.Blocks):
         except Refused as error:
             raise gr.Error(str(error), print_exception=False) from None
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
-
-
-def for_visitors(handler: Callable) -> Callable:
-    """Turn every exception of a handler into one line for the visitor; the app goes on."""
-
-    def told(error: Exception) -> gr.Error:
-        if isinstance(error, (Refused, ContextFullError)):
-            text = str(error)
-            return gr.Error(text[0].upper() + text[1:], title="Not possible", print_exception=False)
-        logger.error("%s failed", handler.__name__, exc_info=error)
-        return gr.Error(APOLOGY, title="Sorry", print_exception=False)
-
-    @functools.wraps(handler)
-    def guarded(*args: Any) -> Any:
-        try:
-            return handler(*args)
-        except Exception as error:
-            raise told(error) from None
-
-    @functools.wraps(handler)
-    def guarded_stream(*args: Any) -> Iterator[Any]:
-        try:
-            yield from handler(*args)
-        except Exception as error:
-            raise told(error) from None
-
-    return guarded_stream if handler.__code__.co_flags & 0x20 else guarded  # 0x20: a generator
-
-
-class Page:
-    """
-    The handlers of the page.
-
-    Args:
-        assistant (`Assistant`): Who answers.
-        examples (`list[tuple[str, str]]`): Picture files and questions to click.
-    """
-
-    def __init__(self, assistant: Assistant, examples: list[tuple[str, str]]):
-        self.assistant = assistant
-        self.examples = examples
-
-    def add_picture(self, path: str | None, visitor: Visitor | None):
-        """An uploaded picture -> the row of pictures that wait for a question; the input is free for the next."""
-        visitor = visitor or self.assistant.welcome()
-        if path is not None:
-            try:
-                self.assistant.receive(visitor, path)
-            except Refused as error:
-                gr.Warning(str(error), title="Not possible")
-        return *self._pictures(visitor), None
-
-    def drop_pictures(self, visitor: Visitor | None):
-        visitor = visitor or self.assistant.welcome()
-        visitor.waiting = []
-        return self._pictures(visitor)
-
-    def choose_example(self, index: int, visitor: Visitor | None):
-        visitor = visitor or self.assistant.welcome()
-        path, question = self.examples[int(index)]
-        visitor.waiting = []
-        self.assistant.receive(visitor, path)
-        return *self._pictures(visitor), question
-
-    def transcribe(self, path: str | None, question: str):
-        """A recording -> words behind what is typed already, to be read and corrected before they are sent."""
-        if path is None:
-            return question
-        return f"{question} {self.assistant.listen(path)}".strip()
-
-    def send(self, question: str, temperature: float, new_tokens: int, visitor: Visitor | None):
-        """The question and the waiting pictures -> the answer while it is written."""
-        visitor = visitor or self.assistant.welcome()
-        question = check_question(question, self.assistant.limits)
-        waiting = visitor.waiting
-        if not question and not waiting:
-            raise Refused("Type or say a question, or give a picture.")
-        answer = visitor.session.ask(
-            question, [shown.picture for shown in waiting], **self._options(temperature, new_tokens)
-        )
-        visitor.waiting = []
-        before = visitor.transcript
-        visitor.transcript = [*before, *self._asked(question, waiting)]
-        try:
-            yield from self._write(visitor, answer, "")
-        except Exception:  # the session is as it was; so is the page
-            visitor.transcript, visitor.waiting = before, waiting
-            yield self._view(visitor, question, "")
-            raise
-
-    def retry(self, temperature: float, new_tokens: int, question: str, visitor: Visitor | None):
-        """The last question once more."""
-        if visitor is None or not visitor.session.messages:
-            raise Refused("Nothing has been asked yet.")
-        answer = visitor.session.retry(**self._options(temperature, new_tokens))
-        visitor.transcript = visitor.transcript[:-1]
-        yield from self._write(visitor, answer, question)
-
-    def stop(self, visitor: Visitor | None) -> None:
-        if visitor is not None:
-            visitor.session.stop()
-
-    def clear(self, visitor: Visitor | None):
-        if visitor is not None:
-            visitor.session.stop()
-            self.assistant.goodbye(visitor)
-        return self._view(self.assistant.welcome(), "", "")
-
-    # ------------------------------------------------------------------ inside
-
-    def _write(self, visitor: Visitor, answer: Iterator[str], question: str):
-        said = {"role": "assistant", "content": ""}
-        visitor.transcript = [*visitor.transcript, said]
-        yield self._view(visitor, question, "reading ...")
-        try:
-            for text in answer:
-                said["content"] = text
-                yield self._view(visitor, question, "writing ...")
-        finally:
-            self.assistant.keep_recent(visitor.session)
-        turn = visitor.session.last_turn
-        assert turn is not None
-        said["content"] = visitor.session.messages[-1]["content"][0]["text"] or "(no answer)"
-        speed = turn.new_tokens / max(turn.seconds, 1e-9)
-        ends = {
-            "length": " · cut at the length that is set",
-            "context": " · the chat is full: clear it",
-            "stopped": " · stopped",
-        }
-        status = (
-            f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them known from before · first word after "
-            f"{turn.seconds_to_first_token:.2f} s · {turn.new_tokens} new tokens, {speed:.0f} a second"
-        )
-        yield self._view(visitor, question, status + ends.get(turn.finish_reason, ""))
-
-    def _options(self, temperature: float, new_tokens: int) -> dict[str, Any]:
-        try:
-            temperature, new_tokens = float(temperature), int(new_tokens)
-        except (TypeError, ValueError):
-            raise Refused("Temperature and length must be numbers.") from None
-        if not 0 <= temperature <= 2 or not 1 <= new_tokens <= self.assistant.limits.new_tokens:
-            raise Refused(f"The temperature is 0 to 2, the length 1 to {self.assistant.limits.new_tokens} tokens.")
-        return {"temperature": temperature, "max_new_tokens": new_tokens}
-
-    def _asked(self, question: str, waiting: list[Shown]) -> list[dict]:
-        messages: list[dict] = [
-            {"role": "user", "content": gr.Image(shown.thumbnail, show_label=False, container=False, buttons=[])}
-            for shown in waiting
-        ]
-        return [*messages, {"role": "user", "content": question}] if question else messages
-
-    def _view(self, visitor: Visitor, question: str, status: str):
-        return *self._pictures(visitor), list(visitor.transcript), question, status
-
-    def _pictures(self, visitor: Visitor):
-        """The visitor, the row of waiting pictures and the button that empties it."""
-        some = bool(visitor.waiting)
-        row = gr.update(value=[shown.thumbnail for shown in visitor.waiting], visible=some)
-        return visitor, row, gr.update(visible=some)
 
 
 def find_examples(folder: Path) -> list[tuple[str, str]]:
@@ -235,8 +71,11 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
     limits = assistant.limits
     page = Page(assistant, find_examples(examples_folder))
     hour = limits.idle_seconds
-    with GuardedBlocks(title="Jnana", analytics_enabled=False, delete_cache=(hour, hour), fill_height=True) as blocks:
+    with GuardedBlocks(
+        title="Jnana", analytics_enabled=False, delete_cache=(hour, hour + 60), fill_height=True
+    ) as blocks:
         visitor = gr.State(None, time_to_live=hour, delete_callback=assistant.goodbye)
+        heard = gr.State("")
         gr.Markdown("# Jnana\nDrop a picture, type or say a question, read the answer.")
         gr.Markdown(assistant.describe(), elem_id="about")
         with gr.Row(equal_height=False):
@@ -275,12 +114,14 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
                         1, limits.new_tokens, min(200, limits.new_tokens), step=1, label="Longest answer, in tokens"
                     )
             with gr.Column(scale=3, min_width=360):
-                # Plain text: what a model or a visitor writes is never taken for markup
+                # Plain text: what a model or a visitor writes is never taken for markup (`as_plain_text`); no button
+                # to copy, which would copy the escapes
                 chat = gr.Chatbot(
                     label="Chat",
                     height=460,
                     render_markdown=False,
-                    buttons=["copy"],
+                    latex_delimiters=[],
+                    buttons=[],
                     allow_file_downloads=False,
                     elem_id="chat",
                 )
@@ -306,12 +147,22 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
         _on(picture.input, page.add_picture, [picture, visitor], [*pictures, picture])
         _on(drop.click, page.drop_pictures, [visitor], pictures)
         # Not `input`, which Gradio's audio sends before the recording is there
-        _on(recording.change, page.transcribe, [recording, question], [question], concurrency_id="speech")
-        writing = {"concurrency_id": "model", "trigger_mode": "once"}
-        for event in (send.click, question.submit):
-            _on(event, page.send, [question, temperature, new_tokens, visitor], everything, **writing)
-        _on(retry.click, page.retry, [temperature, new_tokens, question, visitor], everything, **writing)
-        _on(stop.click, page.stop, [visitor], None, queue=False)
+        noticed = _on(recording.change, page.notice, [recording], [status], queue=False)
+        listened = _on(noticed.then, page.transcribe, [recording], [heard, status], concurrency_id="speech")
+        _on(listened.success, page.add_words, [heard, question], [question], queue=False)
+        listened.failure(lambda: "", None, [status], queue=False, api_visibility="private")
+        # Taken at once, answered in turn
+        take = functools.partial(gr.on, [send.click, question.submit])
+        for taken in (
+            _on(take, page.take, [question, visitor], everything, queue=False, trigger_mode="once"),
+            _on(retry.click, page.take_again, [visitor], everything, queue=False, trigger_mode="once"),
+        ):
+            turn = _on(
+                taken.success, page.answer, [temperature, new_tokens, visitor], everything, concurrency_id="model"
+            )
+            _on(turn.failure, page.give_up, [visitor], everything, queue=False)
+            _on(turn.then, page.settle, [visitor], [chat, status], queue=False)
+        _on(stop.click, page.stop, [visitor], everything, queue=False)
         for event in (clear.click, chat.clear):
             _on(event, page.clear, [visitor], everything, queue=False)
     blocks.queue(max_size=limits.queue_length, default_concurrency_limit=1, api_open=False)
@@ -331,19 +182,37 @@ def _examples(examples: list[tuple[str, str]]) -> gr.Dataset | None:
     )
 
 
-def _on(event: Callable, handler: Callable, inputs: list, outputs: list | None, **options: Any) -> None:
-    event(for_visitors(handler), inputs, outputs, show_progress="hidden", api_visibility="private", **options)
+def _on(event: Callable, handler: Callable, inputs: list, outputs: list | None, **options: Any) -> Any:
+    return event(for_visitors(handler), inputs, outputs, show_progress="hidden", api_visibility="private", **options)
 
 
-def launch_options(assistant: Assistant) -> dict[str, Any]:
-    """What `Blocks.launch` needs to keep the page's promises: no paths, no traces, no fonts from elsewhere."""
+def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
+    """
+    What `Blocks.launch` needs to keep the page's promises: no paths, no traces, no fonts from elsewhere, no routes but
+    the page's own, nothing of a chat kept in the browser.
+
+    Args:
+        assistant (`Assistant`): Who answers.
+        uploads (`Path`): Gradio's folder of uploads.
+    """
+    limits = assistant.limits
+    gate = Middleware(
+        Gate,
+        folder=uploads,
+        upload_megabytes=limits.upload_megabytes,
+        folder_megabytes=limits.all_uploads_megabytes,
+    )
     return {
         "show_error": False,
-        "max_file_size": int(assistant.limits.upload_megabytes * 1e6),
+        "max_file_size": int(limits.upload_megabytes * 1e6),
+        "state_session_capacity": limits.visitors,
+        "app_kwargs": {"middleware": [gate], "openapi_url": None},
+        "run_history": False,
         "footer_links": [],
         "share": False,
         "enable_monitoring": False,
         "ssr_mode": False,
+        "_frontend": False,  # nothing but a look at the page, which gives up after 3 s: too few on a busy machine
         "css": CSS,
         "theme": gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }

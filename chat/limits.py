@@ -27,23 +27,27 @@ class Limits:
     """
     Args:
         upload_megabytes (`float`): Of one file, refused while it arrives.
+        all_uploads_megabytes (`float`): Of all files that lie in the folder of uploads at one time.
         image_megapixels (`float`): Of one picture, read from its header before a pixel is decoded.
         images (`int`): Pictures in one chat.
         question_characters (`int`): Of one question.
         audio_seconds (`float`): Of one recording.
         new_tokens (`int`): Upper end of the answer's length.
         queue_length (`int`): Requests that may wait; further ones are told to come back.
+        visitors (`int`): Open chats; the one that has rested longest makes room for another.
         kept_chats (`int`): Chats whose keys and values stay in memory; older ones are read anew when they go on.
         idle_seconds (`int`): After which a chat and its uploads are deleted.
     """
 
     upload_megabytes: float = 16
+    all_uploads_megabytes: float = 2000
     image_megapixels: float = 40
     images: int = 6
     question_characters: int = 4000
     audio_seconds: float = 120
     new_tokens: int = 512
     queue_length: int = 16
+    visitors: int = 500
     kept_chats: int = 16
     idle_seconds: int = 3600
 

@@ -162,6 +162,11 @@ class ChatSession:
         """How many tokens the kept keys and values cover (`int`)."""
         return len(self._held)
 
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being written (`bool`)."""
+        return self._busy.locked()
+
     # ------------------------------------------------------------------ one turn
 
     def _answer(

@@ -21,8 +21,11 @@ def parse_json(path: Path) -> Any:
         FileNotFoundError, ValueError: if it is missing, is not UTF-8, or does not parse (file, line, column).
     """
     text = _read_text(path)
-    if path.suffix.lower() != ".jsonl":
-        return _parse(text, path, 1)
+    return parse_lines(text, path) if path.suffix.lower() == ".jsonl" else _parse(text, path, 1)
+
+
+def parse_lines(text: str, path: Path) -> list:
+    """The records of a `.jsonl` file whose text has been read; errors as [`parse_json`]."""
     return [_parse(line, path, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .local_files import read_records
+from .local_files import parse_lines
 from .recordings import Transcript, TranscriptionError
 
 
 SUFFIX = ".transcripts.jsonl"
 AUDIO_COLUMNS = ("audios", "audio")
+ONE_RECORDINGS = ("audio", "too_long", "timeout", "crash", "internal")  # errors that end one transcription, not all
+LOST_FOR_GOOD = 3
 
 
 class StoredTranscripts:
@@ -33,8 +35,23 @@ class StoredTranscripts:
         self.source = Path(source)
         self.file = Path(f"{self.source}{SUFFIX}")
         self.records: dict[str, dict[str, Any]] = {}
-        if self.file.is_file():  # a later record takes the place of an earlier one
-            self.records = {str(record.get("audio")): record for record in read_records(self.file)}
+        if self.file.is_file():
+            for record in parse_lines(self._whole_lines().decode("utf-8"), self.file):
+                if not isinstance(record, dict):
+                    raise ValueError(f"{self.file}: an object with named fields is needed, not {record!r:.80}.")
+                self.records[str(record.get("audio"))] = record  # a later record takes the place of an earlier one
+
+    def _whole_lines(self) -> bytes:
+        """
+        The file, ending with a whole line: an editor may have left out the line's end, and a full disk or a kill the
+        rest of a record, which is then made again.
+        """
+        data = self.file.read_bytes()
+        start = data.rfind(b"\n") + 1
+        try:
+            return data if start == len(data) else data[:start] + json.dumps(json.loads(data[start:])).encode() + b"\n"
+        except ValueError:
+            return data[:start]
 
     def path_of(self, recording: str) -> Path:
         """Where a recording named in the data file is."""
@@ -74,10 +91,14 @@ class StoredTranscripts:
             `list[str]`: the problems of those that could not be transcribed.
 
         Raises:
-            TranscriptionError: if it can't go on at all (nothing to run WhisperX with, no model).
+            TranscriptionError: if it can't go on at all (nothing to run WhisperX with, no model, lost three times in
+                a row).
         """
         problems = []
+        lost = 0  # times in a row that the speech recogniser crashed or hung
         wanted = list(dict.fromkeys(recordings))
+        if self.file.is_file() and (whole := self._whole_lines()) != self.file.read_bytes():
+            self.file.write_bytes(whole)
         with self.file.open("a", encoding="utf-8") as file:
             for recording in tqdm(wanted, desc="Transcribing", unit="recording", disable=not progress):
                 path = self.path_of(recording)
@@ -91,10 +112,15 @@ class StoredTranscripts:
                 try:
                     heard = transcriber.transcribe(path)
                 except TranscriptionError as error:
-                    if error.kind not in ("audio", "too_long", "timeout", "crash", "internal"):
+                    lost = lost + 1 if error.kind in ("timeout", "crash") else 0
+                    if (
+                        error.kind not in ("audio", "too_long", "timeout", "crash", "internal")
+                        or lost == LOST_FOR_GOOD
+                    ):
                         raise
                     problems.append(f"{recording}: {error}")
                     continue
+                lost = 0
                 self.records[recording] = record = {
                     "audio": recording,
                     "text": heard.text,
@@ -133,7 +159,7 @@ def with_recordings(messages: list[dict], record: dict) -> list[dict]:
 
     return [
         {**message, "content": [named(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
         else message
         for message in messages
     ]
@@ -142,7 +168,11 @@ def with_recordings(messages: list[dict], record: dict) -> list[dict]:
 def recordings_in(records: Iterable[dict]) -> Iterator[str]:
     """The paths of all recordings that the `messages` of a data file's records name."""
     for record in records:
-        for message in with_recordings(record.get("messages") or [], record):
-            for part in message["content"] if isinstance(message.get("content"), list) else []:
+        messages = record.get("messages")
+        if not isinstance(messages, list):
+            continue  # the readers say what is wrong with such a record
+        for message in with_recordings(messages, record):
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else []:
                 if isinstance(part, dict) and part.get("type") == "audio" and isinstance(part.get("path"), str):
                     yield part["path"]

@@ -81,6 +81,8 @@ def running(checkpoint, tmp_path_factory):
     log, dawdle = folder / "app.log", folder / "dawdle"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("JNANA_LOGIN", None)
+    (folder / "tmp").mkdir()
+    environment["TMPDIR"] = str(folder / "tmp")
     deaf, speech_model = "", str(STAND_IN_MODEL)
     try:
         environment["JNANA_WHISPERX_PYTHON"] = whisperx_python()
@@ -95,6 +97,7 @@ def running(checkpoint, tmp_path_factory):
     finally:
         process.terminate()
         process.wait(timeout=30)
+    assert not list((folder / "tmp").glob("jnana-uploads-*")), "uploads are left behind"
 
 
 def wait_for_address(process: subprocess.Popen, log: Path, seconds: float = 300) -> str:

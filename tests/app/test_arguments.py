@@ -1,5 +1,10 @@
 """What the app is told on its command line and by the environment."""
 
+import configparser
+import re
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,9 +58,6 @@ def test_speech_is_off_unless_asked_for_or_at_hand(monkeypatch):
         def __init__(self, model, max_seconds):
             started.append((model, max_seconds))
 
-        def start(self):
-            pass
-
     monkeypatch.setattr(app, "Transcriber", StandIn)
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
     assert app.find_speech(None, Limits()) is None and app.find_speech("none", Limits()) is None
@@ -81,3 +83,38 @@ def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
     with pytest.raises(SystemExit, match="can't be loaded"):
         app.load_assistant(app.parse_arguments(given))
     assert taken["quantization"] is None  # as the folder says
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(app, "load_model_and_processor", lambda *_, **__: pytest.fail("a model was loaded"))
+    for given, words in (
+        (["--queue_length", "0"], "queue_length is 0"),
+        (["--speech_model", str(tmp_path)], "lacks model.bin"),
+        (["--examples_folder", str(tmp_path / "none")], "is no folder"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            app.load_assistant(app.parse_arguments(["--model_name_or_path", "mine", *given]))
+
+
+def test_uploads_go_with_the_app_and_those_of_a_killed_one_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "jnana-uploads-of-a-killed-app"
+    left.mkdir()
+    (left / app.LOCK).touch()
+    (left / "face.png").touch()
+    with app.upload_folder() as mine:
+        assert [mine] == list(tmp_path.iterdir())
+        with app.upload_folder() as anothers:  # whose start leaves alone what belongs to a living app
+            assert mine.is_dir() and anothers.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_spaces_files_in_the_docs_are_of_this_version():
+    root = Path(app.__file__).parent
+    spaces = (root / "docs" / "app.md").read_text().split("## On Spaces")[1]
+    front, requirements = re.findall(r"```(?:yaml)?\n([^`]*)```", spaces)
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    assert requirements.split() == setup["options"]["install_requires"].split()
+    pinned = re.search(r"^gradio==(\S+)", (root / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None and f"sdk_version: {pinned[1]}\n" in front and "app_file: app.py\n" in front

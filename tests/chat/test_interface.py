@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from chat.assistant import Assistant
 from chat.limits import Limits, Refused
 from processing import JnanaProcessor, TranscriptionError
 from tests.modeling.pairs import join
@@ -17,16 +16,22 @@ from tests.tiny import save_tiny_text, save_tiny_vision
 
 gradio = pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 
-from chat.interface import APOLOGY, EXAMPLES, Page, build_interface, find_examples, for_visitors  # noqa: E402
+from chat.assistant import Assistant  # noqa: E402
+from chat.interface import EXAMPLES, build_interface, find_examples  # noqa: E402
+from chat.page import APOLOGY, Page, for_visitors  # noqa: E402
 
 
 class StandInTranscriber:
     """Speaks the Transcriber's interface; what it hears is the file's name."""
 
+    ready = True
+
     def transcribe(self, path):
         name = Path(path).stem
         if name == "broken":
             raise TranscriptionError("broken.wav holds no sound.", "audio")
+        if name == "nobody":
+            raise TranscriptionError("WhisperX can't be imported by /srv/secret/python.", "environment", "a trace")
         return SimpleNamespace(text="" if name == "silence" else name)
 
 
@@ -51,18 +56,34 @@ def png(tmp_path) -> str:
     return str(tmp_path / "red.png")
 
 
+def send(page: Page, question: str, new_tokens: int, visitor, temperature: float = 0.0):
+    """As the page does it: the question is taken, then answered; the last that is shown."""
+    visitor, *_ = page.take(question, visitor)
+    return [visitor, *list(page.answer(temperature, new_tokens, visitor))[-1][1:]]
+
+
+def unchanged(value) -> bool:
+    return value == gradio.skip()
+
+
 def test_a_chat(page, png):
     visitor, row, button, cleared = page.add_picture(png, None)
     assert len(row["value"]) == 1 and button["visible"] and cleared is None
-    *_, last = page.send("what do you see?", 0.0, 6, visitor)
-    same, row, _, transcript, question, status = last
-    assert same is visitor and row["value"] == [] and question == ""
+    same, row, _, transcript, question, status = page.take("what do you see?", visitor)
+    assert same is visitor and row["value"] == [] and question == "" and status.startswith("waiting")
+    assert [message["role"] for message in transcript] == ["user", "user"]
+    *earlier, last = page.answer(0.0, 6, visitor)
+    # what is typed meanwhile stays, and pictures are not sent again with each word
+    assert len(earlier) > 2 and all(unchanged(part) for view in earlier for part in (*view[:3], view[4]))
+    transcript, status = last[3], last[5]
     assert [message["role"] for message in transcript] == ["user", "user", "assistant"]
     assert "0 of them known from before" in status
     answer = transcript[-1]["content"]
-    *_, last = page.retry(0.0, 6, "half typed", visitor)
-    assert last[3][-1]["content"] == answer and last[4] == "half typed"
-    *_, last = page.send("how many?", 0.0, 6, visitor)
+    taken = page.take_again(visitor)
+    assert len(taken[3]) == 2 and unchanged(taken[4])
+    *_, last = page.answer(0.0, 6, visitor)
+    assert last[3][-1]["content"] == answer and unchanged(last[4])
+    last = send(page, "how many?", 6, visitor)
     assert len(last[3]) == 5 and " 0 of them" not in last[5]
     fresh, row, _, transcript, *_ = page.clear(visitor)
     assert fresh is not visitor and transcript == [] and row["value"] == []
@@ -76,26 +97,78 @@ def test_examples_are_clicked(page):
 def test_refusals_leave_the_chat_as_it_was(page, png, assistant):
     visitor = assistant.welcome()
     with pytest.raises(Refused, match="Type or say a question"):
-        list(page.send("  ", 0.0, 6, visitor))
+        page.take("  ", visitor)
     with pytest.raises(Refused, match="Nothing has been asked"):
-        list(page.retry(0.0, 6, "", visitor))
-    for temperature, length in ((3, 6), ("hot", 6), (0, 0), (0, 9), (float("nan"), 6)):
+        page.take_again(visitor)
+    for temperature, length in ((3, 6), ("hot", 6), (0, 0), (0, 9), (float("nan"), 6), (0, float("inf"))):
+        page.take("why?", visitor)
         with pytest.raises(Refused):
-            list(page.send("why?", temperature, length, visitor))
+            list(page.answer(temperature, length, visitor))
     for _ in range(2):
         page.add_picture(png, visitor)
     with pytest.raises(Refused, match="at most 2 pictures"):
+        assistant.receive(visitor, png)
+    page.take("why?", visitor)
+    with pytest.raises(Refused, match="at most 2 pictures"):  # those that wait for their turn count as well
         assistant.receive(visitor, png)
     visitor.session.model.generate, kept = lambda **_: 1 / 0, visitor.session.model.generate
     try:
         seen = []
         with pytest.raises(ZeroDivisionError):
-            seen += page.send("why?", 0.0, 6, visitor)  # what came before the error is kept
+            seen += page.answer(0.0, 6, visitor)  # what came before the error is kept
     finally:
         visitor.session.model.generate = kept
     assert seen[-1][3] == [] and seen[-1][4] == "why?" and len(visitor.waiting) == 2  # question and pictures are back
-    *_, last = page.send("why?", 0.0, 6, visitor)
-    assert len(last[3]) == 4
+    assert len(send(page, "why?", 6, visitor)[3]) == 4
+
+
+def test_an_answer_that_fails_the_second_time_leaves_the_first(page, assistant):
+    visitor = assistant.welcome()
+    before = send(page, "why?", 4, visitor)[3]
+    visitor.session.model.generate, kept = lambda **_: 1 / 0, visitor.session.model.generate
+    try:
+        page.take_again(visitor)
+        with pytest.raises(ZeroDivisionError):
+            list(page.answer(0.0, 4, visitor))
+    finally:
+        visitor.session.model.generate = kept
+    assert visitor.transcript == before
+    page.take_again(visitor)
+    *_, last = page.answer(0.0, 4, visitor)
+    assert [message["role"] for message in last[3]] == ["user", "assistant"]
+
+
+def test_a_question_that_waits_for_its_turn_can_be_taken_back(page, assistant, png):
+    visitor, *_ = page.add_picture(png, None)
+    page.take("why?", visitor)
+    with pytest.raises(Refused, match="still being answered"):  # a second click
+        page.take("why?", visitor)
+    _, row, _, transcript, question, status = page.stop(visitor)
+    assert (transcript, question, status, len(row["value"])) == ([], "why?", "", 1)
+    (nothing,) = page.answer(0.0, 4, visitor)  # its turn comes, and there is nothing to do
+    assert all(unchanged(part) for part in nothing) and visitor.session.messages == []
+    send(page, "why?", 4, visitor)
+    page.take_again(visitor)
+    assert [message["role"] for message in page.stop(visitor)[3]] == ["user", "user", "assistant"]
+
+
+def test_what_is_written_is_no_markup(page, assistant):
+    visitor = assistant.welcome()
+    shown = page.take('<img src="http://example.com/x"> a < b & c', visitor)[3]
+    assert shown[0]["content"] == '&lt;img src="http://example.com/x"&gt; a &lt; b &amp; c'
+    assert page.stop(visitor)[4].startswith("<img")  # in the box it is as typed
+
+
+def test_a_chat_cleared_in_mid_answer_stays_cleared(page, assistant):
+    visitor = assistant.welcome()
+    page.take("why?", visitor)
+    stream = page.answer(0.0, 8, visitor)
+    next(stream), next(stream)
+    fresh, *_ = page.clear(visitor)
+    assert list(stream) == []  # nothing that would bring the old chat back
+    assert page.settle(fresh) == ([], "") and fresh is not visitor
+    assert id(visitor.session) not in assistant._recent  # nor does its memory stay
+    assert page._present(visitor) is not visitor
 
 
 def test_what_goes_wrong_is_one_line_without_details(caplog):
@@ -117,14 +190,20 @@ def test_what_goes_wrong_is_one_line_without_details(caplog):
 
 def test_speech_fills_the_question(page, assistant):
     with pytest.raises(Refused, match="off here"):
-        page.transcribe("hello.wav", "")
+        page.transcribe("hello.wav")
     assistant.transcriber = StandInTranscriber()
     try:
-        assert page.transcribe("how many.wav", "Tell me:") == "Tell me: how many"
+        assert "listening" in page.notice("how many.wav") and page.notice(None) == ""
+        heard, status = page.transcribe("how many.wav")
+        assert (page.add_words(heard, "Tell me:"), status) == ("Tell me: how many", "")
+        assert page.add_words(page.transcribe(None)[0], "typed ") == "typed "  # the recording was taken away
         with pytest.raises(Refused, match="No speech was heard"):
-            page.transcribe("silence.wav", "")
+            page.transcribe("silence.wav")
         with pytest.raises(Refused, match="holds no sound"):
-            page.transcribe("broken.wav", "")
+            page.transcribe("broken.wav")
+        with pytest.raises(Refused, match="Type the question") as refusal:
+            page.transcribe("nobody.wav")
+        assert "/" not in str(refusal.value)  # of the server's own troubles a visitor learns no paths
     finally:
         assistant.transcriber = None
 
@@ -132,15 +211,15 @@ def test_speech_fills_the_question(page, assistant):
 def test_only_the_latest_chats_keep_their_cache(page, assistant):
     first, second = assistant.welcome(), assistant.welcome()
     for visitor in (first, second):
-        list(page.send("why?", 0.0, 4, visitor))
+        send(page, "why?", 4, visitor)
     assert first.session.cached_tokens == 0 < second.session.cached_tokens
-    *_, last = page.send("and then?", 0.0, 4, first)  # read anew
+    last = send(page, "and then?", 4, first)  # read anew
     assert len(last[3]) == 4 and second.session.cached_tokens == 0
 
 
 def test_no_input_makes_the_server_fetch_an_address(assistant, monkeypatch):
     blocks = build_interface(assistant)
-    function = next(f for f in blocks.fns.values() if f.name == "send")
+    function = next(f for f in blocks.fns.values() if f.name == "take")
     hostile = {"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}}
     fetched = []
 
@@ -149,7 +228,7 @@ def test_no_input_makes_the_server_fetch_an_address(assistant, monkeypatch):
         raise OSError("fetched")
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
-    inputs = [hostile, 0.0, 6, None]
+    inputs = [hostile, None]
     with pytest.raises(gradio.Error, match="not fetched"):
         asyncio.run(blocks.preprocess_data(function, inputs, None))
     assert fetched == []
@@ -160,7 +239,8 @@ def test_no_input_makes_the_server_fetch_an_address(assistant, monkeypatch):
 
 def test_a_visitor_who_leaves_stops_the_answer(page, assistant):
     visitor = assistant.welcome()
-    stream = page.send("why?", 0.0, 8, visitor)
+    page.take("why?", visitor)
+    stream = page.answer(0.0, 8, visitor)
     next(stream), next(stream)
     stream.close()
     deadline = time.monotonic() + 10

@@ -292,3 +292,40 @@ def test_a_transcriber_needs_no_recording_of_its_own(spoken):
     """Nothing is started to look a transcript up; what is no path has none."""
     with pytest.raises(TranscriptionError, match="has no transcript"):
         StoredTranscripts(spoken).transcribe(np.zeros(3))
+
+
+@pytest.mark.parametrize("end", ['{"audio": "sounds/1.wav", "te', ""])
+def test_a_transcript_file_may_end_anywhere(spoken, monkeypatch, end):
+    """Cut off by a full disk or a kill, or saved by an editor that leaves out the last line's end."""
+    transcribe(spoken, monkeypatch, "--model", "small")
+    file = StoredTranscripts(spoken).file
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:1] + [end or lines[1].replace("And this?", "And what is this?")]))
+    assert len(StoredTranscripts(spoken).records) == (1 if end else 2)
+    assert transcribe(spoken, monkeypatch, "--model", "small") == 0
+    assert len(file.read_text().splitlines()) == 3
+    assert questions(spoken)[1][0] == ("And this?" if end else "And what is this?")
+    file.write_text("half\n" + file.read_text())  # the control: damage in the middle is an error
+    with pytest.raises(ValueError, match="line 1, column 1: not valid JSON"):
+        StoredTranscripts(spoken)
+
+
+def test_what_can_not_start_is_not_started_for_every_recording(spoken, monkeypatch, caplog):
+    started: list = []
+    assert transcribe(spoken, monkeypatch, "--model", "ends", started=started) == 1
+    assert len(started) == 3 and "could not be started" in caplog.text
+    records = [json.loads(line) for line in spoken.read_text().splitlines()]
+    records[0]["messages"].insert(0, "no message")
+    many = [{**records[0], "messages": [*user(audio(f"sounds/{name}.wav"))]} for name in range(6)]
+    for name in range(6):
+        (spoken.parent / "sounds" / f"{name}.wav").write_text("again")
+    spoken.write_text("\n".join(json.dumps(record) for record in [*many, records[0], {"messages": "none"}]))
+    started.clear()
+    assert transcribe(spoken, monkeypatch, "--model", "ends", started=started) == 1
+    assert len(started) == 3
+
+
+def test_files_that_can_not_be_read_are_one_line(spoken, monkeypatch, caplog):
+    assert transcribe(spoken.with_name("none.jsonl"), monkeypatch) == 1 and "none.jsonl does not exist" in caplog.text
+    spoken.write_text("{")
+    assert transcribe(spoken, monkeypatch) == 1 and "not valid JSON" in caplog.text

@@ -17,11 +17,13 @@ from .page import Page, for_visitors
 EXAMPLES = Path(__file__).parent / "examples"
 QUESTIONS = ("What do you see in this picture?", "How many pieces are there?", "Which piece is at the top?")
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container {width: 100%; max-width: 1180px !important; margin: 0 auto !important}
 #about {opacity: .75; font-size: .85rem}
 #status {font-size: .8rem; opacity: .75; min-height: 1.2rem}
 #waiting .grid-wrap {min-height: 0}
+#waiting .grid-container {grid-template-columns: repeat(4, 1fr); grid-template-rows: auto; margin-top: 1.6rem}
 #picture .upload-container .wrap {min-height: 0}
+#chat button[aria-label="Share"] {display: none}
 footer {display: none !important}
 """
 
@@ -91,7 +93,13 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
                     )
                 )
                 waiting = gr.Gallery(
-                    label="For the next question", columns=4, height=130, visible=False, buttons=[], elem_id="waiting"
+                    label="For the next question",
+                    columns=4,
+                    height=150,
+                    object_fit="contain",
+                    visible=False,
+                    buttons=[],
+                    elem_id="waiting",
                 )
                 drop = gr.Button("Take these away", size="sm", visible=False, elem_id="drop")
                 recording = unopened(

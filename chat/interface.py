@@ -152,7 +152,8 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
         everything = [*pictures, chat, question, status]
         if examples is not None:
             _on(examples.click, page.choose_example, [examples, visitor], [*pictures, question])
-        _on(picture.input, page.add_picture, [picture, visitor], [*pictures, picture])
+        # Not `input`, which Gradio's image does not send when a picture is pasted
+        _on(picture.change, page.add_picture, [picture, visitor], [*pictures, picture])
         _on(drop.click, page.drop_pictures, [visitor], pictures)
         # Not `input`, which Gradio's audio sends before the recording is there
         noticed = _on(recording.change, page.notice, [recording], [status], queue=False)

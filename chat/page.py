@@ -68,12 +68,13 @@ class Page:
 
     def add_picture(self, path: str | None, visitor: Visitor | None):
         """An uploaded picture -> the row of pictures that wait for a question; the input is free for the next."""
+        if path is None:  # it was just made free
+            return (gr.skip(),) * 4
         visitor = self._present(visitor)
-        if path is not None:
-            try:
-                self.assistant.receive(visitor, path)
-            except Refused as error:
-                gr.Warning(str(error), title="Not possible")
+        try:
+            self.assistant.receive(visitor, path)
+        except Refused as error:
+            gr.Warning(str(error), title="Not possible")
         return *self._pictures(visitor), None
 
     def drop_pictures(self, visitor: Visitor | None):

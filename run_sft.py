@@ -22,7 +22,13 @@ from accelerate.utils import release_memory
 from transformers import Trainer, TrainingArguments
 
 from processing import JnanaCollator
-from training.adapters import base_reference, complete_adapter_folder, is_adapter, quantization_settings
+from training.adapters import (
+    base_reference,
+    complete_adapter_folder,
+    is_adapter,
+    quantization_settings,
+    with_fingerprints,
+)
 from training.arguments import (
     DataArguments,
     LoraArguments,
@@ -96,7 +102,7 @@ def main(argv: list[str]) -> None:
     if rate_args.given:
         callbacks.append(PartScheduleCallback(rate_args))
     if with_adapter:
-        reference = base_reference(model_args, lora_args)
+        reference = with_fingerprints(base_reference(model_args, lora_args))
         callbacks.append(BaseReferenceCallback(reference))
     if run_args.sample_steps > 0:
         samples = samples_from_rows(eval_rows, processor, run_args.sample_count)

@@ -14,6 +14,7 @@ from .adapters_jnana import (
     quantization_config,
     quantized_weight_count,
     read_base_reference,
+    weights_fingerprint,
 )
 from .configuration_jnana import PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
 from .modeling_jnana import JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
@@ -37,4 +38,5 @@ __all__ = [
     "quantization_config",
     "quantized_weight_count",
     "read_base_reference",
+    "weights_fingerprint",
 ]

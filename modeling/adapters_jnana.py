@@ -6,6 +6,7 @@ and whether that base was held in 4 or 8 bits. This file reads it, so that
 its base can be found. It travels with every checkpoint.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig
-from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils import cached_file, is_bitsandbytes_available, logging
 
 from .configuration_jnana import PROJECTOR_FIELDS, JnanaConfig
 
+
+logger = logging.get_logger(__name__)
 
 BASE_REFERENCE = "jnana_base.json"
 
@@ -149,6 +152,52 @@ def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any
     return {"quantization": {"quantization": "none"}, "dtype": None, **reference}
 
 
+def weights_fingerprint(name: str | Path, **hub_arguments: Any) -> str | None:
+    """
+    A digest of a checkpoint's weights as they are stored, hence the same in whatever dtype or bits they are then held.
+
+    Args:
+        name (`str` or `Path`): Folder or Hub id.
+        **hub_arguments: `token`, `cache_dir`, ... as for `from_pretrained`.
+
+    Returns:
+        `str` or `None`: Of the files' lengths and 1,024 blocks out of each (4 MB at most). `None` without safetensors.
+    """
+
+    def find(file: str) -> str | None:
+        reasons = ("missing_entries", "connection_errors", "gated_repo")
+        quiet = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
+        return cached_file(str(name), file, **quiet, **hub_arguments)
+
+    names = ["model.safetensors"]
+    index = find("model.safetensors.index.json")
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    digest = hashlib.sha256()
+    for file in map(find, names):
+        if file is None:
+            return None
+        size = Path(file).stat().st_size
+        digest.update(f"{size} ".encode())
+        with Path(file).open("rb") as stream:
+            for start in range(0, size, max(size // 1024, 4096)):
+                stream.seek(start)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def check_base(reference: dict[str, Any], **hub_arguments: Any) -> None:
+    """Warn where a base does not hold the weights that the adapter was trained on: its answers would be nonsense."""
+    for key, trained_on in reference.get("fingerprints", {}).items():
+        name = reference["names"][key]
+        if weights_fingerprint(name, **hub_arguments) not in (trained_on, None):
+            logger.warning(
+                f"the adapter was trained on {key} {name!r} with other weights than are there now, and may answer "
+                f"nonsense: bring the old ones back, or name the right base in {BASE_REFERENCE}. (The same weights "
+                "saved anew, in other files or another dtype, are harmless.)"
+            )
+
+
 def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, **kwargs: Any) -> Any:
     """
     The model that an adapter was trained on, without the adapter.
@@ -170,6 +219,8 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
         kwargs["quantization_config"] = quantization_config(reference["quantization"], compute_dtype)
     if kwargs["quantization_config"] is None:
         del kwargs["quantization_config"]
+    where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs and name != "force_download"}
+    check_base(reference, **where)
     names = reference["names"]
     if "model" in names:
         model = model_class.from_pretrained(names["model"], **kwargs)

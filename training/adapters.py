@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from modeling import BASE_REFERENCE, read_base_reference
+from modeling import BASE_REFERENCE, read_base_reference, weights_fingerprint
 
 from .arguments import LoraArguments, ModelArguments
 
@@ -80,6 +80,14 @@ def base_reference(args: ModelArguments, lora_args: LoraArguments | None = None)
     if lora_args.base_model_id is not None:
         reference["base_model_id"] = lora_args.base_model_id
     return {**reference, **held}
+
+
+def with_fingerprints(reference: dict[str, Any]) -> dict[str, Any]:
+    """`reference` with a digest of the base's weights, so that another base under its name is noticed."""
+    if "fingerprints" in reference:  # a further round's: the base is the first one's
+        return reference
+    found = {key: weights_fingerprint(name) for key, name in reference["names"].items()}
+    return {**reference, "fingerprints": {key: digest for key, digest in found.items() if digest is not None}}
 
 
 def write_base_reference(reference: dict[str, Any], folder: str | Path, published: bool = False) -> None:

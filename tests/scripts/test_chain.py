@@ -1,13 +1,15 @@
 """The three scripts one after the other: what each folder holds, what changed in it, what loads from where."""
 
 import json
+import logging
+import re
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel
 
 import run_sft
@@ -106,6 +108,26 @@ def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
     (tmp_path / "sft" / "jnana_base.json").write_text(json.dumps(reference))
     with pytest.raises(ValueError, match="trained on model '/gone/align', which is no folder here"):
         load_model_and_processor(str(tmp_path / "sft"))
+
+
+def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog):
+    """Same name, same shapes, other numbers: a warning that names the base. Untouched, or held in 4 bits: none."""
+    shutil.copytree(aligned, tmp_path / "align", ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copytree(tuned, tmp_path / "sft", ignore=shutil.ignore_patterns("checkpoint-*", "merged"))
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        for quantization in ("none", "nf4"):
+            load_model_and_processor(str(tmp_path / "sft"), quantization=quantization)
+        said_before = "may answer nonsense" in caplog.text
+        weights = load_file(tmp_path / "align" / "model.safetensors")
+        name = "model.language_model.layers.0.mlp.fc1.weight"
+        save_file({**weights, name: weights[name] * 1.01}, tmp_path / "align" / "model.safetensors", {"format": "pt"})
+        load_model_and_processor(str(tmp_path / "sft"))
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert not said_before
+    assert re.search("was trained on model '.*align' with other weights .* may answer nonsense", caplog.text)
 
 
 def test_samples_and_loss_curve(tuned, pretrained):

@@ -92,12 +92,12 @@ def read_picture(path: str | Path, limits: Limits) -> Image:
 
 
 def check_question(text: str, limits: Limits) -> str:
-    """The question without white space around it.
+    """The question without white space around it; half characters, which nothing can write, become question marks.
 
     Raises:
         Refused: if it is too long.
     """
-    text = text.strip()
+    text = text.encode("utf-8", "replace").decode().strip()
     if len(text) > limits.question_characters:
         raise Refused(
             f"That question has {len(text):,} characters; at most {limits.question_characters:,} are taken here."

@@ -56,6 +56,7 @@ def test_files_and_questions_have_a_size(tmp_path):
     with pytest.raises(Refused, match="has 2 MB; at most 1 MB"):
         read_upload(tmp_path / "large.bin", LIMITS)
     assert check_question(" why? ", LIMITS) == "why?"
+    assert check_question("a \ud800 \U0001f600", LIMITS) == "a ? \U0001f600"  # no tokenizer or reply can hold a half
     with pytest.raises(Refused, match="4,001 characters; at most 4,000"):
         check_question("a" * 4001, LIMITS)
 

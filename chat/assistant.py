@@ -167,7 +167,15 @@ class Assistant:
                 return
             self._recent[id(session)] = session
             self._recent.move_to_end(id(session))
-            surplus = [self._recent.popitem(last=False)[1] for _ in range(len(self._recent) - self.limits.kept_chats)]
+        self._keep_at_most(self.limits.kept_chats)
+
+    def make_room(self) -> None:
+        """Call when memory has run out: no chat keeps its keys and values; each is read anew when it goes on."""
+        self._keep_at_most(0)
+
+    def _keep_at_most(self, number: int) -> None:
+        with self._recent_lock:
+            surplus = [self._recent.popitem(last=False)[1] for _ in range(len(self._recent) - number)]
         for old in surplus:
             try:
                 old.forget_cache()

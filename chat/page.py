@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+import torch
 
 from .assistant import Asked, Assistant, Visitor
 from .limits import Refused, check_question
@@ -142,8 +143,12 @@ class Page:
             else:
                 answer = visitor.session.ask(asked.question, [shown.picture for shown in asked.pictures], **options)
             yield from self._write(visitor, answer)
-        except Exception:  # the session is as it was; so is the page
+        except Exception as error:  # the session is as it was; so is the page
             yield self._take_back(visitor, asked)
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                logger.exception("memory has run out; a smaller --kept_chats leaves more of it")
+                self.assistant.make_room()
+                raise Refused("There was too little memory for that. There is more now: send it again.") from None
             raise
 
     def stop(self, visitor: Visitor | None):

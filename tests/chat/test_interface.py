@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from chat.limits import Limits, Refused
@@ -215,6 +216,25 @@ def test_only_the_latest_chats_keep_their_cache(page, assistant):
     assert first.session.cached_tokens == 0 < second.session.cached_tokens
     last = send(page, "and then?", 4, first)  # read anew
     assert len(last[3]) == 4 and second.session.cached_tokens == 0
+
+
+def test_when_memory_runs_out_the_kept_chats_make_room(page, assistant):
+    first, second = assistant.welcome(), assistant.welcome()
+    send(page, "why?", 4, first)
+    assert first.session.cached_tokens > 0
+
+    def full(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    second.session.model.generate, kept = full, second.session.model.generate
+    try:
+        page.take("why?", second)
+        with pytest.raises(Refused, match="send it again"):
+            list(page.answer(0.0, 4, second))
+    finally:
+        second.session.model.generate = kept
+    assert first.session.cached_tokens == 0 and second.transcript == []
+    assert len(send(page, "why?", 4, second)[3]) == 2
 
 
 def test_no_input_makes_the_server_fetch_an_address(assistant, monkeypatch):

@@ -86,6 +86,16 @@ class JnanaPreTrainedModel(PreTrainedModel):
                 return load_adapted(cls, str(path), reference, kwargs)
         return super().from_pretrained(path, *model_args, **kwargs)
 
+    def __init_subclass__(cls, **kwargs):
+        """
+        FSDP2 makes a model an instance of a class that it derives on the spot, in a module of torch. It keeps our name
+        and module here: by them transformers finds the code and the `auto_map` that a checkpoint is saved with.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            ours = next(base for base in cls.__mro__[1:] if issubclass(base, JnanaPreTrainedModel))
+            cls.__module__, cls.__name__, cls.__qualname__ = ours.__module__, ours.__name__, ours.__qualname__
+
     def post_init(self):
         """As `PreTrainedModel.post_init`; `_no_split_modules` then names only classes that this model holds."""
         super().post_init()

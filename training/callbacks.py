@@ -84,7 +84,8 @@ class SamplesCallback(TrainerCallback):
         file = Path(args.output_dir) / SAMPLES_FILE
         if state.is_world_process_zero and file.is_file():
             # what an interrupted run wrote after the checkpoint that is resumed will be written again
-            kept = [line for line in read_lines(file) if 0 < state.global_step >= line["step"]]
+            resumed = state.global_step > 0
+            kept = [line for line in read_lines(file) if resumed and line["step"] <= state.global_step]
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
         if state.global_step == 0:
             self.write(args, state, model)

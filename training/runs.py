@@ -75,7 +75,11 @@ def check_same_model(model: nn.Module, checkpoint: str) -> None:
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train from `checkpoint` on, or only take its weights when it is the end of the run."""
+    """Train from `checkpoint` on, or only take the run's weights when it is the end of the run.
+
+    Raises:
+        ValueError: If the checkpoint is another model's, or the end of a run under DeepSpeed.
+    """
     if checkpoint is not None:
         check_same_model(trainer.model, checkpoint)
     # set only now, for the dataloader's workers: tokenizing and checking the data was faster with it
@@ -85,12 +89,18 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         with explain_full_disk(trainer.args):
             trainer.train(resume_from_checkpoint=checkpoint)
         return
+    if trainer.is_deepspeed_enabled:  # its engine, which alone saves, is made by training
+        raise ValueError(
+            f"{checkpoint} is the end of this run, and its weights are whole. If {trainer.args.output_dir} itself lacks "
+            "them, start it once without DeepSpeed; a larger max_steps or num_train_epochs would go on"
+        )
     logger.info(
         f"{checkpoint} is the end of this run: nothing is trained, the final files are written again (a larger "
         "max_steps or num_train_epochs would go on)"
     )
-    trainer._load_from_checkpoint(checkpoint)  # what Trainer.train itself calls first
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)
 
 
 def finish_run(trainer: Trainer) -> None:

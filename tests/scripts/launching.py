@@ -13,7 +13,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONHASHSEED": "random", **extra}
 
 
-def launch(script: str, arguments: list[str], processes: int = 1) -> subprocess.Popen:
+def launch(script: str, arguments: list[str], processes: int = 1, **variables: str) -> subprocess.Popen:
     """`accelerate launch script arguments`, stdout and stderr together in a pipe.
 
     `--cpu --num_processes 2` would silently start one process; `--multi_gpu` with ACCELERATE_USE_CPU starts two.
@@ -24,7 +24,7 @@ def launch(script: str, arguments: list[str], processes: int = 1) -> subprocess.
     return subprocess.Popen(
         [*command, str(ROOT / script), *arguments],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

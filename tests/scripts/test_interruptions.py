@@ -24,7 +24,7 @@ from tests.scripts.accidents import (
 )
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import Ended, run_forked, succeed
-from tests.scripts.launching import launch
+from tests.scripts.launching import ROOT, launch
 from tests.scripts.tiny_data import make_shards
 
 
@@ -229,7 +229,7 @@ def test_interrupted_under_accelerate_launch(to, start, whole, tmp_path, data, v
     case, output = LAUNCHED[to], tmp_path / "run"
     words = arguments(case.kind, output, data, vision, pretrained, aligned)
     struck = [to, "2", str(tmp_path), case.kind.script]
-    process = launch("tests/scripts/struck.py", [*struck, *words], case.kind.processes)
+    process = launch("tests/scripts/struck.py", [*struck, *words], case.kind.processes, PYTHONPATH=str(ROOT))
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 1, said[-4000:]  # the launcher's own
     assert said.count("SIGTERM: stopped after step 3") == 1, said[-4000:]

@@ -97,6 +97,21 @@ def test_a_finished_run_stays_as_it_is(data, vision, pretrained, aligned, tmp_pa
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+def test_a_finished_run_keeps_its_best_weights(data, vision, pretrained, tmp_path, capsys):
+    """Its last checkpoint holds other ones."""
+    output = tmp_path / "align"
+    captions = {"eval_data": data / "captions.json", "eval_image_folder": data / "images", "eval_strategy": "steps"}
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "greater_is_better": "true"}
+    arguments = {"max_steps": 3, "save_steps": 1, "eval_steps": 1, "save_total_limit": 5, **captions, **best}
+    run_align.main(align_options(data, vision, pretrained, output_dir=output, **arguments))
+    weights = (output / "model.safetensors").read_bytes()
+    assert weights != (output / "checkpoint-3" / "model.safetensors").read_bytes()
+    (output / "model.safetensors").unlink()
+    run_align.main(align_options(data, vision, pretrained, output_dir=output, **arguments))
+    assert "is the end of this run: nothing is trained" in capsys.readouterr().out
+    assert (output / "model.safetensors").read_bytes() == weights
+
+
 def steps_of(folder) -> list[int]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["step"] for entry in history if "loss" in entry]

@@ -91,6 +91,16 @@ def assert_same_run(folder, reference, weights="model.safetensors") -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=5e-6, msg=name)
 
 
+def assert_same_folder(folder, reference) -> None:
+    """The same code and config go with the weights, so that others load it the same."""
+    ours, theirs = ({file.name for file in path.iterdir() if file.is_file()} for path in (folder, reference))
+    travelling = {name for name in theirs if name.endswith((".py", ".json", ".jinja")) and name != "trainer_state.json"}
+    assert {"modeling_jnana.py", "processing_jnana.py", "config.json"} <= travelling
+    assert {name for name in ours if name.endswith((".py", ".jinja"))} <= travelling <= ours
+    for name in travelling:
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+
+
 def assert_one_lacked_an_image(outputs: list[str]) -> None:
     counts = [output.count("a batch without an image") for output in outputs]
     assert max(counts) > 0 and min(counts) < SIZES["max_steps"], counts
@@ -111,6 +121,8 @@ def test_fsdp2_is_one_process(one, sharded):
     names = {path.name for path in (folder / "checkpoint-4").iterdir()}
     assert {"pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"} <= names and "optimizer.pt" not in names
     assert_same_run(folder, one)
+    assert_same_folder(folder, one)
+    assert_same_folder(folder / "checkpoint-4", one / "checkpoint-4")
     model, processor = load_model_and_processor(str(folder))
     reference, _ = load_model_and_processor(str(one))
     text = processor.tokenizer("what is the top?", return_tensors="pt")
@@ -144,6 +156,7 @@ def test_fsdp2_with_an_adapter(start, adapter, tmp_path):
     start(tmp_path / "fsdp2", "fsdp2", **ADAPTER)
     assert (tmp_path / "fsdp2" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
     assert_same_run(tmp_path / "fsdp2", adapter, "adapter_model.safetensors")
+    assert_same_folder(tmp_path / "fsdp2", adapter)
     load_model_and_processor(str(tmp_path / "fsdp2"))
 
 
@@ -156,6 +169,7 @@ def test_zero_is_one_process(start, one, how, tmp_path):
     states = sorted(path.name for path in (folder / "checkpoint-4" / "global_step4").glob("*optim_states.pt"))
     assert [name.split("_mp_rank")[0] for name in states] == [f"zero_pp_rank_{rank}" for rank in range(2)]
     assert_same_run(folder, one)
+    assert_same_folder(folder, one)
     load_model_and_processor(str(folder))
     weights = (folder / "model.safetensors").read_bytes()
     shutil.rmtree(folder / "checkpoint-4")
@@ -163,6 +177,8 @@ def test_zero_is_one_process(start, one, how, tmp_path):
     assert f"resuming from {folder}/checkpoint-2 " in start(folder, how)[0]
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder / "checkpoint-2" / "model.safetensors").read_bytes() != weights
+    with pytest.raises(AssertionError, match="checkpoint-4 is the end of this run, .* start it once without DeepSpeed"):
+        start(folder, how)
 
 
 @pytest.fixture(scope="module")

@@ -91,8 +91,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
         return
     if trainer.is_deepspeed_enabled:  # its engine, which alone saves, is made by training
         raise ValueError(
-            f"{checkpoint} is the end of this run, and its weights are whole. If {trainer.args.output_dir} itself lacks "
-            "them, start it once without DeepSpeed; a larger max_steps or num_train_epochs would go on"
+            f"{checkpoint} is the end of this run, and its weights are whole. If {trainer.args.output_dir} itself has "
+            "none, start it once without DeepSpeed; a larger max_steps or num_train_epochs would go on"
         )
     logger.info(
         f"{checkpoint} is the end of this run: nothing is trained, the final files are written again (a larger "

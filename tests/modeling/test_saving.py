@@ -185,7 +185,8 @@ def test_a_fresh_interpreter_loads_saves_and_loads_again(tmp_path):
             text=True,
         )
         assert run.returncode == 0, f"exit code {run.returncode}\n{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
-        assert float(run.stdout.split()[-1]) == expected
+        # not to the bit: matrix products round by where their inputs lie in memory
+        assert float(run.stdout.split()[-1]) == pytest.approx(expected, rel=1e-6)
         auto_map = json.loads((tmp_path / target / "config.json").read_text())["auto_map"]
         assert set(auto_map) == {
             "AutoConfig",

@@ -94,7 +94,9 @@ def assert_same_run(folder, reference, weights="model.safetensors") -> None:
 def assert_same_folder(folder, reference) -> None:
     """The same code and config go with the weights, so that others load it the same."""
     ours, theirs = ({file.name for file in path.iterdir() if file.is_file()} for path in (folder, reference))
-    travelling = {name for name in theirs if name.endswith((".py", ".json", ".jinja")) and name != "trainer_state.json"}
+    travelling = {
+        name for name in theirs if name.endswith((".py", ".json", ".jinja")) and name != "trainer_state.json"
+    }
     assert {"modeling_jnana.py", "processing_jnana.py", "config.json"} <= travelling
     assert {name for name in ours if name.endswith((".py", ".jinja"))} <= travelling <= ours
     for name in travelling:
@@ -177,7 +179,7 @@ def test_zero_is_one_process(start, one, how, tmp_path):
     assert f"resuming from {folder}/checkpoint-2 " in start(folder, how)[0]
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder / "checkpoint-2" / "model.safetensors").read_bytes() != weights
-    with pytest.raises(AssertionError, match="checkpoint-4 is the end of this run, .* start it once without DeepSpeed"):
+    with pytest.raises(AssertionError, match="is the end of this run, .* start it once without DeepSpeed"):
         start(folder, how)
 
 

@@ -1,4 +1,9 @@
-"""What the visitors share, the model, and what each has alone: a chat, pictures waiting to be asked about."""
+"""What the visitors share, the model, and what each has alone: a chat, pictures waiting to be asked about.
+
+The handlers of a page run at the same time: a picture is taken in while a question is sent and the chat is cleared. So
+a visitor is there once, before the first handler, and no handler puts another in its place; what belongs to a chat is
+in a `Chat`, and a handler that works on one sees at the end whether it is over.
+"""
 
 import logging
 import tempfile
@@ -54,23 +59,59 @@ class Asked:
 
 
 @dataclass(eq=False)
-class Visitor:
+class Chat:
     """
-    One chat in one browser tab.
+    What is said and shown between two clicks on Clear.
 
     Args:
-        session (`ChatSession`): The chat.
+        session (`ChatSession`): The chat as the model has it.
         waiting (`list[Shown]`): Pictures for the next question.
+        receiving (`int`): How many more are being taken in.
         transcript (`list[dict]`): The chat as the page shows it.
         asked (`Asked` or `None`): What waits to be answered.
-        gone (`bool`): Whether the chat was cleared or its tab closed.
+        answering (`Asked` or `None`): What is being answered.
+        gone (`bool`): Whether the chat was cleared, or has rested for too long.
+        lock (`threading.RLock`): For whoever looks at `waiting`, `receiving`, `asked`, `answering` and then acts.
     """
 
     session: ChatSession
     waiting: list[Shown] = field(default_factory=list)
+    receiving: int = 0
     transcript: list[dict] = field(default_factory=list)
     asked: Asked | None = None
+    answering: Asked | None = None
     gone: bool = False
+    lock: Any = field(default_factory=threading.RLock)
+
+    @property
+    def images(self) -> int:
+        """Pictures of the chat (`int`), with those that are on their way into it."""
+        said = sum(part["type"] == "image" for message in self.session.messages for part in message["content"])
+        asked = sum(len(question.pictures) for question in (self.asked, self.answering) if question)
+        return said + asked + len(self.waiting) + self.receiving
+
+
+class Visitor:
+    """
+    One browser tab, and the chat it is in. Gradio copies the value of a `State` for each session when it is first
+    used; a copy is a new visitor, with a chat of its own.
+
+    Args:
+        model (`nn.Module`): As [`ChatSession`] takes it.
+        processor (`JnanaProcessor`): Its processor.
+    """
+
+    def __init__(self, model: nn.Module, processor: JnanaProcessor):
+        self.model, self.processor = model, processor
+        self.chat = Chat(ChatSession(model, processor))
+
+    def __deepcopy__(self, memo: dict) -> "Visitor":
+        return Visitor(self.model, self.processor)
+
+    def start_anew(self) -> Chat:
+        """A new chat; returns the old one (`Chat`)."""
+        old, self.chat = self.chat, Chat(ChatSession(self.model, self.processor))
+        return old
 
 
 class Assistant:
@@ -104,15 +145,15 @@ class Assistant:
 
     def welcome(self) -> Visitor:
         """A new visitor."""
-        return Visitor(ChatSession(self.model, self.processor))
+        return Visitor(self.model, self.processor)
 
-    def goodbye(self, visitor: Visitor | None) -> None:
-        """A visitor who left: an answer in the making ends, the memory is free again."""
-        if visitor is not None:
-            with self._recent_lock:
-                visitor.gone = True
-                self._recent.pop(id(visitor.session), None)
-            visitor.session.stop()
+    def goodbye(self, visitor: Visitor) -> None:
+        """A visitor's chat is over: an answer in the making ends, the memory is free again."""
+        chat = visitor.start_anew()
+        with self._recent_lock:
+            chat.gone = True
+            self._recent.pop(id(chat.session), None)
+        chat.session.stop()
 
     def describe(self) -> str:
         """Model, device and dtype in a line (`str`)."""
@@ -125,21 +166,27 @@ class Assistant:
             device = f"{device} ({torch.cuda.get_device_name(self.model.device)})"
         return f"{self.name} · {device} · {dtype}"
 
-    def receive(self, visitor: Visitor, path: str) -> None:
+    def receive(self, chat: Chat, path: str) -> None:
         """
         Take an uploaded picture for the next question.
 
         Raises:
             Refused: if it can't be used, or the chat has all the pictures it may have.
         """
-        asked = sum(part["type"] == "image" for m in visitor.session.messages for part in m["content"])
-        asked += len(visitor.asked.pictures) if visitor.asked else 0
-        if asked + len(visitor.waiting) >= self.limits.images:
-            raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start anew.")
-        image = read_picture(path, self.limits)
-        picture = visitor.session.prepare(image)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        visitor.waiting.append(Shown(picture, keep_file(image)))
+        with chat.lock:
+            if chat.images >= self.limits.images:
+                raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start anew.")
+            chat.receiving += 1
+        shown = []
+        try:
+            image = read_picture(path, self.limits)
+            picture = chat.session.prepare(image)
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            shown.append(Shown(picture, keep_file(image)))
+        finally:
+            with chat.lock:
+                chat.receiving -= 1
+                chat.waiting.extend(shown)
 
     def listen(self, path: str) -> str:
         """
@@ -159,11 +206,11 @@ class Assistant:
             raise Refused("No speech was heard in that recording. Speak closer to the microphone, or type.")
         return heard.text.strip()
 
-    def keep_recent(self, visitor: Visitor) -> None:
+    def keep_recent(self, chat: Chat) -> None:
         """Call after each answer: of the chats, only the latest keep their keys and values."""
-        session = visitor.session
+        session = chat.session
         with self._recent_lock:
-            if visitor.gone:
+            if chat.gone:
                 return
             self._recent[id(session)] = session
             self._recent.move_to_end(id(session))

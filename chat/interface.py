@@ -72,11 +72,11 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
     """
     limits = assistant.limits
     page = Page(assistant, find_examples(examples_folder))
-    hour = limits.idle_seconds
+    idle = limits.idle_seconds
     with GuardedBlocks(
-        title="Jnana", analytics_enabled=False, delete_cache=(hour, hour + 60), fill_height=True
+        title="Jnana", analytics_enabled=False, delete_cache=(idle, idle + 60), fill_height=True
     ) as blocks:
-        visitor = gr.State(None, time_to_live=hour, delete_callback=assistant.goodbye)
+        visitor = gr.State(assistant.welcome(), time_to_live=idle, delete_callback=assistant.goodbye)
         heard = gr.State("")
         gr.Markdown("# Jnana\nDrop a picture, type or say a question, read the answer.")
         gr.Markdown(assistant.describe(), elem_id="about")

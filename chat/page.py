@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from .assistant import Asked, Assistant, Visitor
+from .assistant import Asked, Assistant, Chat, Visitor
 from .limits import Refused, check_question
 from .session import ContextFullError
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 APOLOGY = "Something went wrong here. It has been noted; try again, or clear the chat."
 STILL = "Your last question is still being answered. Wait for the answer, or stop it."
+RECEIVING = "Your picture is still being taken in. Send again in a moment."
 WAITING = "waiting for its turn ..."
 
 
@@ -67,27 +68,26 @@ class Page:
         self.assistant = assistant
         self.examples = examples
 
-    def add_picture(self, path: str | None, visitor: Visitor | None):
+    def add_picture(self, path: str | None, visitor: Visitor):
         """An uploaded picture -> the row of pictures that wait for a question; the input is free for the next."""
         if path is None:  # it was just made free
             return (gr.skip(),) * 4
-        visitor = self._present(visitor)
         try:
-            self.assistant.receive(visitor, path)
+            self.assistant.receive(visitor.chat, path)
         except Refused as error:
             gr.Warning(str(error), title="Not possible")
         return *self._pictures(visitor), None
 
-    def drop_pictures(self, visitor: Visitor | None):
-        visitor = self._present(visitor)
-        visitor.waiting = []
+    def drop_pictures(self, visitor: Visitor):
+        chat = visitor.chat
+        with chat.lock:
+            chat.waiting = []
         return self._pictures(visitor)
 
-    def choose_example(self, index: int, visitor: Visitor | None):
-        visitor = self._present(visitor)
+    def choose_example(self, index: int, visitor: Visitor):
         path, question = self.examples[int(index)]
-        visitor.waiting = []
-        self.assistant.receive(visitor, path)
+        self.drop_pictures(visitor)
+        self.assistant.receive(visitor.chat, path)
         return *self._pictures(visitor), question
 
     def notice(self, path: str | None) -> str:
@@ -106,97 +106,116 @@ class Page:
         """What was heard goes behind what is typed by now, to be read and corrected before it is sent."""
         return f"{question} {heard}".strip() if heard else question
 
-    def take(self, question: str, visitor: Visitor | None):
+    def take(self, question: str, visitor: Visitor):
         """The question and the waiting pictures go into the chat, to be answered when it is their turn."""
-        visitor = self._present(visitor)
-        question = check_question(question, self.assistant.limits)
-        if visitor.asked is not None or visitor.session.busy:
-            raise Refused(STILL)
-        if not question and not visitor.waiting:
-            raise Refused("Type or say a question, or give a picture.")
-        visitor.asked = asked = Asked(question, visitor.waiting, visitor.transcript)
-        visitor.transcript = [*asked.before, *self._messages(asked)]
-        visitor.waiting = []
+        chat, question = visitor.chat, check_question(question, self.assistant.limits)
+        with chat.lock:
+            if chat.asked or chat.answering:
+                raise Refused(STILL)
+            if chat.receiving:
+                raise Refused(RECEIVING)
+            if not question and not chat.waiting:
+                raise Refused("Type or say a question, or give a picture.")
+            chat.asked = asked = Asked(question, chat.waiting, chat.transcript)
+            chat.transcript = [*asked.before, *self._messages(asked)]
+            chat.waiting = []
         return self._view(visitor, "", WAITING)
 
-    def take_again(self, visitor: Visitor | None):
+    def take_again(self, visitor: Visitor):
         """The last question is to be answered once more."""
-        visitor = self._present(visitor)
-        if visitor.asked is not None or visitor.session.busy:
-            raise Refused(STILL)
-        if not visitor.session.messages:
-            raise Refused("Nothing has been asked yet.")
-        visitor.asked = Asked("", [], visitor.transcript, again=True)
-        visitor.transcript = visitor.transcript[:-1]
+        chat = visitor.chat
+        with chat.lock:
+            if chat.asked or chat.answering:
+                raise Refused(STILL)
+            if not chat.session.messages:
+                raise Refused("Nothing has been asked yet.")
+            chat.asked = Asked("", [], chat.transcript, again=True)
+            chat.transcript = chat.transcript[:-1]
         return self._view(visitor, gr.skip(), WAITING)
 
-    def answer(self, temperature: float, new_tokens: int, visitor: Visitor | None):
+    def answer(self, temperature: float, new_tokens: int, visitor: Visitor):
         """What was asked -> the answer while it is written."""
-        if visitor is None or visitor.asked is None:  # taken back, or the chat was cleared
-            yield self._unchanged()
-            return
-        asked, visitor.asked = visitor.asked, None
+        chat, problem = visitor.chat, None
         try:
-            options = self._options(temperature, new_tokens)
-            if asked.again:
-                answer = visitor.session.retry(**options)
-            else:
-                answer = visitor.session.ask(asked.question, [shown.picture for shown in asked.pictures], **options)
-            yield from self._write(visitor, answer)
+            answer = self._begin(chat, temperature, new_tokens)
+            if answer is None:  # taken back, or the chat was cleared
+                yield self._unchanged()
+                return
+            yield from self._write(visitor, chat, answer)
+            view = self._summary(visitor, chat)
         except Exception as error:  # the session is as it was; so is the page
-            yield self._take_back(visitor, asked)
-            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-                logger.exception("memory has run out; a smaller --kept_chats leaves more of it")
-                self.assistant.make_room()
-                raise Refused("There was too little memory for that. There is more now: send it again.") from None
-            raise
+            problem, view = error, self._take_back(visitor, chat, chat.answering)
+            if chat.gone:
+                logger.error("an answer failed whose chat was cleared meanwhile", exc_info=error)
+        finally:  # before the last view: who sees it may ask again
+            chat.answering = None
+        if problem is not None and is_out_of_memory(problem):
+            logger.error("memory has run out; a smaller --kept_chats leaves more of it", exc_info=problem)
+            self.assistant.make_room()
+            problem = Refused("There was too little memory for that. There is more now: send it again.")
+        yield view
+        if problem is not None and not chat.gone:
+            raise problem
 
-    def stop(self, visitor: Visitor | None):
+    def stop(self, visitor: Visitor):
         """An answer ends here; a question that still waits for its turn goes back into its box."""
-        if visitor is None:
-            return self._unchanged()
-        if visitor.asked is None:
-            visitor.session.stop()
+        chat = visitor.chat
+        with chat.lock:
+            if chat.asked is None:
+                chat.session.stop()
         return self.give_up(visitor)
 
-    def clear(self, visitor: Visitor | None):
+    def clear(self, visitor: Visitor):
         self.assistant.goodbye(visitor)
-        return self._view(self.assistant.welcome(), "", "")
+        return self._view(visitor, "", "")
 
-    def settle(self, visitor: Visitor | None):
+    def settle(self, visitor: Visitor):
         """After an answer: the chat as it is, in case it was cleared in the answer's last moment."""
-        if visitor is None or visitor.transcript:
+        if visitor.chat.transcript:
             return gr.skip(), gr.skip()
         return [], ""
 
-    def give_up(self, visitor: Visitor | None):
+    def give_up(self, visitor: Visitor):
         """A question whose turn can't come, since too many wait already, goes back into its box."""
-        if visitor is None or visitor.asked is None:
-            return self._unchanged()
-        asked, visitor.asked = visitor.asked, None
-        return self._take_back(visitor, asked)
+        chat = visitor.chat
+        with chat.lock:
+            asked, chat.asked = chat.asked, None
+            return self._unchanged() if asked is None else self._take_back(visitor, chat, asked)
 
     # ------------------------------------------------------------------ inside
 
-    def _present(self, visitor: Visitor | None) -> Visitor:
-        return self.assistant.welcome() if visitor is None or visitor.gone else visitor
+    def _begin(self, chat: Chat, temperature: float, new_tokens: int) -> Iterator[str] | None:
+        """From waiting to being answered, in one step for whoever presses Stop; `None` if nothing waits."""
+        with chat.lock:
+            asked, chat.asked = chat.asked, None
+            if asked is None:
+                return None
+            chat.answering = asked
+            options = self._options(temperature, new_tokens)
+            if asked.again:
+                return chat.session.retry(**options)
+            return chat.session.ask(asked.question, [shown.picture for shown in asked.pictures], **options)
 
-    def _write(self, visitor: Visitor, answer: Iterator[str]):
+    def _write(self, visitor: Visitor, chat: Chat, answer: Iterator[str]):
         said = {"role": "assistant", "content": ""}
-        visitor.transcript = [*visitor.transcript, said]
-        yield self._progress(visitor, "reading ...")
+        chat.transcript = [*chat.transcript, said]
         try:
-            for text in answer:
+            yield self._progress(visitor, "reading ...")
+            while not chat.gone and (text := next(answer, None)) is not None:
                 said["content"] = text
-                if not visitor.gone:
+                if not chat.gone:
                     yield self._progress(visitor, "writing ...")
         finally:
             answer.close()  # type: ignore[attr-defined]  # a generator: what the page is closed by ends it as well
-            self.assistant.keep_recent(visitor)
-        turn = visitor.session.last_turn
-        if visitor.gone or turn is None:
-            return
-        said["content"] = visitor.session.messages[-1]["content"][0]["text"] or "(no answer)"
+            self.assistant.keep_recent(chat)
+        if not chat.gone:
+            said["content"] = chat.session.messages[-1]["content"][0]["text"] or "(no answer)"
+
+    def _summary(self, visitor: Visitor, chat: Chat):
+        """The complete answer, and what it took."""
+        turn = chat.session.last_turn
+        if chat.gone or turn is None:
+            return self._unchanged()
         speed = turn.new_tokens / max(turn.seconds, 1e-9)
         ends = {
             "length": " · cut at the length that is set",
@@ -207,11 +226,14 @@ class Page:
             f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them known from before · first word after "
             f"{turn.seconds_to_first_token:.2f} s · {turn.new_tokens} new tokens, {speed:.0f} a second"
         )
-        yield self._progress(visitor, status + ends.get(turn.finish_reason, ""))
+        return self._progress(visitor, status + ends.get(turn.finish_reason, ""))
 
-    def _take_back(self, visitor: Visitor, asked: Asked):
-        """The page as it was before the question."""
-        visitor.transcript, visitor.waiting = asked.before, [*asked.pictures, *visitor.waiting]
+    def _take_back(self, visitor: Visitor, chat: Chat, asked: Asked):
+        """The page as it was before the question; if the chat was cleared since, as it is."""
+        if chat.gone:
+            return self._unchanged()
+        with chat.lock:
+            chat.transcript, chat.waiting = asked.before, [*asked.pictures, *chat.waiting]
         return self._view(visitor, gr.skip() if asked.again else asked.question, "")
 
     def _options(self, temperature: float, new_tokens: int) -> dict[str, Any]:
@@ -230,20 +252,25 @@ class Page:
         return [*messages, {"role": "user", "content": asked.question}] if asked.question else messages
 
     def _view(self, visitor: Visitor, question: Any, status: str):
-        return *self._pictures(visitor), as_plain_text(visitor.transcript), question, status
+        return *self._pictures(visitor), as_plain_text(visitor.chat.transcript), question, status
 
     def _progress(self, visitor: Visitor, status: str):
-        """Only what changes while an answer is written: the next question may be typed meanwhile."""
-        return gr.skip(), gr.skip(), gr.skip(), as_plain_text(visitor.transcript), gr.skip(), status
+        """Only what changes while an answer is written: the next question may be typed meanwhile. (The visitor is the
+        same; handed over, it counts as not idle.)"""
+        return visitor, gr.skip(), gr.skip(), as_plain_text(visitor.chat.transcript), gr.skip(), status
 
     def _unchanged(self):
         return (gr.skip(),) * 6
 
     def _pictures(self, visitor: Visitor):
         """The visitor, the row of waiting pictures and the button that empties it."""
-        some = bool(visitor.waiting)
-        row = gr.update(value=[shown.thumbnail for shown in visitor.waiting], visible=some)
-        return visitor, row, gr.update(visible=some)
+        shown = [shown.thumbnail for shown in visitor.chat.waiting]
+        return visitor, gr.update(value=shown, visible=bool(shown)), gr.update(visible=bool(shown))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python, or of PyTorch on a CPU, which says so in an ordinary `RuntimeError`."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def as_plain_text(transcript: list[dict]) -> list[dict]:

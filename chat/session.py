@@ -22,6 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 from processing import JnanaProcessor, load_image
 
 
+BUSY = "this chat is still being answered; wait for the answer, or stop it"
+
+
 class ContextFullError(ValueError):
     """The chat is longer than what the model can read."""
 
@@ -83,7 +86,7 @@ class ChatSession:
         self._cache: DynamicCache | None = None
         self._held: list[Any] = []  # what `_cache` has read: a token id, or (digest, place) of a picture's token
         self._busy = threading.Lock()
-        self._stop = threading.Event()
+        self._stop = threading.Event()  # of the latest turn: each has its own
 
     # ------------------------------------------------------------------ what people do
 
@@ -138,7 +141,7 @@ class ChatSession:
         return self._answer(self.messages[:-1], self._pictures, time.perf_counter(), **options)
 
     def stop(self) -> None:
-        """Stop the answer that is being written after its next token; may be called from any thread."""
+        """Stop the answer that was asked for last after its next token; may be called from any thread."""
         self._stop.set()
 
     def clear(self) -> None:
@@ -186,6 +189,9 @@ class ChatSession:
             raise ValueError(f"temperature is {temperature}; it must be between 0 (always the likeliest token) and 5")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+        if self.busy:
+            raise RuntimeError(BUSY)
+        stop = self._stop = threading.Event()
         ids = self.processor.encode_chat(chat)
         limit = self.model.config.text_config.max_position_embeddings
         if len(ids) >= limit:
@@ -198,7 +204,7 @@ class ChatSession:
             sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
         room = min(max_new_tokens, limit - len(ids))
         turn = Turn(prompt_tokens=len(ids), cached_tokens=0)
-        return self._write(chat, pictures, ids, started, room, room < max_new_tokens, sampling, turn)
+        return self._write(chat, pictures, ids, started, room, room < max_new_tokens, sampling, turn, stop)
 
     def _write(
         self,
@@ -210,14 +216,14 @@ class ChatSession:
         short_of_room: bool,
         sampling: dict[str, Any],
         turn: Turn,
+        stop: threading.Event,
     ) -> Iterator[str]:
         with self._exclusively():
-            self._stop.clear()
             inputs = self._inputs(ids, pictures, room)
             turn.cached_tokens = self.cached_tokens
             stream = TokenStream()
             options = {"max_new_tokens": room, "num_beams": 1, "use_cache": True, **sampling}
-            worker = threading.Thread(target=self._generate, args=(inputs, options, stream), daemon=True)
+            worker = threading.Thread(target=self._generate, args=(inputs, options, stream, stop), daemon=True)
             self._held = []  # the cache is changing; a failure leaves nothing to rely on
             worker.start()
             answer: list[int] = []
@@ -232,7 +238,7 @@ class ChatSession:
                         text = written.strip()
                     yield text
             finally:
-                self._stop.set()
+                stop.set()
                 worker.join()
                 if stream.output is None:
                     self._forget()
@@ -259,7 +265,9 @@ class ChatSession:
         else:
             self._forget()
 
-    def _generate(self, inputs: dict[str, Any], options: dict[str, Any], stream: "TokenStream") -> None:
+    def _generate(
+        self, inputs: dict[str, Any], options: dict[str, Any], stream: "TokenStream", stop: threading.Event
+    ) -> None:
         """Runs in a thread of its own, so that tokens can be read while they are made."""
         try:
             with torch.inference_mode():
@@ -267,7 +275,7 @@ class ChatSession:
                     **inputs,
                     **options,
                     streamer=stream,
-                    stopping_criteria=StoppingCriteriaList([Stopped(self._stop)]),
+                    stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
                     pad_token_id=self.processor.tokenizer.pad_token_id,
                     return_dict_in_generate=True,
                 )
@@ -354,7 +362,7 @@ class Exclusive:
 
     def __enter__(self) -> None:
         if not self.lock.acquire(blocking=False):
-            raise RuntimeError("this chat is still being answered; wait for the answer, or stop it")
+            raise RuntimeError(BUSY)
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()

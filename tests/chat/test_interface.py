@@ -68,14 +68,17 @@ def unchanged(value) -> bool:
 
 
 def test_a_chat(page, png):
-    visitor, row, button, cleared = page.add_picture(png, None)
+    visitor = page.assistant.welcome()
+    same, row, button, cleared = page.add_picture(png, visitor)
+    assert same is visitor
     assert len(row["value"]) == 1 and button["visible"] and cleared is None
     same, row, _, transcript, question, status = page.take("what do you see?", visitor)
     assert same is visitor and row["value"] == [] and question == "" and status.startswith("waiting")
     assert [message["role"] for message in transcript] == ["user", "user"]
     *earlier, last = page.answer(0.0, 6, visitor)
     # what is typed meanwhile stays, and pictures are not sent again with each word
-    assert len(earlier) > 2 and all(unchanged(part) for view in earlier for part in (*view[:3], view[4]))
+    assert len(earlier) > 2 and all(unchanged(part) for view in earlier for part in (*view[1:3], view[4]))
+    assert all(view[0] is visitor for view in (*earlier, last))  # which counts as not idle
     transcript, status = last[3], last[5]
     assert [message["role"] for message in transcript] == ["user", "user", "assistant"]
     assert "0 of them known from before" in status
@@ -86,13 +89,14 @@ def test_a_chat(page, png):
     assert last[3][-1]["content"] == answer and unchanged(last[4])
     last = send(page, "how many?", 6, visitor)
     assert len(last[3]) == 5 and " 0 of them" not in last[5]
-    fresh, row, _, transcript, *_ = page.clear(visitor)
-    assert fresh is not visitor and transcript == [] and row["value"] == []
+    said = visitor.chat
+    same, row, _, transcript, *_ = page.clear(visitor)
+    assert same is visitor and visitor.chat is not said and transcript == [] and row["value"] == []
 
 
 def test_examples_are_clicked(page):
-    visitor, row, _, question = page.choose_example(1, None)
-    assert question == "How many pieces are there?" and len(visitor.waiting) == len(row["value"]) == 1
+    visitor, row, _, question = page.choose_example(1, page.assistant.welcome())
+    assert question == "How many pieces are there?" and len(visitor.chat.waiting) == len(row["value"]) == 1
 
 
 def test_refusals_leave_the_chat_as_it_was(page, png, assistant):
@@ -108,46 +112,49 @@ def test_refusals_leave_the_chat_as_it_was(page, png, assistant):
     for _ in range(2):
         page.add_picture(png, visitor)
     with pytest.raises(Refused, match="at most 2 pictures"):
-        assistant.receive(visitor, png)
+        assistant.receive(visitor.chat, png)
     page.take("why?", visitor)
     with pytest.raises(Refused, match="at most 2 pictures"):  # those that wait for their turn count as well
-        assistant.receive(visitor, png)
-    visitor.session.model.generate, kept = lambda **_: 1 / 0, visitor.session.model.generate
+        assistant.receive(visitor.chat, png)
+    visitor.chat.session.model.generate, kept = lambda **_: 1 / 0, visitor.chat.session.model.generate
     try:
         seen = []
         with pytest.raises(ZeroDivisionError):
             seen += page.answer(0.0, 6, visitor)  # what came before the error is kept
     finally:
-        visitor.session.model.generate = kept
-    assert seen[-1][3] == [] and seen[-1][4] == "why?" and len(visitor.waiting) == 2  # question and pictures are back
+        visitor.chat.session.model.generate = kept
+    assert (
+        seen[-1][3] == [] and seen[-1][4] == "why?" and len(visitor.chat.waiting) == 2
+    )  # question and pictures are back
     assert len(send(page, "why?", 6, visitor)[3]) == 4
 
 
 def test_an_answer_that_fails_the_second_time_leaves_the_first(page, assistant):
     visitor = assistant.welcome()
     before = send(page, "why?", 4, visitor)[3]
-    visitor.session.model.generate, kept = lambda **_: 1 / 0, visitor.session.model.generate
+    visitor.chat.session.model.generate, kept = lambda **_: 1 / 0, visitor.chat.session.model.generate
     try:
         page.take_again(visitor)
         with pytest.raises(ZeroDivisionError):
             list(page.answer(0.0, 4, visitor))
     finally:
-        visitor.session.model.generate = kept
-    assert visitor.transcript == before
+        visitor.chat.session.model.generate = kept
+    assert visitor.chat.transcript == before
     page.take_again(visitor)
     *_, last = page.answer(0.0, 4, visitor)
     assert [message["role"] for message in last[3]] == ["user", "assistant"]
 
 
 def test_a_question_that_waits_for_its_turn_can_be_taken_back(page, assistant, png):
-    visitor, *_ = page.add_picture(png, None)
+    visitor = assistant.welcome()
+    page.add_picture(png, visitor)
     page.take("why?", visitor)
     with pytest.raises(Refused, match="still being answered"):  # a second click
         page.take("why?", visitor)
     _, row, _, transcript, question, status = page.stop(visitor)
     assert (transcript, question, status, len(row["value"])) == ([], "why?", "", 1)
     (nothing,) = page.answer(0.0, 4, visitor)  # its turn comes, and there is nothing to do
-    assert all(unchanged(part) for part in nothing) and visitor.session.messages == []
+    assert all(unchanged(part) for part in nothing) and visitor.chat.session.messages == []
     send(page, "why?", 4, visitor)
     page.take_again(visitor)
     assert [message["role"] for message in page.stop(visitor)[3]] == ["user", "user", "assistant"]
@@ -165,11 +172,12 @@ def test_a_chat_cleared_in_mid_answer_stays_cleared(page, assistant):
     page.take("why?", visitor)
     stream = page.answer(0.0, 8, visitor)
     next(stream), next(stream)
-    fresh, *_ = page.clear(visitor)
-    assert list(stream) == []  # nothing that would bring the old chat back
-    assert page.settle(fresh) == ([], "") and fresh is not visitor
-    assert id(visitor.session) not in assistant._recent  # nor does its memory stay
-    assert page._present(visitor) is not visitor
+    old = visitor.chat
+    page.clear(visitor)
+    (last,) = stream
+    assert all(unchanged(part) for part in last)  # nothing that would bring the old chat back
+    assert page.settle(visitor) == ([], "") and visitor.chat is not old
+    assert id(old.session) not in assistant._recent  # nor does its memory stay
 
 
 def test_what_goes_wrong_is_one_line_without_details(caplog):
@@ -213,27 +221,27 @@ def test_only_the_latest_chats_keep_their_cache(page, assistant):
     first, second = assistant.welcome(), assistant.welcome()
     for visitor in (first, second):
         send(page, "why?", 4, visitor)
-    assert first.session.cached_tokens == 0 < second.session.cached_tokens
+    assert first.chat.session.cached_tokens == 0 < second.chat.session.cached_tokens
     last = send(page, "and then?", 4, first)  # read anew
-    assert len(last[3]) == 4 and second.session.cached_tokens == 0
+    assert len(last[3]) == 4 and second.chat.session.cached_tokens == 0
 
 
 def test_when_memory_runs_out_the_kept_chats_make_room(page, assistant):
     first, second = assistant.welcome(), assistant.welcome()
     send(page, "why?", 4, first)
-    assert first.session.cached_tokens > 0
+    assert first.chat.session.cached_tokens > 0
 
     def full(**_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    second.session.model.generate, kept = full, second.session.model.generate
+    second.chat.session.model.generate, kept = full, second.chat.session.model.generate
     try:
         page.take("why?", second)
         with pytest.raises(Refused, match="send it again"):
             list(page.answer(0.0, 4, second))
     finally:
-        second.session.model.generate = kept
-    assert first.session.cached_tokens == 0 and second.transcript == []
+        second.chat.session.model.generate = kept
+    assert first.chat.session.cached_tokens == 0 and second.chat.transcript == []
     assert len(send(page, "why?", 4, second)[3]) == 2
 
 
@@ -264,7 +272,7 @@ def test_a_visitor_who_leaves_stops_the_answer(page, assistant):
     next(stream), next(stream)
     stream.close()
     deadline = time.monotonic() + 10
-    while visitor.session._busy.locked() and time.monotonic() < deadline:
+    while visitor.chat.session._busy.locked() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not visitor.session._busy.locked()
-    assert len(visitor.session.messages) == 2
+    assert not visitor.chat.session._busy.locked()
+    assert len(visitor.chat.session.messages) == 2

@@ -310,3 +310,12 @@ def test_streams_may_be_read_in_another_thread(model, processor):
     assert len(read) == session.last_turn.new_tokens
     assert 0 < session.last_turn.seconds_to_first_token <= session.last_turn.seconds
     assert not torch.is_inference_mode_enabled()
+
+
+def test_stop_counts_from_the_question_on(model, processor):
+    session = ChatSession(model, processor)
+    assert len(list(session.ask(QUESTIONS[0], max_new_tokens=8))) > 1  # the control
+    answer = session.retry(max_new_tokens=8)
+    session.stop()  # before a token is asked for
+    assert len(list(answer)) == 1 and session.last_turn.finish_reason == "stopped"
+    assert len(list(session.retry(max_new_tokens=8))) > 1  # the next one is not stopped

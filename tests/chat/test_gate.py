@@ -41,6 +41,7 @@ def client(tmp_path, monkeypatch):
         assistant = SimpleNamespace(
             limits=limits, transcriber=None, speech_note="off", describe=lambda: "tiny", goodbye=lambda visitor: None
         )
+        assistant.welcome = lambda: None
         blocks = build_interface(assistant)
         options = launch_options(assistant, tmp_path)
         blocks.max_file_size = options["max_file_size"]

@@ -42,7 +42,7 @@ NO_SPEECH = (
     "Spoken questions are off here: there is no speech recogniser. Whoever runs this app can turn them on with "
     "--speech_model small."
 )
-LOCK = ".alive"
+UPLOADS = "jnana-uploads-"
 logger = logging.getLogger("app")
 
 
@@ -131,8 +131,7 @@ def main(argv: list[str]) -> None:
     login = find_login(arguments.login)
     assistant = load_assistant(arguments)
     logger.info(assistant.describe())
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # `docker stop`, a closed terminal: as Ctrl-C
-        signal.signal(signal.Signals[name], end_as_by_hand)
+    heed_signals()
     with upload_folder() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:
@@ -147,6 +146,13 @@ def main(argv: list[str]) -> None:
                 assistant.transcriber.close()
 
 
+def heed_signals() -> None:
+    """`docker stop` and a closed terminal end the app as Ctrl-C does, except where they were told not to (`nohup`)."""
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        if signal.getsignal(signal.Signals[name]) is signal.SIG_DFL:
+            signal.signal(signal.Signals[name], end_as_by_hand)
+
+
 def end_as_by_hand(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -154,16 +160,30 @@ def end_as_by_hand(*_: Any) -> None:
 @contextlib.contextmanager
 def upload_folder() -> Iterator[Path]:
     """
-    A folder that is there as long as the app; those of apps that were killed go first. Who holds the lock is alive.
+    A folder that is there as long as the app; those of killed ones go first. Whose folder is locked is alive.
     """
-    for left in Path(tempfile.gettempdir()).glob("jnana-uploads-*") if fcntl else ():
-        with contextlib.suppress(OSError), (left / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for left in Path(tempfile.gettempdir()).glob(f"{UPLOADS}*") if fcntl else ():
+        with contextlib.suppress(OSError), locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="jnana-uploads-") as folder, (Path(folder) / LOCK).open("w") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Path(folder)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=UPLOADS) as folder, contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError):  # gone already, or in a file system without locks, which nobody clears
+                if fcntl:
+                    lock.enter_context(locked(Path(folder), fcntl.LOCK_EX))
+            if os.path.isdir(folder):  # else another app, as it started, took it for left before it was locked
+                yield Path(folder)
+                return
+
+
+@contextlib.contextmanager
+def locked(folder: Path, how: int) -> Iterator[None]:
+    """Hold the lock of a folder itself: a link or a pipe planted in its place is neither followed nor waited for."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What the app is told on its command line and by the environment."""
 
 import configparser
+import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 
@@ -100,13 +102,44 @@ def test_uploads_go_with_the_app_and_those_of_a_killed_one_with_the_next(tmp_pat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     left = tmp_path / "jnana-uploads-of-a-killed-app"
     left.mkdir()
-    (left / app.LOCK).touch()
     (left / "face.png").touch()
+    pipe = tmp_path / "jnana-uploads-that-nobody-writes"
+    os.mkfifo(pipe)
     with app.upload_folder() as mine:
-        assert [mine] == list(tmp_path.iterdir())
+        assert {mine, pipe} == set(tmp_path.iterdir())
         with app.upload_folder() as anothers:  # whose start leaves alone what belongs to a living app
             assert mine.is_dir() and anothers.is_dir()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_folder_taken_for_left_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock, taken = app.fcntl.flock, []
+
+    def slow(handle, how):
+        if not taken:  # another app starts in between
+            taken.append(next(tmp_path.iterdir()))
+            with app.upload_folder():
+                assert not taken[0].exists()
+        lock(handle, how)
+
+    monkeypatch.setattr(app.fcntl, "flock", slow)
+    with app.upload_folder() as mine:
+        assert mine.is_dir() and taken and mine != taken[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_was_turned_off_stays_off():
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        app.heed_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is app.end_as_by_hand
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_spaces_files_in_the_docs_are_of_this_version():

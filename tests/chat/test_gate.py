@@ -1,6 +1,10 @@
 """The routes of the page's server: those it needs are there, and nothing else of what Gradio serves."""
 
 import asyncio
+import json
+import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +17,8 @@ pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 from fastapi.testclient import TestClient  # noqa: E402
 from gradio.routes import App  # noqa: E402
 
-from chat.gate import Gate  # noqa: E402
+from chat import gate as gate_module  # noqa: E402
+from chat.gate import ENTRY, REST, Gate, tidy_size_of  # noqa: E402
 from chat.interface import build_interface, launch_options  # noqa: E402
 
 
@@ -35,6 +40,7 @@ CLOSED = (
 def client(tmp_path, monkeypatch):
     """Makes a client of the page's server."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(gate_module, "COUNT_HOLDS", -1)
 
     def make(login: tuple[str, str] | None = None, gate: bool = True) -> TestClient:
         limits = Limits(upload_megabytes=0.1, all_uploads_megabytes=0.5)
@@ -90,6 +96,21 @@ def test_uploads_have_room_until_there_is_none(client, tmp_path):
     assert upload(80_000).status_code == 200
 
 
+def test_no_other_request_is_longer_than_a_question_needs(client):
+    def post(page, path: str, length: int, **headers: str):
+        body = b'{"data": [], "fn_index": 0, "session_hash": "x", "event_id": "y"}'.ljust(length)
+        return page.post(path, content=body, headers={"Content-Type": "application/json", **headers})
+
+    page = client(login=("anna", "secret"))
+    bound = len(json.dumps("\N{GRINNING FACE}" * Limits().question_characters)) - 2 + 65_536
+    for path in ("/login", "/gradio_api/run/predict", "/gradio_api/queue/join", "/gradio_api/cancel"):
+        assert (reply := post(page, path, bound + 1)).status_code == 413 and f"size of {bound} bytes" in reply.text
+        assert post(page, path, 100, **{"Transfer-Encoding": "chunked", "Content-Length": "100"}).status_code == 411
+        assert post(page, path, bound).status_code not in (411, 413), path
+    unguarded = client(login=("anna", "secret"), gate=False)  # the control: what Gradio does by itself
+    assert post(unguarded, "/gradio_api/run/predict", bound + 1).status_code == 401
+
+
 def test_behind_a_login_nothing_answers_without_it(client):
     page = client(login=("anna", "secret"))
     doors = [("GET", "/config"), ("GET", "/gradio_api/file=x.png"), ("POST", "/gradio_api/upload")]
@@ -107,6 +128,59 @@ def test_behind_a_login_nothing_answers_without_it(client):
     assert page.get("/config").status_code == 200
 
 
+def test_small_files_count_what_they_take_and_remains_go(tmp_path):
+    for name in ("one", "two", "emptied"):
+        (tmp_path / name).mkdir()
+    for name in ("one/a.png", "two/b.png", "broken-off"):
+        (tmp_path / name).write_bytes(b"x")
+    assert tidy_size_of(tmp_path) == 7 * ENTRY
+    for name in ("one", "one/a.png", "emptied", "broken-off"):
+        os.utime(tmp_path / name, (0, time.time() - REST - 9))
+    assert tidy_size_of(tmp_path) == 5 * ENTRY
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b.png", "one", "two"]
+
+
+def test_what_is_on_its_way_takes_room(tmp_path):
+    """Three uploads at once, of which two fit; meanwhile nothing else waits."""
+    here = threading.get_ident()
+
+    async def inner(scope, receive, send):
+        await done.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def upload(length: int) -> None:
+        async def send(message):
+            if "status" in message:
+                said.append(message["status"])
+
+        headers = [(b"content-length", b"%d" % length)]
+        await gate({"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": headers}, None, send)
+
+    async def all_at_once() -> None:
+        uploads = [asyncio.create_task(upload(400_000)) for _ in range(3)]
+        for _ in range(5000):
+            if said:
+                break
+            await asyncio.sleep(0.001)
+        done.set()
+        await asyncio.gather(*uploads)
+        await upload(400_000)
+
+    def count(folder: Path) -> int:
+        assert threading.get_ident() != here
+        return tidy_size_of(folder)
+
+    for holds in (-1, 9):  # with a count for each, with one for all
+        said: list[int] = []
+        done = asyncio.Event()
+        gate = Gate(inner, tmp_path, 1, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gate_module, "COUNT_HOLDS", holds)
+            patch.setattr(gate_module, "tidy_size_of", count)
+            asyncio.run(all_at_once())
+        assert said == ([503, 200, 200, 200] if holds < 0 else [503, 200, 200, 503])
+
+
 def test_a_path_in_front_is_no_way_around(tmp_path):
     async def inner(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -114,7 +188,7 @@ def test_a_path_in_front_is_no_way_around(tmp_path):
 
     gate = Gate(inner, Path(tmp_path), 1, 1)
 
-    def status(path: str, root: str = "", kind: str = "http") -> list[int]:
+    def status(path: str, root: str = "", kind: str = "http") -> list:
         sent: list[dict] = []
 
         async def send(message):
@@ -122,9 +196,9 @@ def test_a_path_in_front_is_no_way_around(tmp_path):
 
         scope = {"type": kind, "path": path, "root_path": root, "method": "GET", "headers": []}
         asyncio.run(gate(scope, None, send))
-        return [message["status"] for message in sent if "status" in message]
+        return [message.get("status", message["type"]) for message in sent if message["type"] != "http.response.body"]
 
     assert status("/jnana/config", "/jnana") == status("/config") == [200]
     assert status("/jnana/gradio_api/runs", "/jnana") == status("/config/x") == [404]
     assert status("/config\n/gradio_api/runs") == [404]
-    assert status("/config", kind="websocket") == []
+    assert status("/config", kind="websocket") == ["websocket.close"]

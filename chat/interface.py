@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -70,112 +71,138 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
     Returns:
         `gr.Blocks`: to be launched with [`launch_options`].
     """
-    limits = assistant.limits
+    limits, idle = assistant.limits, assistant.limits.idle_seconds
     page = Page(assistant, find_examples(examples_folder))
-    idle = limits.idle_seconds
     with GuardedBlocks(
         title="Jnana", analytics_enabled=False, delete_cache=(idle, idle + 60), fill_height=True
     ) as blocks:
+        # Copied for each session: a visitor of its own, which all handlers share
         visitor = gr.State(assistant.welcome(), time_to_live=idle, delete_callback=assistant.goodbye)
-        heard = gr.State("")
         gr.Markdown("# Jnana\nDrop a picture, type or say a question, read the answer.")
         gr.Markdown(assistant.describe(), elem_id="about")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
-                picture = unopened(
-                    gr.Image(
-                        label="Picture: drop, paste or take one",
-                        sources=["upload", "webcam", "clipboard"],
-                        type="filepath",
-                        height=220,
-                        buttons=[],
-                        elem_id="picture",
-                    )
-                )
-                waiting = gr.Gallery(
-                    label="For the next question",
-                    columns=4,
-                    height=150,
-                    object_fit="contain",
-                    visible=False,
-                    buttons=[],
-                    elem_id="waiting",
-                )
-                drop = gr.Button("Take these away", size="sm", visible=False, elem_id="drop")
-                recording = unopened(
-                    gr.Audio(
-                        label="Speak, or drop a recording",
-                        sources=["microphone", "upload"],
-                        type="filepath",
-                        visible=assistant.transcriber is not None,
-                        editable=False,
-                        buttons=[],
-                        elem_id="recording",
-                    )
-                )
-                if assistant.transcriber is None:
-                    gr.Markdown(f"*{assistant.speech_note}*", elem_id="speech_note")
-                examples = _examples(page.examples)
-                with gr.Accordion("Settings", open=False):
-                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: always the likeliest word)")
-                    new_tokens = gr.Slider(
-                        1, limits.new_tokens, min(200, limits.new_tokens), step=1, label="Longest answer, in tokens"
-                    )
+                given = _what_is_given(assistant, page)
             with gr.Column(scale=3, min_width=360):
-                # Plain text: what a model or a visitor writes is never taken for markup (`as_plain_text`); no button
-                # to copy, which would copy the escapes
-                chat = gr.Chatbot(
-                    label="Chat",
-                    height=460,
-                    render_markdown=False,
-                    latex_delimiters=[],
-                    buttons=[],
-                    allow_file_downloads=False,
-                    elem_id="chat",
-                )
-                status = gr.Markdown("", elem_id="status")
-                question = gr.Textbox(
-                    label="Question",
-                    placeholder="What do you see in this picture?",
-                    lines=1,
-                    max_lines=4,
-                    max_length=limits.question_characters,
-                    elem_id="question",
-                )
-                with gr.Row():
-                    send = gr.Button("Send", variant="primary", min_width=90, elem_id="send")
-                    stop = gr.Button("Stop", min_width=90, elem_id="stop")
-                    retry = gr.Button("Retry", min_width=90, elem_id="retry")
-                    clear = gr.Button("Clear", min_width=90, elem_id="clear")
-
-        pictures = [visitor, waiting, drop]
-        everything = [*pictures, chat, question, status]
-        if examples is not None:
-            _on(examples.click, page.choose_example, [examples, visitor], [*pictures, question])
-        # Not `input`, which Gradio's image does not send when a picture is pasted
-        _on(picture.change, page.add_picture, [picture, visitor], [*pictures, picture])
-        _on(drop.click, page.drop_pictures, [visitor], pictures)
-        # Not `input`, which Gradio's audio sends before the recording is there
-        noticed = _on(recording.change, page.notice, [recording], [status], queue=False)
-        listened = _on(noticed.then, page.transcribe, [recording], [heard, status], concurrency_id="speech")
-        _on(listened.success, page.add_words, [heard, question], [question], queue=False)
-        listened.failure(lambda: "", None, [status], queue=False, api_visibility="private")
-        # Taken at once, answered in turn
-        take = functools.partial(gr.on, [send.click, question.submit])
-        for taken in (
-            _on(take, page.take, [question, visitor], everything, queue=False, trigger_mode="once"),
-            _on(retry.click, page.take_again, [visitor], everything, queue=False, trigger_mode="once"),
-        ):
-            turn = _on(
-                taken.success, page.answer, [temperature, new_tokens, visitor], everything, concurrency_id="model"
-            )
-            _on(turn.failure, page.give_up, [visitor], everything, queue=False)
-            _on(turn.then, page.settle, [visitor], [chat, status], queue=False)
-        _on(stop.click, page.stop, [visitor], everything, queue=False)
-        for event in (clear.click, chat.clear):
-            _on(event, page.clear, [visitor], everything, queue=False)
+                said = _what_is_said(limits.question_characters)
+        pictures = [visitor, given.waiting, given.drop]
+        everything = [*pictures, said.chat, said.question, said.status]
+        _connect_pictures(page, given, said, pictures)
+        _connect_voice(page, given, said)
+        _connect_chat(page, given, said, everything)
     blocks.queue(max_size=limits.queue_length, default_concurrency_limit=1, api_open=False)
     return blocks
+
+
+def _what_is_given(assistant: Assistant, page: Page) -> SimpleNamespace:
+    """Pictures, voice, examples, settings."""
+    picture = gr.Image(
+        label="Picture: drop, paste or take one",
+        sources=["upload", "webcam", "clipboard"],
+        type="filepath",
+        height=220,
+        buttons=[],
+        elem_id="picture",
+    )
+    waiting = gr.Gallery(
+        label="For the next question",
+        columns=4,
+        height=150,
+        object_fit="contain",
+        visible=False,
+        buttons=[],
+        elem_id="waiting",
+    )
+    drop = gr.Button("Take these away", size="sm", visible=False, elem_id="drop")
+    recording = gr.Audio(
+        label="Speak, or drop a recording",
+        sources=["microphone", "upload"],
+        type="filepath",
+        visible=assistant.transcriber is not None,
+        editable=False,
+        buttons=[],
+        elem_id="recording",
+    )
+    if assistant.transcriber is None:
+        gr.Markdown(f"*{assistant.speech_note}*", elem_id="speech_note")
+    examples, longest = _examples(page.examples), assistant.limits.new_tokens
+    with gr.Accordion("Settings", open=False):
+        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: always the likeliest word)")
+        new_tokens = gr.Slider(1, longest, min(200, longest), step=1, label="Longest answer, in tokens")
+    return SimpleNamespace(
+        picture=unopened(picture),
+        waiting=waiting,
+        drop=drop,
+        recording=unopened(recording),
+        examples=examples,
+        temperature=temperature,
+        new_tokens=new_tokens,
+    )
+
+
+def _what_is_said(question_characters: int) -> SimpleNamespace:
+    """The chat, the box below it, the buttons."""
+    # Plain text: what a model or a visitor writes is never taken for markup (`as_plain_text`); no button to copy,
+    # which would copy the escapes
+    chat = gr.Chatbot(
+        label="Chat",
+        height=460,
+        render_markdown=False,
+        latex_delimiters=[],
+        buttons=[],
+        allow_file_downloads=False,
+        elem_id="chat",
+    )
+    status = gr.Markdown("", elem_id="status")
+    question = gr.Textbox(
+        label="Question",
+        placeholder="What do you see in this picture?",
+        lines=1,
+        max_lines=4,
+        max_length=question_characters,
+        elem_id="question",
+    )
+    with gr.Row():
+        send = gr.Button("Send", variant="primary", min_width=90, elem_id="send")
+        stop = gr.Button("Stop", min_width=90, elem_id="stop")
+        retry = gr.Button("Retry", min_width=90, elem_id="retry")
+        clear = gr.Button("Clear", min_width=90, elem_id="clear")
+    return SimpleNamespace(chat=chat, status=status, question=question, send=send, stop=stop, retry=retry, clear=clear)
+
+
+def _connect_pictures(page: Page, given: SimpleNamespace, said: SimpleNamespace, pictures: list) -> None:
+    visitor = pictures[0]
+    if given.examples is not None:
+        _on(given.examples.click, page.choose_example, [given.examples, visitor], [*pictures, said.question])
+    # Not `input`, which Gradio's image does not send when a picture is pasted
+    _on(given.picture.change, page.add_picture, [given.picture, visitor], [*pictures, given.picture])
+    _on(given.drop.click, page.drop_pictures, [visitor], pictures)
+
+
+def _connect_voice(page: Page, given: SimpleNamespace, said: SimpleNamespace) -> None:
+    heard, recording, question, status = gr.State(""), given.recording, said.question, said.status
+    # Not `input`, which Gradio's audio sends before the recording is there
+    noticed = _on(recording.change, page.notice, [recording], [status], queue=False)
+    listened = _on(noticed.then, page.transcribe, [recording], [heard, status], concurrency_id="speech")
+    _on(listened.success, page.add_words, [heard, question], [question], queue=False)
+    listened.failure(lambda: "", None, [status], queue=False, api_visibility="private")
+
+
+def _connect_chat(page: Page, given: SimpleNamespace, said: SimpleNamespace, everything: list) -> None:
+    visitor = everything[0]
+    # Taken at once, answered in turn
+    take = functools.partial(gr.on, [said.send.click, said.question.submit])
+    for taken in (
+        _on(take, page.take, [said.question, visitor], everything, queue=False, trigger_mode="once"),
+        _on(said.retry.click, page.take_again, [visitor], everything, queue=False, trigger_mode="once"),
+    ):
+        options = [given.temperature, given.new_tokens]
+        turn = _on(taken.success, page.answer, [*options, visitor], everything, concurrency_id="model")
+        _on(turn.failure, page.give_up, [visitor], everything, queue=False)
+        _on(turn.then, page.settle, [visitor], [said.chat, said.status], queue=False)
+    _on(said.stop.click, page.stop, [visitor], everything, queue=False)
+    for event in (said.clear.click, said.chat.clear):
+        _on(event, page.clear, [visitor], everything, queue=False)
 
 
 def _examples(examples: list[tuple[str, str]]) -> gr.Dataset | None:

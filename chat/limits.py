@@ -36,7 +36,8 @@ class Limits:
         queue_length (`int`): Requests that may wait; further ones are told to come back.
         visitors (`int`): Open chats; the one that has rested longest makes room for another.
         kept_chats (`int`): Chats whose keys and values stay in memory; older ones are read anew when they go on.
-        idle_seconds (`int`): After which a chat and its uploads are deleted.
+        idle_seconds (`int`): After which a chat whose page has shown nothing new is deleted, and uploads are;
+            docs/app.md has the details.
     """
 
     upload_megabytes: float = 16

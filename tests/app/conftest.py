@@ -64,7 +64,7 @@ class RunningApp:
     Args:
         address (`str`): Of its page.
         log (`Path`): What it prints.
-        dawdle (`Path`): While this file is there, each token takes a while.
+        dawdle (`Path`): While this file is there, tokens wait until it is touched, or the answer is stopped.
         deaf (`str`): Why it has no speech recogniser; empty if it has one.
     """
 
@@ -96,7 +96,7 @@ def running(checkpoint, tmp_path_factory):
         yield RunningApp(wait_for_address(process, log), log, dawdle, deaf)
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
     assert not list((folder / "tmp").glob("jnana-uploads-*")), "uploads are left behind"
 
 

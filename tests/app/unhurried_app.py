@@ -1,6 +1,7 @@
-"""The app, with a model that takes its time while a certain file is there: long enough for a visitor to press Stop.
+"""The app, with a model that waits while a certain file is there: long enough for a visitor to press Stop.
 
-A tiny model's answer is complete before a hand, or a browser, has moved. Nothing else differs from `python app.py`.
+A tiny model's answer is complete before a hand, or a browser, has moved. So each token but the first waits until the
+file is gone or touched, or the answer is stopped. Nothing else differs from `python app.py`.
 
     python -m tests.app.unhurried_app FILE [options of app.py]
 """
@@ -13,19 +14,25 @@ import app
 from chat.session import Stopped
 
 
-SECONDS_A_TOKEN = 0.3
+SECONDS_A_TOKEN = 120  # at most: a test that fails leaves the app to the next one
 
 
-def slow_down_beside(file: Path) -> None:
+def wait_beside(file: Path) -> None:
     at_once = Stopped.__call__
 
+    def touched() -> int | None:
+        return file.stat().st_mtime_ns if file.exists() else None
+
     def unhurried(self, *args, **kwargs):
-        time.sleep(SECONDS_A_TOKEN if file.exists() else 0)
+        first, self.begun = not getattr(self, "begun", False), True
+        before, deadline = None if first else touched(), time.monotonic() + SECONDS_A_TOKEN
+        while before is not None and touched() == before and not self.event.is_set() and time.monotonic() < deadline:
+            time.sleep(0.02)
         return at_once(self, *args, **kwargs)
 
     Stopped.__call__ = unhurried  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    slow_down_beside(Path(sys.argv[1]))
+    wait_beside(Path(sys.argv[1]))
     app.main(sys.argv[2:])

@@ -45,7 +45,7 @@ from training.checks import check_lora, check_models, check_quantization, check_
 from training.data import collator_options, load_conversations
 from training.evaluation_loss import evaluation_hooks
 from training.feature_cache import prepare_feature_cache
-from training.interruption import StopSignalCallback
+from training.interruption import StopSignalCallback, explain_full_disk
 from training.learning_rates import PartScheduleCallback, check_rates
 from training.loading import check_model_arguments, prepare_model, prepare_processor
 from training.merging import merge_adapter
@@ -126,16 +126,22 @@ def main(argv: list[str]) -> None:
     # 7. Train, save, share
     if run_args.overwrite_output_dir and training_args.should_save:
         delete_checkpoints(training_args.output_dir)
-    train(trainer, checkpoint)
+    merge = with_adapter and lora_args.merge_adapter
+    train(trainer, checkpoint, merge)
     if with_adapter and training_args.should_save:
         published = training_args.push_to_hub
         complete_adapter_folder(trainer.model, reference, training_args.output_dir, published)
     finish_run(trainer)
-    if with_adapter and lora_args.merge_adapter and training_args.should_save:
+    if merge and training_args.should_save:
         del trainer, model, callbacks
         release_memory()
         merged = f"{training_args.output_dir}/merged"
-        merge_adapter(training_args.output_dir, merged, lora_args.merge_base, device=training_args.device)
+        remedy = (
+            "The adapter is whole; make room, and run: python run_merge.py --model_name_or_path "
+            f"{training_args.output_dir} --output_dir {merged} --merge_base {lora_args.merge_base}"
+        )
+        with explain_full_disk(training_args, remedy):
+            merge_adapter(training_args.output_dir, merged, lora_args.merge_base, device=training_args.device)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from processing.feature_cache import (
 from processing.image_loading import MAX_IMAGE_PIXELS, read_image_bytes
 
 from .arguments import DataArguments
+from .disk_space import size
 from .processes import ProcessGroup, process_group
 
 
@@ -373,11 +374,3 @@ def _collate(items: list[tuple]) -> tuple[list[bytes], torch.Tensor | None, list
     good = [(digest, pixels) for digest, pixels, problem in items if problem is None]
     bad = [problem for _, _, problem in items if problem is not None]
     return [digest for digest, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, bad
-
-
-def size(num_bytes: float) -> str:
-    """Bytes as people read them: `75 kB`, `1.2 MB`."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= step:
-            return f"{num_bytes / step:,.0f} {unit}" if num_bytes >= 10 * step else f"{num_bytes / step:.1f} {unit}"
-    return f"{num_bytes:.0f} bytes"

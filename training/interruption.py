@@ -21,6 +21,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainingArguments
 
 from .checkpoints import checkpoint_problem, list_checkpoints
+from .disk_space import size
 
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,15 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def explain_full_disk(args: TrainingArguments) -> Iterator[None]:
+def explain_full_disk(args: TrainingArguments, remedy: str | None = None) -> Iterator[None]:
     """Turn the many errors of a write that found no room into one that says what is safe and what to do.
 
+    Args:
+        args (`TrainingArguments`): Of the run.
+        remedy (`str`, *optional*): What is safe and what to do; default: the last whole checkpoint, a new start.
+
     Raises:
-        OSError: naming `output_dir`, the room left and the last whole checkpoint.
+        OSError: naming `output_dir`, the room left and the remedy.
     """
     try:
         yield
@@ -118,13 +123,14 @@ def explain_full_disk(args: TrainingArguments) -> Iterator[None]:
         if not is_full_disk(error):
             raise
         free = shutil.disk_usage(args.output_dir).free
-        whole = next((f for f in list_checkpoints(args.output_dir) if checkpoint_problem(f) is None), None)
-        kept = "No checkpoint is whole yet" if whole is None else f"{whole} is whole"
+        if remedy is None:
+            whole = next((f for f in list_checkpoints(args.output_dir) if checkpoint_problem(f) is None), None)
+            kept = "No checkpoint is whole yet" if whole is None else f"{whole} is whole"
+            limit = f"lower save_total_limit ({args.save_total_limit})"
+            remedy = f"{kept}; make room, or {limit}, and start the same command again"
         raise OSError(
             errno.ENOSPC,
-            f"output_dir {args.output_dir!r} has no room for what was to be written ({free / 1e6:,.0f} MB are free). "
-            f"{kept}; make room, or lower save_total_limit ({args.save_total_limit}), and start the same command "
-            "again",
+            f"output_dir {args.output_dir!r} has no room for what was to be written ({size(free)} are free). {remedy}",
         ) from error
 
 

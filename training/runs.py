@@ -74,8 +74,13 @@ def check_same_model(model: nn.Module, checkpoint: str) -> None:
             )
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> None:
+def train(trainer: Trainer, checkpoint: str | None, merge: bool = False) -> None:
     """Train from `checkpoint` on, or only take the run's weights when it is the end of the run.
+
+    Args:
+        trainer (`Trainer`): Of the run.
+        checkpoint (`str`, *optional*): Where to go on from.
+        merge (`bool`, defaults to `False`): Whether a merged model is written too, and needs room.
 
     Raises:
         ValueError: If the checkpoint is another model's, or the end of a run under DeepSpeed.
@@ -85,7 +90,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> None:
     # set only now, for the dataloader's workers: tokenizing and checking the data was faster with it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_finished(checkpoint, trainer):
-        check_disk_space(trainer)
+        check_disk_space(trainer, merge)
         with explain_full_disk(trainer.args):
             trainer.train(resume_from_checkpoint=checkpoint)
         return

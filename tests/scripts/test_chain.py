@@ -3,15 +3,18 @@
 import json
 import logging
 import re
+import shlex
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_utils
 
+import run_merge
 import run_sft
 from tests.scripts.conftest import options, sft_options
 from training.adapters import adapter_reference
@@ -87,6 +90,25 @@ def test_merged_says_what_the_adapter_says(aligned, tuned, data):
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
     base = logits(*load_model_and_processor(str(aligned)), data)
     assert (base - adapted).abs().max() > 1e-2  # the control: training did change something
+
+
+def test_the_disk_is_full_for_the_merged_model(aligned, tuned, data, tmp_path, monkeypatch):
+    """The adapter is safe, and the command that the error gives writes what found no room."""
+    folder = tmp_path / "sft"
+    shutil.copytree(tuned, folder, ignore=shutil.ignore_patterns("merged"))
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_utils, "safe_save_file", full)  # PEFT has its own
+        with pytest.raises(OSError, match="no room .* The adapter is whole; make room, and run: python") as caught:
+            run_sft.main(sft_options(data, aligned, output_dir=folder, merge_adapter="true"))
+    _, script, *arguments = shlex.split(str(caught.value).partition("and run: ")[2])
+    assert script == "run_merge.py" and not list(folder.glob("merged/*.safetensors"))
+    run_merge.main(arguments)
+    merged, reference = (load_file(path / "merged" / "model.safetensors") for path in (folder, tuned))
+    assert merged.keys() == reference.keys() and all(torch.equal(merged[name], reference[name]) for name in merged)
 
 
 def test_every_kind_of_folder_loads(aligned, tuned, data):

@@ -235,6 +235,7 @@ def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
     gate = Middleware(
         Gate,
         folder=uploads,
+        question_characters=limits.question_characters,
         upload_megabytes=limits.upload_megabytes,
         folder_megabytes=limits.all_uploads_megabytes,
     )

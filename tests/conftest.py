@@ -8,5 +8,8 @@ import os
 import tempfile
 
 
+# A forked test process waits forever for threads that OpenMP started in its parent; read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _MODULES = tempfile.TemporaryDirectory(prefix="jnana-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name  # read when transformers is imported, which no plugin has done yet

@@ -12,7 +12,6 @@ starts before the picture file is opened.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.machine import describe_machine, synchronize
+from benchmarks.machine import describe_machine, synchronize, write_result
 from benchmarks.throughput_report import spread
 from benchmarks.workloads import SCALES, make_models, make_pictures, make_processor, words
 from chat import ChatSession
@@ -205,8 +204,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(table(result["cases"][-1]), flush=True)
     result["load_average_at_the_end"] = describe_machine(device)["load_average"]
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(result, arguments.output)
     return result
 
 

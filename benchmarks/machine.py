@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import gc
+import json
 import os
 import platform
 import resource
@@ -52,6 +53,12 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; clocks are read after that."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def write_result(result: dict[str, Any], file: Path) -> None:
+    """Write what was measured as JSON; the folder is made where there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 class PeakMemory:

@@ -23,7 +23,7 @@ from accelerate.utils import release_memory
 from transformers import CLIPVisionConfig, PhiConfig
 
 import run_sft
-from benchmarks.machine import PeakMemory, describe_machine
+from benchmarks.machine import PeakMemory, describe_machine, write_result
 from benchmarks.workloads import SCALES, Scale, make_pictures, make_processor, make_rows
 from modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
 from training.arguments import as_command_line, read_recipe, typed
@@ -191,8 +191,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result = measure(args, Path(folder), device)
     print(table(result), flush=True)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(result, args.output)
     return result
 
 

@@ -20,7 +20,6 @@ goes, and writes the profiler's tables, `results/<name>_<case>_<arm>.txt`.
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import os
 import statistics
@@ -36,7 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.machine import PeakMemory, describe_machine, synchronize
+from benchmarks.machine import PeakMemory, describe_machine, synchronize, write_result
 from benchmarks.profiling import profile_step
 from benchmarks.throughput_report import draw, summarize, table
 from benchmarks.workloads import SCALES, Scale, make_models, make_pictures, make_processor, make_rows
@@ -399,7 +398,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         logging.getLogger(name).setLevel(logging.WARNING)
     args.results.mkdir(parents=True, exist_ok=True)
     for result in measure(args):
-        (args.results / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_result(result, args.results / f"{args.name}.json")
         draw(result, args.results / f"{args.name}.png")
     logger.info(table(result))
     return result

@@ -113,10 +113,7 @@ class StoredTranscripts:
                     heard = transcriber.transcribe(path)
                 except TranscriptionError as error:
                     lost = lost + 1 if error.kind in ("timeout", "crash") else 0
-                    if (
-                        error.kind not in ("audio", "too_long", "timeout", "crash", "internal")
-                        or lost == LOST_FOR_GOOD
-                    ):
+                    if error.kind not in ONE_RECORDINGS or lost == LOST_FOR_GOOD:
                         raise
                     problems.append(f"{recording}: {error}")
                     continue

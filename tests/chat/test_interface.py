@@ -272,7 +272,7 @@ def test_a_visitor_who_leaves_stops_the_answer(page, assistant):
     next(stream), next(stream)
     stream.close()
     deadline = time.monotonic() + 10
-    while visitor.chat.session._busy.locked() and time.monotonic() < deadline:
+    while visitor.chat.session.busy and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not visitor.chat.session._busy.locked()
+    assert not visitor.chat.session.busy
     assert len(visitor.chat.session.messages) == 2

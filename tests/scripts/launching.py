@@ -1,8 +1,10 @@
 """Starting the scripts as people do, in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -30,6 +32,16 @@ def launch(script: str, arguments: list[str], processes: int = 1, **variables: s
         text=True,
         start_new_session=True,
     )
+
+
+def kill_at(process: subprocess.Popen, checkpoint: Path, timeout: int = 200) -> None:
+    """SIGKILL to it and all that it started, as soon as a checkpoint is written."""
+    deadline = time.monotonic() + timeout
+    while not (checkpoint / "trainer_state.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def finish(process: subprocess.Popen, timeout: int = 240) -> str:

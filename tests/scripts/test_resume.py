@@ -1,10 +1,7 @@
 """Cut off and started again: the same weights as without the cut, and broken checkpoints passed over."""
 
 import json
-import os
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ import run_align
 import run_pretrain
 import run_sft
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
-from tests.scripts.launching import launch
+from tests.scripts.launching import kill_at, launch
 from training.callbacks import read_lines
 
 
@@ -37,12 +34,7 @@ def test_kill_9_and_start_again(pretrained, data, tmp_path, capsys):
     samples = {"eval_data": corpus, "sample_steps": 6, "sample_count": 1, "eval_strategy": "steps", "eval_steps": 6}
     arguments = options(**PRETRAIN, train_data=corpus, output_dir=output, **samples)
     process = launch("run_pretrain.py", [*arguments, "--save_total_limit=10"])
-    deadline = time.monotonic() + 200
-    while not (output / "checkpoint-8" / "trainer_state.json").is_file():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_at(process, output / "checkpoint-8")
     # wherever exactly the kill came, make it the worst moment: step 12 half written, step 8 broken too
     shutil.rmtree(output / "checkpoint-12", ignore_errors=True)
     (output / "model.safetensors").unlink(missing_ok=True)

@@ -1,12 +1,9 @@
 """A night of QLoRA: two rounds, the second by `accelerate launch`, killed and resumed; then merged and asked."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ import run_evaluate
 import run_merge
 import run_sft
 from tests.scripts.conftest import options, sft_options
-from tests.scripts.launching import ROOT, environment, finish, launch
+from tests.scripts.launching import ROOT, environment, finish, kill_at, launch
 
 
 SECOND = {"lora_r": 0, "max_steps": 24, "save_steps": 4, "seed": 43, "learning_rate": "1e-2"}
@@ -47,12 +44,7 @@ print("ANSWERS" + json.dumps(answers))
 def killed_and_resumed(arguments: list[str], output: Path) -> str:
     """The second round, killed once its first checkpoint is whole, and started again; what the second start said."""
     process = launch("run_sft.py", [*arguments, "--save_total_limit=10"])
-    deadline = time.monotonic() + 200
-    while not (output / "checkpoint-4" / "trainer_state.json").is_file():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_at(process, output / "checkpoint-4")
     for later in output.glob("checkpoint-*"):  # wherever exactly the kill came, most of the round is still to do
         if later.name != "checkpoint-4":
             shutil.rmtree(later)

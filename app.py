@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from chat.assistant import Assistant
-from chat.interface import EXAMPLES, build_interface, launch_options
-from chat.limits import Limits
-from processing import Transcriber
-from training.loading import load_model_and_processor
+from jnana.chat.assistant import Assistant
+from jnana.chat.interface import EXAMPLES, build_interface, launch_options
+from jnana.chat.limits import Limits
+from jnana.processing.speech import Transcriber
+from jnana.training.loading import load_model
 
 
 try:
@@ -111,7 +111,7 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
     try:
         # straight to its device: a quantised model cannot be moved afterwards
-        model, processor = load_model_and_processor(
+        model, processor = load_model(
             path, dtype=arguments.dtype, quantization=arguments.quantization, device_map={"": torch.device(device)}
         )
     except (ImportError, OSError, ValueError) as error:  # ImportError: bitsandbytes is not installed

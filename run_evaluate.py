@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from evaluation import (
+from jnana.evaluation import (
     QuestionSet,
     SplitResult,
     answer_questions,
@@ -38,11 +38,11 @@ from evaluation import (
     write_contact_sheet,
     write_report,
 )
-from evaluation.arguments import EvaluationArguments
-from processing import load_rows
-from training.arguments import parse_arguments
-from training.checks import check_output_dir, check_quantization, check_source
-from training.loading import load_model_and_processor
+from jnana.evaluation.arguments import EvaluationArguments
+from jnana.processing.data import load_rows
+from jnana.training.arguments import parse_arguments
+from jnana.training.checks import check_output_dir, check_quantization, check_source
+from jnana.training.loading import load_model
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
     # straight to its device: a quantised model cannot be moved afterwards
-    model, processor = load_model_and_processor(args.model_name_or_path, device_map={"": state.device}, **loading)
+    model, processor = load_model(args.model_name_or_path, device_map={"": state.device}, **loading)
 
     # 4. Answers, with pictures and blind
     results = [answer_test_set(args, model, processor, name, asked) for name, asked in questions.items()]

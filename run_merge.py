@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.adapters import is_adapter
-from training.arguments import parse_arguments
-from training.checks import check_output_dir, check_source
-from training.merging import merge_adapter
+from jnana.training.adapters import is_adapter
+from jnana.training.arguments import parse_arguments
+from jnana.training.checks import check_output_dir, check_source
+from jnana.training.merging import merge_adapter
 
 
 @dataclass

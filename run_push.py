@@ -12,7 +12,7 @@ import argparse
 import logging
 import sys
 
-from training.sharing import push_folder
+from jnana.training.sharing import push_folder
 
 
 def main(argv: list[str]) -> None:

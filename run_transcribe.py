@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from processing import StoredTranscripts, Transcriber, TranscriptionError
-from processing.local_files import read_records
-from processing.stored_transcripts import recordings_in
+from jnana.processing.data.records import read_records
+from jnana.processing.speech import StoredTranscripts, Transcriber, TranscriptionError
+from jnana.processing.speech.stored_transcripts import recordings_in
 
 
 logger = logging.getLogger("run_transcribe")

@@ -25,8 +25,8 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.machine import describe_machine, synchronize, write_result
 from benchmarks.throughput_report import spread
 from benchmarks.workloads import SCALES, make_models, make_pictures, make_processor, words
-from chat import ChatSession
-from processing import JnanaProcessor
+from jnana.chat import ChatSession
+from jnana.processing import JnanaProcessor
 
 
 WAYS = ("llava", "anew", "kept")

@@ -22,14 +22,14 @@ import torch
 from accelerate.utils import release_memory
 from transformers import CLIPVisionConfig, PhiConfig
 
-import run_sft
 from benchmarks.machine import PeakMemory, describe_machine, write_result
 from benchmarks.workloads import SCALES, Scale, make_pictures, make_processor, make_rows
-from modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
-from training.arguments import as_command_line, read_recipe, typed
-from training.loading import load_model_and_processor
-from training.merging import merge_adapter
-from training.stages import part_of
+from jnana import run_sft
+from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
+from jnana.training.arguments import as_command_line, read_recipe, typed
+from jnana.training.loading import load_model
+from jnana.training.merging import merge_adapter
+from jnana.training.stages import part_of
 
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "jnana"
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> dic
     with PeakMemory(device) as merging:
         merge_adapter(str(folder / "sft"), folder / "merged", device=device)
     phases["merging"] = peak(merging, device)
-    model, _ = load_model_and_processor(str(folder / "sft"), trainable_adapter=True, device_map={"": device})
+    model, _ = load_model(str(folder / "sft"), trainable_adapter=True, device_map={"": device})
     log = json.loads((folder / "sft" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {
         "machine": describe_machine(device),

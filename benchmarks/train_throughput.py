@@ -39,11 +39,12 @@ from benchmarks.machine import PeakMemory, describe_machine, synchronize, write_
 from benchmarks.profiling import profile_step
 from benchmarks.throughput_report import draw, summarize, table
 from benchmarks.workloads import SCALES, Scale, make_models, make_pictures, make_processor, make_rows
-from processing import JnanaCollator, JnanaProcessor, check_rows, load_image, packed_rows, plan_rows, with_images
-from processing.data_rows import rows_to_dataset
-from training.arguments import DataArguments, LoraArguments
-from training.feature_cache import prepare_feature_cache
-from training.stages import apply_stage
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import JnanaCollator, check_rows, load_image, packed_rows, plan_rows, with_images
+from jnana.processing.data.rows import rows_to_dataset
+from jnana.training.arguments import DataArguments, LoraArguments
+from jnana.training.feature_cache import prepare_feature_cache
+from jnana.training.stages import apply_stage
 
 
 logger = logging.getLogger(__name__)
@@ -394,7 +395,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("training.stages", "training.feature_cache", "PIL", "matplotlib"):
+    for name in ("jnana.training.stages", "jnana.training.feature_cache", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     args.results.mkdir(parents=True, exist_ok=True)
     for result in measure(args):

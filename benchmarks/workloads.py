@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
-from processing import JnanaProcessor, add_jnana_tokens, read_chat_template, train_tokenizer
-from processing.data_rows import IMAGE_PART, make_row, message, text_part
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.processing import JnanaProcessor, add_jnana_tokens, read_chat_template
+from jnana.processing.data import train_tokenizer
+from jnana.processing.data.rows import IMAGE_PART, make_row, message, text_part
 
 
 CAPTIONS = 5

@@ -19,7 +19,8 @@ from gradio.utils import get_upload_folder
 from PIL.Image import Image
 from torch import nn
 
-from processing import JnanaProcessor, TranscriptionError
+from jnana.processing import JnanaProcessor
+from jnana.processing.speech import TranscriptionError
 
 from .limits import Limits, Refused, read_picture
 from .session import ChatSession, Picture

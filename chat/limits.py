@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from processing import BadSampleError, load_image
-from processing.image_loading import IMAGE_FORMATS
+from jnana.processing.data import BadSampleError, load_image
+from jnana.processing.data.images import IMAGE_FORMATS
 
 
 logger = logging.getLogger(__name__)

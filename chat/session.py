@@ -19,7 +19,8 @@ from torch import nn
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from processing import JnanaProcessor, load_image
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import load_image
 
 
 BUSY = "this chat is still being answered; wait for the answer, or stop it"
@@ -66,7 +67,7 @@ class ChatSession:
 
     Args:
         model (`nn.Module`): A `JnanaForConditionalGeneration`, or the `PeftModel` around one, as
-            [`training.loading.load_model_and_processor`] gives them; put into evaluation mode.
+            [`jnana.training.loading.load_model`] gives them; put into evaluation mode.
         processor (`JnanaProcessor`): Its processor.
         keep_cache (`bool`, *optional*, defaults to `True`): Keep keys and values between turns. Without, every turn
             reads the whole chat; the answers are the same.
@@ -96,8 +97,8 @@ class ChatSession:
 
         Args:
             text (`str`): The question; may be empty if there is a picture.
-            images (`Sequence`, *optional*): Pictures shown with it, each what [`processing.load_image`] takes, or
-                what [`~ChatSession.prepare`] made of it.
+            images (`Sequence`, *optional*): Pictures shown with it, each what
+                [`jnana.processing.data.load_image`] takes, or what [`~ChatSession.prepare`] made of it.
             max_new_tokens (`int`, *optional*, defaults to 200): The answer's length at most, in tokens.
             temperature (`float`, *optional*, defaults to 0): 0 takes the likeliest token each time.
             top_p (`float`, *optional*, defaults to 1): Draw from the likeliest tokens that together have this much

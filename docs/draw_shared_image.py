@@ -15,8 +15,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from modeling.packed_attention_jnana import packed_mask_function
-from processing.packing import IGNORED, EncodedConversation, PackedRow, pack_row
+from jnana.modeling.packed_attention_jnana import packed_mask_function
+from jnana.processing.data.packing import IGNORED, EncodedConversation, PackedRow, pack_row
 
 
 IMAGE, NUM_IMAGE_TOKENS = "img", 5

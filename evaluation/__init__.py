@@ -3,19 +3,23 @@
 `run_evaluate.py` is these functions in a row; each is of use alone:
 
 ```python
-from evaluation import VQAAccuracy, answer_questions, summarise
+from jnana.evaluation import VQAAccuracy, answer_questions, summarise
 
 records = answer_questions(model, processor, rows, batch_size=16, max_new_tokens=32)
 print(summarise(records)["overall"]["exact_match"])
 ```
 """
 
-from evaluation.contact_sheet import write_contact_sheet
-from evaluation.generation import answer_questions, model_fingerprint, process_state
-from evaluation.questions import Question, QuestionSet
-from evaluation.report import SplitResult, write_report
-from evaluation.summary import format_table, majority_answers, summarise, wilson_interval
-from evaluation.vqa_accuracy import ExactMatch, VQAAccuracy, exact_match, normalize_answer, vqa_accuracy
+if __name__ != "jnana.evaluation":  # a second copy of every class would be registered
+    raise ImportError(f"{__name__!r} is part of the package jnana; import jnana.evaluation instead")
+
+
+from .contact_sheet import write_contact_sheet
+from .generation import answer_questions, model_fingerprint, process_state
+from .questions import Question, QuestionSet
+from .report import SplitResult, write_report
+from .summary import format_table, majority_answers, summarise, wilson_interval
+from .vqa_accuracy import ExactMatch, VQAAccuracy, exact_match, normalize_answer, vqa_accuracy
 
 
 __all__ = [

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from evaluation.questions import QuestionSet
-from evaluation.report import drawn_at_random
-from evaluation.summary import is_right, normalize_space
+from .questions import QuestionSet
+from .report import drawn_at_random
+from .summary import is_right, normalize_space
 
 
 RIGHT, WRONG, INK = "#12752f", "#c3281c", "#1d1f23"

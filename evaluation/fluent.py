@@ -21,7 +21,7 @@ def fluent_answer(
     """Answer one question by keywords first, then in sentences.
 
     Args:
-        model (`PeftModel`): Base with the keyword adapter on it, unmerged (`training.loading` gives it so).
+        model (`PeftModel`): Base with the keyword adapter on it, unmerged (`jnana.training.loading` gives it so).
         processor (`JnanaProcessor`): Its processor.
         messages (`list[dict]`): A chat that ends with a question; content as a list of parts.
         max_new_tokens (`int`, *optional*, defaults to 64): Of each pass.

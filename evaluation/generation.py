@@ -20,8 +20,9 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from evaluation.questions import Question, QuestionSet
-from processing import BadSampleError, tokenizer_fingerprint
+from jnana.processing.data import BadSampleError, tokenizer_fingerprint
+
+from .questions import Question, QuestionSet
 
 
 logger = get_logger(__name__)
@@ -49,13 +50,13 @@ def answer_questions(
     Args:
         model (`PreTrainedModel`): Any image-text-to-text model with `generate`; left in the mode it was in.
         processor (`ProcessorMixin`): Its processor; must have a chat template.
-        rows (`QuestionSet` or rows of `processing.load_rows`): The test set.
+        rows (`QuestionSet` or rows of `jnana.load_rows`): The test set.
         batch_size (`int`): Questions per `generate` call and process.
         max_new_tokens (`int`): Longest answer, in tokens.
         blind (`bool`): Replace every picture by a grey one of the same size.
         predictions_file (`str` or `Path`, *optional*): JSON Lines file to append to and to continue from.
         num_workers (`int`): Dataloader workers that decode pictures and tokenise; 0 does it in the main process.
-        max_image_pixels (`int`, *optional*): Refuse larger pictures; default of `processing.load_image`.
+        max_image_pixels (`int`, *optional*): Refuse larger pictures; default of `jnana.processing.data.load_image`.
         progress_bar (`bool`): Show a bar on the main process.
 
     Returns:
@@ -130,7 +131,7 @@ class PromptCollator:
         questions (`QuestionSet`): Where the indices point.
         processor (`ProcessorMixin`): Renders, tokenises and prepares the pictures.
         blind (`bool`): Grey pictures.
-        max_image_pixels (`int`, *optional*): Limit passed on to `processing.load_image`.
+        max_image_pixels (`int`, *optional*): Limit passed on to `jnana.processing.data.load_image`.
 
     Returns:
         `tuple[list[int], BatchFeature | None, list[tuple[int, str]]]`: Indices of the questions in the batch, the

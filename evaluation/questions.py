@@ -1,6 +1,6 @@
 """A test set as a list of questions: what is asked, about which pictures, and which answers are right.
 
-Rows come from `processing.load_rows`. Pictures stay references (a path, or the bytes of a file) until a dataloader
+Rows come from `jnana.load_rows`. Pictures stay references (a path, or the bytes of a file) until a dataloader
 worker needs them, so a test set of any size costs only its text.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from processing import BadSampleError, load_image
+from jnana.processing.data import BadSampleError, load_image
 
 
 GREY = (128, 128, 128)
@@ -64,7 +64,7 @@ class QuestionSet:
 
     Args:
         rows (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`):
-            Rows as `processing.load_rows` gives them. A stream is read to its end and kept, pictures' bytes included.
+            Rows as `jnana.load_rows` gives them. A stream is read to its end and kept, pictures' bytes included.
 
     Raises:
         ValueError: if there is no question in the rows.

@@ -17,10 +17,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from evaluation.questions import QuestionSet
-from evaluation.summary import category_of, is_right
-from evaluation.vqa_accuracy import vqa_accuracy
-from processing import BadSampleError
+from jnana.processing.data import BadSampleError
+
+from .questions import QuestionSet
+from .summary import category_of, is_right
+from .vqa_accuracy import vqa_accuracy
 
 
 THUMBNAIL_SIDE = 224  # pixels of the longer side; larger pictures are made smaller

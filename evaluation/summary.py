@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.vqa_accuracy import exact_match, vqa_accuracy
+from .vqa_accuracy import exact_match, vqa_accuracy
 
 
 UNCATEGORISED = "(no type)"

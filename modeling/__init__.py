@@ -5,9 +5,14 @@ Importing it registers Jnana with transformers' Auto classes in this process; sa
 instead.
 """
 
+if __name__ != "jnana.modeling":  # a second copy of every class would be registered
+    raise ImportError(f"{__name__!r} is part of the package jnana; import jnana.modeling instead")
+
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from .adapters_jnana import (
+from .configuration_jnana import PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
+from .loading_jnana import (
     BASE_REFERENCE,
     grow_embeddings,
     load_base,
@@ -16,7 +21,6 @@ from .adapters_jnana import (
     read_base_reference,
     weights_fingerprint,
 )
-from .configuration_jnana import PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
 from .modeling_jnana import JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
 
 

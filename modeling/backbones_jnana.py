@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .adapters_jnana import KEPT_WHOLE, KEPT_WHOLE_TEXT, take_quantization
 from .configuration_jnana import JnanaConfig
+from .loading_jnana import KEPT_WHOLE, KEPT_WHOLE_TEXT, take_quantization
 from .projector_jnana import build_projector
 
 

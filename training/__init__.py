@@ -1,13 +1,4 @@
-"""What the scripts share: arguments, stages, loading, checks, callbacks, checkpoints and the model card.
+"""What the stage scripts share: arguments, what trains in which stage, loading, checks, callbacks, sharing."""
 
-Importing it registers the processor with `AutoProcessor` in this process. It happens here because the registration
-needs the config and the processor, and `modeling` and `processing` don't know each other.
-"""
-
-from transformers import AutoProcessor
-
-from modeling import JnanaConfig
-from processing import JnanaProcessor
-
-
-AutoProcessor.register(JnanaConfig, JnanaProcessor, exist_ok=True)
+if __name__ != "jnana.training":  # a second copy of every class would be registered
+    raise ImportError(f"{__name__!r} is part of the package jnana; import jnana.training instead")

@@ -1,7 +1,6 @@
 """What lies beside an adapter: the record of its base, the code and config that make the folder load by itself.
 
-The adapter's weights are PEFT's affair and reading the record back is `modeling.adapters_jnana`'s, which travels with
-every checkpoint.
+PEFT saves the adapter's weights. `jnana.modeling.loading_jnana`, which travels with every checkpoint, reads the record.
 """
 
 import copy
@@ -14,7 +13,7 @@ from peft import PeftModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from modeling import BASE_REFERENCE, read_base_reference, weights_fingerprint
+from jnana.modeling import BASE_REFERENCE, read_base_reference, weights_fingerprint
 
 from .arguments import LoraArguments, ModelArguments
 

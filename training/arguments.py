@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from modeling import PROJECTOR_FIELDS
+from jnana.modeling import PROJECTOR_FIELDS
 
 
 # What this project asks of the stock TrainingArguments unless the recipe says otherwise.

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling.packed_attention_jnana import MASKED_ATTENTION, create_packed_mask
+from jnana.modeling.packed_attention_jnana import MASKED_ATTENTION, create_packed_mask
 
 from .arguments import DataArguments
 

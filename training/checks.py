@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_bitsandbytes_available
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
-from processing.feature_cache import KEY_FILE
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.processing.data.feature_cache import KEY_FILE
 
 from .arguments import (
     DataArguments,
@@ -208,7 +208,7 @@ def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
     """Refuse a quantised base where bitsandbytes, or the device, cannot hold it.
 
     Args:
-        settings (`dict`): As `training.adapters.quantization_settings` gives them.
+        settings (`dict`): As `jnana.training.adapters.quantization_settings` gives them.
         device (`torch.device`): Where the run computes.
 
     Raises:

@@ -9,9 +9,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from processing import (
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import (
     CheckReport,
-    JnanaProcessor,
     answers_as_keywords,
     check_rows,
     flatten_conversations,

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
-from modeling.adapters_jnana import quantized_weight_count
+from jnana.modeling.loading_jnana import quantized_weight_count
 
 from .checkpoints import checkpoint_problem, list_checkpoints
 from .optimizers import MuonWithAdamW

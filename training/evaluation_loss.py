@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import EvalPrediction
 
-from processing import IGNORED
+from jnana.processing.data import IGNORED
 
 
 def row_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from processing import BadSampleError, JnanaProcessor, load_image
-from processing.data_rows import iterate_rows, viewed_rows
-from processing.feature_cache import (
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import BadSampleError, load_image
+from jnana.processing.data.feature_cache import (
     DTYPES,
     FORMAT,
     KEY_FILE,
@@ -43,7 +43,8 @@ from processing.feature_cache import (
     write_key,
     write_part,
 )
-from processing.image_loading import MAX_IMAGE_PIXELS, read_image_bytes
+from jnana.processing.data.images import MAX_IMAGE_PIXELS, read_image_bytes
+from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .arguments import DataArguments
 from .disk_space import size

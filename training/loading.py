@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling import (
+from jnana.modeling import (
     RESIZING_TOWERS,
     JnanaConfig,
     JnanaForConditionalGeneration,
@@ -21,7 +21,8 @@ from modeling import (
     load_base,
     quantization_config,
 )
-from processing import JnanaProcessor, check_tokenizer, read_chat_template, tokenizer_fingerprint
+from jnana.processing import JnanaProcessor, read_chat_template
+from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments
@@ -30,7 +31,7 @@ from .arguments import ModelArguments
 logger = logging.getLogger(__name__)
 
 
-def load_model_and_processor(
+def load_model(
     path: str,
     *,
     dtype: str | torch.dtype | None = None,
@@ -44,7 +45,8 @@ def load_model_and_processor(
         path (`str`): Folder or Hub id.
         dtype (`str` or `torch.dtype`, *optional*): Of the weights; default: as the checkpoint says.
         quantization (`str` or `dict`, *optional*): `none`, `nf4` or `int8`, or settings as for
-            `modeling.quantization_config`. Default: an adapter's base as it was held in training, all else as saved.
+            `jnana.modeling.quantization_config`. Default: an adapter's base as it was held in training, all else as
+            saved.
         trainable_adapter (`bool`, defaults to `False`): Leave an adapter's weights trainable, to go on training.
         loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code`, ...).
 
@@ -185,7 +187,7 @@ def prepare_model(
     Args:
         args (`ModelArguments`): Which model.
         processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
-        quantization (`dict`, *optional*): Settings as for `modeling.quantization_config`; default: none.
+        quantization (`dict`, *optional*): Settings as for `jnana.modeling.quantization_config`; default: none.
         device (`torch.device`, *optional*): Where a quantised model is loaded to; it cannot be moved afterwards.
 
     Raises:
@@ -207,9 +209,7 @@ def prepare_model(
             **args.projector_fields,
             **loading,
         )
-    model, _ = load_model_and_processor(
-        args.model_name_or_path, trainable_adapter=True, quantization=quantization, **loading
-    )
+    model, _ = load_model(args.model_name_or_path, trainable_adapter=True, quantization=quantization, **loading)
     for name, value in args.projector_fields.items():
         present = getattr(model.config, name)
         if present != value:

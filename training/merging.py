@@ -22,11 +22,11 @@ from PIL import Image
 from torch import nn
 from transformers.utils import cached_file
 
-from modeling import JnanaForConditionalGeneration, load_base
-from processing import JnanaProcessor
+from jnana.modeling import JnanaForConditionalGeneration, load_base
+from jnana.processing import JnanaProcessor
 
 from .adapters import adapter_reference, is_adapter
-from .loading import load_config, load_model_and_processor
+from .loading import load_config, load_model
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def merge_adapter(
     reference = adapter_reference(path)
     method, dtype = reference["quantization"]["quantization"], dtype or reference["dtype"] or "float32"
     placed: dict[str, Any] = {"device_map": {"": device or (torch.accelerator.current_accelerator() or "cpu")}}
-    adapted, processor = load_model_and_processor(path, **placed)
+    adapted, processor = load_model(path, **placed)
     before = probe_logits(adapted, processor)
     with adapted.disable_adapter():
         change = max_difference(before, probe_logits(adapted, processor))

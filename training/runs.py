@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 
-from modeling import PROJECTOR_FIELDS, JnanaConfig
+from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
 
 from .disk_space import check_disk_space
 from .interruption import explain_full_disk

@@ -10,7 +10,8 @@ import torch
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from processing import BadSampleError, JnanaProcessor, conversation_rows, load_image, with_images
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import BadSampleError, conversation_rows, load_image, with_images
 
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from modeling import BASE_REFERENCE
+from jnana.modeling import BASE_REFERENCE
 
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from modeling import quantized_weight_count
+from jnana.modeling import quantized_weight_count
 
 from .arguments import LoraArguments
 

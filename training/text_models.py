@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from processing import tokenizer_fingerprint, train_tokenizer
+from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
 
 from .arguments import TextModelArguments
 from .loading import check_text_tokenizer

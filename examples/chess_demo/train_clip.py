@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 from vocabulary import END, PAD, START, caption_vocabulary
 
-from training.optimizers import MuonWithAdamW
+from jnana.training.optimizers import MuonWithAdamW
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import run_sft
+from jnana import run_sft
 from tests.scripts.conftest import align_options, data, one_thread, pretrained, vision  # noqa: F401  (fixtures)
 from tests.speech import STAND_IN_MODEL, whisperx_python
 

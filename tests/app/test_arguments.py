@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 
-import app  # noqa: E402
-from chat.limits import Limits  # noqa: E402
+from jnana import app  # noqa: E402
+from jnana.chat.limits import Limits  # noqa: E402
 
 
 def test_the_model_is_the_flags_the_environments_or_the_demos(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
         taken.update(options)
         raise ImportError("quantization is 'nf4', which needs bitsandbytes")
 
-    monkeypatch.setattr(app, "load_model_and_processor", load)
+    monkeypatch.setattr(app, "load_model", load)
     given = ["--model_name_or_path", "mine", "--device", "cpu"]
     with pytest.raises(SystemExit, match="can't be loaded: quantization is 'nf4', which needs bitsandbytes"):
         app.load_assistant(app.parse_arguments([*given, "--quantization", "nf4"]))
@@ -88,7 +88,7 @@ def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(app, "load_model_and_processor", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(app, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for given, words in (
         (["--queue_length", "0"], "queue_length is 0"),
         (["--speech_model", str(tmp_path)], "lacks model.bin"),

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import app
-from chat.session import Stopped
+from jnana import app
+from jnana.chat.session import Stopped
 
 
 SECONDS_A_TOKEN = 120  # at most: a test that fails leaves the app to the next one

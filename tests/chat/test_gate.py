@@ -10,16 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from chat.limits import Limits
+from jnana.chat.limits import Limits
 
 
 pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 from fastapi.testclient import TestClient  # noqa: E402
 from gradio.routes import App  # noqa: E402
 
-from chat import gate as gate_module  # noqa: E402
-from chat.gate import ENTRY, REST, Gate, tidy_size_of  # noqa: E402
-from chat.interface import build_interface, launch_options  # noqa: E402
+from jnana.chat import gate as gate_module  # noqa: E402
+from jnana.chat.gate import ENTRY, REST, Gate, tidy_size_of  # noqa: E402
+from jnana.chat.interface import build_interface, launch_options  # noqa: E402
 
 
 CLOSED = (

@@ -7,14 +7,14 @@ import threading
 import pytest
 import torch
 
-from chat.limits import Refused
+from jnana.chat.limits import Refused
 
 
 gradio = pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 
-from chat import assistant as assistant_module  # noqa: E402
-from chat.interface import build_interface  # noqa: E402
-from chat.page import is_out_of_memory  # noqa: E402
+from jnana.chat import assistant as assistant_module  # noqa: E402
+from jnana.chat.interface import build_interface  # noqa: E402
+from jnana.chat.page import is_out_of_memory  # noqa: E402
 from tests.chat.test_interface import assistant, page, png, send, unchanged  # noqa: E402, F401  (fixtures)
 
 

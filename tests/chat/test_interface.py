@@ -9,17 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from chat.limits import Limits, Refused
-from processing import JnanaProcessor, TranscriptionError
+from jnana.chat.limits import Limits, Refused
+from jnana.processing import JnanaProcessor
+from jnana.processing.speech import TranscriptionError
 from tests.modeling.pairs import join
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 
 gradio = pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 
-from chat.assistant import Assistant  # noqa: E402
-from chat.interface import EXAMPLES, build_interface, find_examples  # noqa: E402
-from chat.page import APOLOGY, Page, for_visitors  # noqa: E402
+from jnana.chat.assistant import Assistant  # noqa: E402
+from jnana.chat.interface import EXAMPLES, build_interface, find_examples  # noqa: E402
+from jnana.chat.page import APOLOGY, Page, for_visitors  # noqa: E402
 
 
 class StandInTranscriber:

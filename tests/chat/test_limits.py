@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chat.limits import Limits, Refused, check_question, read_picture, read_upload, refuse_addresses
+from jnana.chat.limits import Limits, Refused, check_question, read_picture, read_upload, refuse_addresses
 
 
 LIMITS = Limits(upload_megabytes=1, image_megapixels=1)

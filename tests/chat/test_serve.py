@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from transformers.utils import is_serve_available
 
-from chat import ChatSession
-from processing import JnanaProcessor
+from jnana.chat import ChatSession
+from jnana.processing import JnanaProcessor
 from tests.modeling.pairs import join
 from tests.tiny import save_tiny_text, save_tiny_vision
 
@@ -67,7 +67,7 @@ def test_a_chat_completion_with_an_image(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "chat.serve",
+        "jnana.chat.serve",
         folder,
         "--port",
         str(port),

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from chat import ChatSession, ContextFullError
-from processing import BadSampleError, JnanaProcessor
+from jnana.chat import ChatSession, ContextFullError
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import BadSampleError
 from tests.modeling.pairs import FAMILIES, join
 from tests.tiny import save_tiny_text, save_tiny_vision
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from processing import JnanaProcessor
+from jnana.processing import JnanaProcessor
+from jnana.training.loading import build_pair
 from tests.tiny import save_tiny_text, save_tiny_vision
-from training.loading import build_pair
 
 
 QUESTIONS = [

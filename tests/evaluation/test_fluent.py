@@ -3,12 +3,12 @@
 import pytest
 from PIL import Image
 
-from evaluation.fluent import fluent_answer
-from processing import JnanaProcessor
+from jnana.evaluation.fluent import fluent_answer
+from jnana.processing import JnanaProcessor
+from jnana.training.arguments import LoraArguments
+from jnana.training.loading import build_pair
+from jnana.training.stages import apply_stage
 from tests.tiny import save_tiny_text, save_tiny_vision
-from training.arguments import LoraArguments
-from training.loading import build_pair
-from training.stages import apply_stage
 
 
 @pytest.fixture(scope="module")

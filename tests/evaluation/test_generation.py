@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import QuestionSet, answer_questions, model_fingerprint
-from evaluation.generation import PromptCollator
-from processing import load_rows
+from jnana.evaluation import QuestionSet, answer_questions, model_fingerprint
+from jnana.evaluation.generation import PromptCollator
+from jnana.processing.data import load_rows
+from jnana.training.loading import load_model
 from tests.evaluation.conftest import QUESTIONS, save_tiny_checkpoint, write_test_set
-from training.loading import load_model_and_processor
 
 
 OPTIONS = {"batch_size": 4, "max_new_tokens": 8, "num_workers": 0, "progress_bar": False}
@@ -19,7 +19,7 @@ OPTIONS = {"batch_size": 4, "max_new_tokens": 8, "num_workers": 0, "progress_bar
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_model_and_processor(str(checkpoint))
+    return load_model(str(checkpoint))
 
 
 @pytest.fixture
@@ -235,10 +235,10 @@ def test_an_unreadable_picture_is_tried_again(loaded, test_set, tmp_path, count_
 
 
 def test_fingerprint(loaded, checkpoint, tmp_path):
-    again, _ = load_model_and_processor(str(checkpoint))
+    again, _ = load_model(str(checkpoint))
     assert model_fingerprint(again) == model_fingerprint(loaded[0])
     assert model_fingerprint(again.to(torch.bfloat16)) != model_fingerprint(loaded[0])
-    other, _ = load_model_and_processor(str(save_tiny_checkpoint(tmp_path, seed=1)))
+    other, _ = load_model(str(save_tiny_checkpoint(tmp_path, seed=1)))
     assert model_fingerprint(other) != model_fingerprint(loaded[0])
 
 
@@ -311,7 +311,7 @@ def test_options_below_one_are_refused(loaded, test_set, name):
 
 def test_other_picture_or_generation_settings_are_another_run(checkpoint, test_set, tmp_path, count_generate):
     asked, _ = count_generate
-    model, processor = load_model_and_processor(str(checkpoint))
+    model, processor = load_model(str(checkpoint))
     options = {**OPTIONS, "predictions_file": tmp_path / "predictions.jsonl"}
 
     def questions_asked():

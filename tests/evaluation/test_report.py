@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from evaluation import QuestionSet, SplitResult, summarise, write_contact_sheet, write_report
-from evaluation.report import THUMBNAIL_SIDE, drawn_at_random, thumbnail
-from processing import load_rows
+from jnana.evaluation import QuestionSet, SplitResult, summarise, write_contact_sheet, write_report
+from jnana.evaluation.report import THUMBNAIL_SIDE, drawn_at_random, thumbnail
+from jnana.processing.data import load_rows
 from tests.evaluation.conftest import write_test_set
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_evaluate
-from evaluation.arguments import EvaluationArguments
+from jnana import run_evaluate
+from jnana.evaluation.arguments import EvaluationArguments
+from jnana.training.adapters import complete_adapter_folder
+from jnana.training.loading import load_model
 from tests.evaluation.conftest import QUESTIONS, write_test_set
-from training.adapters import complete_adapter_folder
-from training.loading import load_model_and_processor
 
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_recipe_with_two_test_sets(checkpoint, tmp_path):
 def test_an_adapter_answers_as_itself(checkpoint, test_set, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    model, processor = load_model_and_processor(str(checkpoint))
+    model, processor = load_model(str(checkpoint))
     config = LoraConfig(
         r=4,
         target_modules=r".*language_model.*(q_proj|v_proj|dense)",
@@ -122,7 +122,7 @@ def test_refused_before_the_model_is_loaded(checkpoint, test_set, tmp_path, monk
     def load(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(run_evaluate, "load_model_and_processor", load)
+    monkeypatch.setattr(run_evaluate, "load_model", load)
     options = {"model_name_or_path": checkpoint, "eval_data": test_set, "output_dir": tmp_path / "out"}
     with pytest.raises(AssertionError, match="the model was loaded"):  # without the fault it gets that far
         call(**options)

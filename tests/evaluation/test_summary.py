@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from evaluation import format_table, majority_answers, summarise, wilson_interval
+from jnana.evaluation import format_table, majority_answers, summarise, wilson_interval
 
 
 NUMBERS = itertools.count(1)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from evaluation import ExactMatch, VQAAccuracy, exact_match, normalize_answer, vqa_accuracy
+from jnana.evaluation import ExactMatch, VQAAccuracy, exact_match, normalize_answer, vqa_accuracy
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from processing import load_rows, load_text
+from jnana.processing.data import load_rows, load_text
 
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "chess_demo"

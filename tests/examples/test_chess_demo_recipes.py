@@ -9,8 +9,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from evaluation.arguments import EvaluationArguments
-from training.arguments import (
+from jnana.evaluation.arguments import EvaluationArguments
+from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -53,7 +53,7 @@ def test_every_document_of_the_corpus_is_one_block(run_demo):
     import make_data
     import numpy as np
 
-    from processing import train_tokenizer
+    from jnana.processing.data import train_tokenizer
 
     recipe = yaml.safe_load((ROOT / "recipes" / "chess_demo" / "pretrain.yaml").read_text(encoding="utf-8"))
     texts = list(corpus.documents(np.random.default_rng(0), 1500))

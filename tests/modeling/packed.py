@@ -2,7 +2,7 @@
 
 import torch
 
-from processing.packing import EncodedConversation, pack_row, stack_rows
+from jnana.processing.data.packing import EncodedConversation, pack_row, stack_rows
 from tests.modeling.pairs import IMAGE, TEXT_IDS, pictures
 
 

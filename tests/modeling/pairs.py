@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, CLIPModel, MistralConfig, PreTrainedModel
 
-from modeling import JnanaForConditionalGeneration
+from jnana.modeling import JnanaForConditionalGeneration
 from tests.tiny import IMAGE_SIZE, VOCAB_ROWS, tiny_text_config, tiny_vision_config
 
 

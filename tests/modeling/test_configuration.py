@@ -17,7 +17,7 @@ from transformers import (
     SwinConfig,
 )
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from tests.tiny import tiny_text_config, tiny_vision_config
 
 

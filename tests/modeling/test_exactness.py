@@ -15,7 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration, JnanaPreTrainedModel
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration, JnanaPreTrainedModel
 from tests.modeling.pairs import FAMILIES, IMAGE, join, pictures, save_text, save_vision, text_ids, with_images
 from tests.tiny import tiny_text_config, tiny_vision_config
 

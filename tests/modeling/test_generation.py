@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from modeling import JnanaForConditionalGeneration
+from jnana.modeling import JnanaForConditionalGeneration
 from tests.modeling.pairs import FAMILIES, IMAGE, join, pictures, text_ids, with_images
 
 

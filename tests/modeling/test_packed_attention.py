@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import modeling.modeling_jnana as modeling_jnana
-from modeling.packed_attention_jnana import create_packed_mask
+from jnana.modeling import modeling_jnana
+from jnana.modeling.packed_attention_jnana import create_packed_mask
 from tests.modeling.packed import batch, batches, conversations, difference, loss_and_gradients
 from tests.modeling.pairs import FAMILIES, join, pictures
 

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling import JnanaForConditionalGeneration, JnanaModel
+from jnana.modeling import JnanaForConditionalGeneration, JnanaModel
 from tests.modeling.pairs import join, pictures, save_text, save_vision, text_ids, with_images
 
 
@@ -127,7 +127,7 @@ REMOTE = """
     import os, shutil, sys, torch
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
     source, target = sys.argv[1:]
-    assert "modeling" not in sys.modules
+    assert "jnana" not in sys.modules
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     assert type(config).__name__ == "JnanaConfig" and type(config).__module__.startswith("transformers_modules")
     base = AutoModel.from_pretrained(source, trust_remote_code=True)

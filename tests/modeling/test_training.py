@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from tests.modeling.pairs import IMAGE, join, pictures, text_ids, with_images
 from tests.tiny import VOCAB_ROWS, tiny_text_config, tiny_vision_config
 

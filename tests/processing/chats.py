@@ -7,7 +7,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from processing.chat_encoding_jnana import FOREIGN_MARKS
+from jnana.processing.chat_encoding_jnana import FOREIGN_MARKS
 from tests.tiny import CORPUS
 
 

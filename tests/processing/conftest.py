@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from processing import JnanaProcessor, chat_template_names
+from jnana.processing import JnanaProcessor, chat_template_names
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from processing import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
+from jnana.processing import JnanaProcessor, add_jnana_tokens, chat_template_names, read_chat_template
 from tests.processing.chats import llama_like_tokenizer, num_images, random_chat, text_of
 from tests.tiny import tiny_image_processor, tiny_tokenizer
 

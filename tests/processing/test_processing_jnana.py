@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from modeling import configuration_jnana
-from processing import JnanaProcessor, chat_template_names, processing_jnana, read_chat_template
-from processing.chat_encoding_jnana import BREAK
+from jnana.modeling import configuration_jnana
+from jnana.processing import JnanaProcessor, chat_template_names, processing_jnana, read_chat_template
+from jnana.processing.chat_encoding_jnana import BREAK
 from tests.tiny import save_tiny_vision, tiny_image_processor, tiny_tokenizer, tiny_vision_config
 
 
@@ -24,7 +24,7 @@ from transformers import AutoProcessor
 first, second = sys.argv[1:]
 for _ in range(2):
     processor = AutoProcessor.from_pretrained(first, trust_remote_code=True)
-    assert "processing" not in sys.modules, "the package itself was imported"
+    assert "jnana" not in sys.modules, "the package itself was imported"
     assert type(processor).__name__ == "JnanaProcessor"
     processor.save_pretrained(second)
     first, second = second, second + "_again"
@@ -44,7 +44,6 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
     saved = sorted(path.name for path in (tmp_path / "saved").iterdir())
     assert saved == [
         "chat_encoding_jnana.py",
-        "chat_inputs_jnana.py",
         "chat_template.jinja",
         "processing_jnana.py",
         "processor_config.json",
@@ -76,7 +75,7 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
 def test_copied_code_imports_nothing_of_this_project():
     """Remote code is read as text: relative imports of neighbours, transformers and the standard library only."""
     folder = Path(__file__).parents[2] / "processing"
-    neighbours = ("chat_encoding_jnana", "chat_inputs_jnana")
+    neighbours = ("chat_encoding_jnana",)
     allowed = {"collections", "re", "functools", "typing", "pathlib", "transformers"} | {f".{n}" for n in neighbours}
     for name in ("processing_jnana.py", *(f"{neighbour}.py" for neighbour in neighbours)):
         modules = {

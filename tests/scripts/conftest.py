@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_align
-import run_pretrain
-import run_sft
+from jnana import run_align, run_pretrain, run_sft
 from tests.scripts.tiny_data import make_data
 from tests.tiny import save_tiny_vision
 

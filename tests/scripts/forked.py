@@ -86,7 +86,7 @@ def _child(script: str, arguments: list[str], log: str, variables: dict[str, str
     multiprocessing.set_start_method("fork", force=True)  # dataloader workers as in an ordinary process
     if prepare is not None:
         prepare()
-    importlib.import_module(script).main(arguments)
+    importlib.import_module(f"jnana.{script}").main(arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -8,7 +8,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from modeling import JnanaModel
+from jnana.modeling import JnanaModel
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"

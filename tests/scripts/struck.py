@@ -35,7 +35,7 @@ if __name__ == "__main__":
     to, step, notes, script, *arguments = sys.argv[1:]
     add_callback(Scheduler(to, int(step)))
     try:
-        importlib.import_module(script).main(arguments)
+        importlib.import_module(f"jnana.{script}").main(arguments)
     except SystemExit as end:
         (Path(notes) / os.environ["RANK"]).write_text(str(end.code))
         raise

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-import run_sft
+from jnana import run_sft
 from tests.scripts.conftest import sft_options
 
 

@@ -14,13 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_utils
 
-import run_merge
-import run_sft
+from jnana import run_merge, run_sft
+from jnana.training.adapters import adapter_reference
+from jnana.training.callbacks import read_lines
+from jnana.training.loading import load_model
+from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
-from training.adapters import adapter_reference
-from training.callbacks import read_lines
-from training.loading import load_model_and_processor
-from training.stages import part_of
 
 
 def logits(model, processor, data) -> torch.Tensor:
@@ -74,7 +73,7 @@ def test_align_changed_the_projector_alone(pretrained, aligned, vision):
 def test_fingerprint_and_special_tokens_travel(pretrained, aligned, tuned):
     fingerprint = AutoConfig.from_pretrained(pretrained).tokenizer_fingerprint
     for folder in (aligned, tuned / "merged"):
-        model, processor = load_model_and_processor(str(folder))
+        model, processor = load_model(str(folder))
         assert model.config.tokenizer_fingerprint == fingerprint
         generation = model.generation_config
         assert generation.pad_token_id == processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
@@ -85,10 +84,10 @@ def test_fingerprint_and_special_tokens_travel(pretrained, aligned, tuned):
 
 
 def test_merged_says_what_the_adapter_says(aligned, tuned, data):
-    adapted = logits(*load_model_and_processor(str(tuned)), data)
-    merged = logits(*load_model_and_processor(str(tuned / "merged")), data)
+    adapted = logits(*load_model(str(tuned)), data)
+    merged = logits(*load_model(str(tuned / "merged")), data)
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
-    base = logits(*load_model_and_processor(str(aligned)), data)
+    base = logits(*load_model(str(aligned)), data)
     assert (base - adapted).abs().max() > 1e-2  # the control: training did change something
 
 
@@ -112,12 +111,12 @@ def test_the_disk_is_full_for_the_merged_model(aligned, tuned, data, tmp_path, m
 
 
 def test_every_kind_of_folder_loads(aligned, tuned, data):
-    last = logits(*load_model_and_processor(str(aligned)), data)
-    assert torch.equal(logits(*load_model_and_processor(str(aligned / "checkpoint-6")), data), last)
-    assert not torch.equal(logits(*load_model_and_processor(str(aligned / "checkpoint-4")), data), last)
-    adapted = logits(*load_model_and_processor(str(tuned)), data)
-    assert torch.equal(logits(*load_model_and_processor(str(tuned / "checkpoint-6")), data), adapted)
-    assert not torch.equal(logits(*load_model_and_processor(str(tuned / "checkpoint-3")), data), adapted)
+    last = logits(*load_model(str(aligned)), data)
+    assert torch.equal(logits(*load_model(str(aligned / "checkpoint-6")), data), last)
+    assert not torch.equal(logits(*load_model(str(aligned / "checkpoint-4")), data), last)
+    adapted = logits(*load_model(str(tuned)), data)
+    assert torch.equal(logits(*load_model(str(tuned / "checkpoint-6")), data), adapted)
+    assert not torch.equal(logits(*load_model(str(tuned / "checkpoint-3")), data), adapted)
 
 
 def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
@@ -129,7 +128,7 @@ def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
     reference["names"]["model"] = "/gone/align"
     (tmp_path / "sft" / "jnana_base.json").write_text(json.dumps(reference))
     with pytest.raises(ValueError, match="trained on model '/gone/align', which is no folder here"):
-        load_model_and_processor(str(tmp_path / "sft"))
+        load_model(str(tmp_path / "sft"))
 
 
 def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog):
@@ -140,12 +139,12 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
     transformers_logger.addHandler(caplog.handler)
     try:
         for quantization in ("none", "nf4"):
-            load_model_and_processor(str(tmp_path / "sft"), quantization=quantization)
+            load_model(str(tmp_path / "sft"), quantization=quantization)
         said_before = "may answer nonsense" in caplog.text
         weights = load_file(tmp_path / "align" / "model.safetensors")
         name = "model.language_model.layers.0.mlp.fc1.weight"
         save_file({**weights, name: weights[name] * 1.01}, tmp_path / "align" / "model.safetensors", {"format": "pt"})
-        load_model_and_processor(str(tmp_path / "sft"))
+        load_model(str(tmp_path / "sft"))
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert not said_before
@@ -185,7 +184,7 @@ def test_a_further_round_on_the_same_adapter(tuned, data, tmp_path):
     # the biases of keys get no LoRA; everything an adapter holds goes on training
     assert all(not torch.equal(first[name], second[name]) for name in first)
     assert adapter_reference(str(output))["names"]["model"].endswith("align")
-    load_model_and_processor(str(output))
+    load_model(str(output))
 
 
 def test_sft_of_a_pair_without_align(pretrained, vision, data, tmp_path):
@@ -206,8 +205,8 @@ def test_sft_of_a_pair_without_align(pretrained, vision, data, tmp_path):
         "activation_checkpointing": "true",
     }
     run_sft.main(options(**arguments))
-    adapted = logits(*load_model_and_processor(str(output)), data)
-    merged = logits(*load_model_and_processor(str(output / "merged")), data)
+    adapted = logits(*load_model(str(output)), data)
+    merged = logits(*load_model(str(output / "merged")), data)
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
 
 
@@ -238,5 +237,5 @@ def test_a_new_schedule_in_bfloat16(aligned, data, tmp_path):
     )
     adapter = load_file(output / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
-    model, processor = load_model_and_processor(str(output), dtype="bfloat16")
+    model, processor = load_model(str(output), dtype="bfloat16")
     assert torch.isfinite(logits(model, processor, data)).all()

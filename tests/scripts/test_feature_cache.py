@@ -5,10 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-import run_align
-import run_sft
-from processing import FeatureCache
-from processing.feature_cache import write_part
+from jnana import run_align, run_sft
+from jnana.processing.data import FeatureCache
+from jnana.processing.data.feature_cache import write_part
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.launching import finish, launch
 from tests.scripts.test_processes import assert_same_run

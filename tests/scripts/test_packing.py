@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-import run_align
-import run_pretrain
-import run_sft
+from jnana import run_align, run_pretrain, run_sft
 from tests.scripts.conftest import align_options, options, sft_options
 from tests.scripts.forked import run_forked, succeed
 from tests.scripts.test_processes import assert_same_run, losses_of

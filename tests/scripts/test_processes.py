@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import run_align
-import run_pretrain
+from jnana import run_align, run_pretrain
 from tests.scripts.conftest import PRETRAIN, align_options, options
 from tests.scripts.launching import finish, launch
 

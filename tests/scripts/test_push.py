@@ -13,14 +13,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
-import run_align
-import run_push
-import run_sft
+from jnana import run_align, run_push, run_sft
+from jnana.training.loading import load_model
+from jnana.training.sharing import check_published, published_files
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.hub import LocalHub
 from tests.scripts.launching import ROOT
-from training.loading import load_model_and_processor
-from training.sharing import check_published, published_files
 
 
 CODE = {file.name for room in ("modeling", "processing") for file in (ROOT / room).glob("*_jnana.py")}
@@ -82,7 +80,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = AutoProcessor.from_pretrained("someone/name", trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained("someone/name", trust_remote_code=True)
-assert not {"training", "modeling", "processing"} & {name.split(".")[0] for name in sys.modules}
+assert "jnana" not in sys.modules
 chat = [{"role": "user", "content": [{"type": "image", "image": Image.open(sys.argv[2])},
                                      {"type": "text", "text": "what is the <image> top?"}]}]
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -123,7 +121,7 @@ def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):
     picture = data / "images" / "red_blue.png"
     talk(hub, tmp_path / "other", "-I", "-c", READ, str(ROOT), str(picture), str(tmp_path / "read.pt"))
     read = torch.load(tmp_path / "read.pt")
-    model, processor = load_model_and_processor(str(tuned / "merged"))
+    model, processor = load_model(str(tuned / "merged"))
     image = {"type": "image", "image": Image.open(picture)}
     logits = {}
     for question in ("what is the <image> top?", "what is the bottom?"):

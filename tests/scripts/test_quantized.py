@@ -12,16 +12,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-import run_evaluate
-import run_merge
-import run_sft
-from chat import ChatSession
+from jnana import run_evaluate, run_merge, run_sft
+from jnana.chat import ChatSession
+from jnana.training.adapters import adapter_reference
+from jnana.training.loading import load_model
+from jnana.training.merging import max_difference, merge_adapter, merging_base, probe_logits
 from tests.chat.test_session import largest_difference, reread
 from tests.scripts.conftest import options, sft_options
 from tests.scripts.test_chain import logits
-from training.adapters import adapter_reference
-from training.loading import load_model_and_processor
-from training.merging import max_difference, merge_adapter, merging_base, probe_logits
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +44,11 @@ def test_it_learns_and_says_what_it_rests_on(quantized):
 
 def test_merging_into_both_bases(quantized, data, tmp_path, capsys):
     """Into the dequantised base: what was trained. Into the original weights: off by what 4 bits lose, and said so."""
-    adapted = logits(*load_model_and_processor(str(quantized)), data)
+    adapted = logits(*load_model(str(quantized)), data)
     reports = {}
     for base in ("dequantized", "full"):
         run_merge.main(options(model_name_or_path=quantized, output_dir=tmp_path / base, merge_base=base))
-        merged, processor = load_model_and_processor(str(tmp_path / base))
+        merged, processor = load_model(str(tmp_path / base))
         assert not getattr(merged, "is_quantized", False)
         reports[base] = merged.config.adapter_merge
         difference = (logits(merged, processor, data) - adapted).abs().max().item()
@@ -69,7 +67,7 @@ def test_merging_into_both_bases(quantized, data, tmp_path, capsys):
 
 def test_a_merge_that_forgot_the_adapter_would_be_seen(quantized):
     """The control of the comparison itself: the dequantised base alone differs by what the adapter changed."""
-    model, processor = load_model_and_processor(str(quantized))
+    model, processor = load_model(str(quantized))
     base = merging_base(str(quantized), adapter_reference(str(quantized)), "dequantized", "float32", {})
     assert max_difference(probe_logits(model, processor), probe_logits(base, processor)) > 0.05
 
@@ -84,7 +82,7 @@ FRESH = """
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from PIL import Image
-assert not any(name.split(".")[0] in ("training", "modeling") for name in sys.modules)
+assert "jnana" not in sys.modules
 for folder in sys.argv[1:]:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -99,9 +97,9 @@ for folder in sys.argv[1:]:
 
 def test_an_adapter_folder_loads_in_a_fresh_interpreter(quantized, tmp_path):
     """By transformers alone, the repository not on the path: code, base, 4 bits, adapter and trained projector."""
-    model, processor = load_model_and_processor(str(quantized))
+    model, processor = load_model(str(quantized))
     expected = probe_logits(model, processor)[0].double().sum().item()
-    earlier = probe_logits(*load_model_and_processor(str(quantized / "checkpoint-3")))[0].double().sum().item()
+    earlier = probe_logits(*load_model(str(quantized / "checkpoint-3")))[0].double().sum().item()
     script = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     script += f"sys.path[:] = [p for p in sys.path if p not in ('', {str(Path.cwd())!r})]\n" + FRESH
     run = subprocess.run(
@@ -123,7 +121,7 @@ HELD = {"merged": ("merged", None), "adapter": (".", "none"), "nf4_adapter": (".
 @pytest.mark.parametrize(("folder", "quantization"), HELD.values(), ids=HELD)
 def test_the_chat_takes_every_kind_of_folder(quantized, aligned, folder, quantization):
     """The answers of `generate`; what is kept between turns is what a second reading gives; the adapter is at work."""
-    model, processor = load_model_and_processor(str(quantized / folder), quantization=quantization)
+    model, processor = load_model(str(quantized / folder), quantization=quantization)
     assert bool(getattr(model, "is_loaded_in_4bit", False)) == (folder == "." and quantization is None)
     image = Image.radial_gradient("L").convert("RGB")
     session = ChatSession(model, processor)
@@ -136,7 +134,7 @@ def test_the_chat_takes_every_kind_of_folder(quantized, aligned, folder, quantiz
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(output, skip_special_tokens=True).strip() == answer
     assert largest_difference(session, reread(session)) < 1e-5
-    without = ChatSession(load_model_and_processor(str(aligned))[0], processor)  # the control: no adapter
+    without = ChatSession(load_model(str(aligned))[0], processor)  # the control: no adapter
     without.messages, without._pictures = session.messages, session._pictures
     assert largest_difference(session, reread(without)) > 1e-3
 
@@ -157,12 +155,12 @@ def test_a_second_round_adopts_everything(quantized, data, tmp_path):
 def test_eight_bits_train_too(aligned, data, tmp_path):
     changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "activation_checkpointing": "true"}
     run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "int8", **changes))
-    model, processor = load_model_and_processor(str(tmp_path / "int8"))
+    model, processor = load_model(str(tmp_path / "int8"))
     assert model.get_base_model().is_loaded_in_8bit and torch.isfinite(logits(model, processor, data)).all()
 
 
 def test_align_goes_on_from_an_earlier_align(aligned, data, tmp_path):
-    import run_align
+    from jnana import run_align
 
     arguments = {"model_name_or_path": aligned, "train_data": data / "captions.json", "max_steps": 2}
     run_align.main(options(**arguments, image_folder=data / "images", output_dir=tmp_path, save_strategy="no"))
@@ -193,8 +191,8 @@ def test_evaluating_an_adapter_on_its_4_bits_and_off_them(quantized, data, tmp_p
 
 
 def test_evaluation_says_before_loading_that_bitsandbytes_is_missing(quantized, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.checks.is_bitsandbytes_available", lambda: False)
-    monkeypatch.setattr(run_evaluate, "load_model_and_processor", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("jnana.training.checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(run_evaluate, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "output_dir": tmp_path}
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes"):
         run_evaluate.main(options(model_name_or_path=quantized / "merged", quantization="nf4", **values))

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 
-import run_align
-import run_pretrain
-import run_sft
+from jnana import run_align, run_pretrain, run_sft
+from jnana.training.adapters import adapter_reference
+from jnana.training.arguments import read_recipe
+from jnana.training.loading import load_model
 from tests.scripts.conftest import options
 from tests.tiny import save_tiny_text, save_tiny_vision
-from training.adapters import adapter_reference
-from training.arguments import read_recipe
-from training.loading import load_model_and_processor
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -73,7 +71,7 @@ def test_align_and_sft(system, data, tiny, tmp_path):
         script.main([str(path), *options(**overrides(recipe, data, tiny, previous), output_dir=output)])
         assert f"{system}/{stage}.yaml" in (output / "README.md").read_text()
         previous = output
-    model, processor = load_model_and_processor(str(previous))
+    model, processor = load_model(str(previous))
     assert model.config.image_seq_length == (1 if system == "phi35_pooled" else 4)
     assert (previous / "merged" / "model.safetensors").is_file() == (system != "phi35_pooled")
     reference = adapter_reference(str(previous))

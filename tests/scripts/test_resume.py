@@ -7,12 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import run_align
-import run_pretrain
-import run_sft
+from jnana import run_align, run_pretrain, run_sft
+from jnana.training.callbacks import read_lines
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
 from tests.scripts.launching import kill_at, launch
-from training.callbacks import read_lines
 
 
 def assert_same_weights(folder, reference, name="model.safetensors"):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jnana.training.loading import load_model
 from tests.scripts.conftest import sft_options
 from tests.scripts.forked import run_forked, succeed
 from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, use_deepspeed, watch_imageless
-from training.loading import load_model_and_processor
 
 
 SIZES = {
@@ -125,8 +125,8 @@ def test_fsdp2_is_one_process(one, sharded):
     assert_same_run(folder, one)
     assert_same_folder(folder, one)
     assert_same_folder(folder / "checkpoint-4", one / "checkpoint-4")
-    model, processor = load_model_and_processor(str(folder))
-    reference, _ = load_model_and_processor(str(one))
+    model, processor = load_model(str(folder))
+    reference, _ = load_model(str(one))
     text = processor.tokenizer("what is the top?", return_tensors="pt")
     torch.testing.assert_close(model(**text).logits, reference(**text).logits, rtol=1e-4, atol=1e-4)
 
@@ -159,7 +159,7 @@ def test_fsdp2_with_an_adapter(start, adapter, tmp_path):
     assert (tmp_path / "fsdp2" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
     assert_same_run(tmp_path / "fsdp2", adapter, "adapter_model.safetensors")
     assert_same_folder(tmp_path / "fsdp2", adapter)
-    load_model_and_processor(str(tmp_path / "fsdp2"))
+    load_model(str(tmp_path / "fsdp2"))
 
 
 @needs_deepspeed
@@ -172,7 +172,7 @@ def test_zero_is_one_process(start, one, how, tmp_path):
     assert [name.split("_mp_rank")[0] for name in states] == [f"zero_pp_rank_{rank}" for rank in range(2)]
     assert_same_run(folder, one)
     assert_same_folder(folder, one)
-    load_model_and_processor(str(folder))
+    load_model(str(folder))
     weights = (folder / "model.safetensors").read_bytes()
     shutil.rmtree(folder / "checkpoint-4")
     (folder / "model.safetensors").unlink()
@@ -199,4 +199,4 @@ def test_zero_with_an_adapter(start, second_round, how, tmp_path):
     start(tmp_path / how, how, **changes)
     assert (tmp_path / how / "checkpoint-2" / "global_step2").is_dir()
     assert_same_run(tmp_path / how, reference, "adapter_model.safetensors")
-    load_model_and_processor(str(tmp_path / how))
+    load_model(str(tmp_path / how))

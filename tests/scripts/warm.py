@@ -8,12 +8,14 @@ from pathlib import Path
 from peft import get_peft_model  # noqa: F401
 from PIL import Image
 
-import run_align
-import run_pretrain  # noqa: F401
-import run_sft  # noqa: F401
+from jnana import (
+    run_align,
+    run_pretrain,  # noqa: F401
+    run_sft,  # noqa: F401
+)
+from jnana.training.arguments import ModelArguments
+from jnana.training.loading import prepare_model, prepare_processor
 from tests.tiny import save_tiny_text, save_tiny_vision
-from training.arguments import ModelArguments
-from training.loading import prepare_model, prepare_processor
 
 
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):

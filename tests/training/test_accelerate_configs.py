@@ -8,11 +8,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.training.arguments import LoraArguments
+from jnana.training.stages import apply_stage
 from tests.scripts.sharding import CONFIGS, launch_environment
 from tests.tiny import tiny_text_config, tiny_vision_config
-from training.arguments import LoraArguments
-from training.stages import apply_stage
 
 
 KINDS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from training.arguments import (
+from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-import training.attention as attention
+from jnana.training import attention
+from jnana.training.arguments import DataArguments
 from tests.modeling.pairs import join
 from tests.tiny import tiny_text_config
-from training.arguments import DataArguments
 
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, TrainingArguments
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
-from training.arguments import (
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -15,7 +15,7 @@ from training.arguments import (
     RunArguments,
     parse_arguments,
 )
-from training.stages import apply_stage, count_parameters
+from jnana.training.stages import apply_stage, count_parameters
 
 
 ROOT = Path(__file__).parents[2]

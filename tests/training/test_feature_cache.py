@@ -16,14 +16,15 @@ from filelock import FileLock
 from PIL import Image
 from transformers import TrainingArguments
 
-import processing.feature_cache as cache_format
-from modeling import JnanaForConditionalGeneration
-from processing import BadSampleError, FeatureCache, JnanaCollator, JnanaProcessor, load_image, read_bad_samples
-from processing.data_rows import caption_conversation, make_row, message, rows_to_dataset, text_part
+from jnana.modeling import JnanaForConditionalGeneration
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import BadSampleError, FeatureCache, JnanaCollator, load_image, read_bad_samples
+from jnana.processing.data import feature_cache as cache_format
+from jnana.processing.data.rows import caption_conversation, make_row, message, rows_to_dataset, text_part
+from jnana.training import feature_cache
+from jnana.training.arguments import DataArguments
+from jnana.training.feature_cache import prepare_feature_cache, weights_digest
 from tests.tiny import save_tiny_text, save_tiny_vision
-from training import feature_cache
-from training.arguments import DataArguments
-from training.feature_cache import prepare_feature_cache, weights_digest
 
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from jnana.training.arguments import LoraArguments, RateArguments
+from jnana.training.learning_rates import PartScheduleCallback, check_rates, split_by_part, stock_groups
+from jnana.training.optimizers import trainer_optimizer
+from jnana.training.stages import apply_stage, part_of
 from tests.training.test_stages import LORA, batch, pair
-from training.arguments import LoraArguments, RateArguments
-from training.learning_rates import PartScheduleCallback, check_rates, split_by_part, stock_groups
-from training.optimizers import trainer_optimizer
-from training.stages import apply_stage, part_of
 
 
 RATES = RateArguments(projector_learning_rate=2e-3, projector_lr_scheduler_type="cosine")

@@ -5,8 +5,19 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Config
 
-from modeling import JnanaForConditionalGeneration
-from processing import JnanaProcessor, tokenizer_fingerprint
+from jnana.modeling import JnanaForConditionalGeneration
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import tokenizer_fingerprint
+from jnana.training.adapters import adapter_reference, write_base_reference
+from jnana.training.arguments import LoraArguments, ModelArguments
+from jnana.training.loading import (
+    build_pair,
+    check_text_tokenizer,
+    load_model,
+    load_processor,
+    prepare_processor,
+)
+from jnana.training.stages import apply_stage
 from tests.tiny import (
     save_tiny_text,
     save_tiny_vision,
@@ -14,16 +25,6 @@ from tests.tiny import (
     tiny_tokenizer,
     tiny_vision_config,
 )
-from training.adapters import adapter_reference, write_base_reference
-from training.arguments import LoraArguments, ModelArguments
-from training.loading import (
-    build_pair,
-    check_text_tokenizer,
-    load_model_and_processor,
-    load_processor,
-    prepare_processor,
-)
-from training.stages import apply_stage
 
 
 ENTRIES = len(tiny_tokenizer())
@@ -139,12 +140,12 @@ def test_model_and_processor_that_count_an_image_differently(vision, tmp_path):
     model, processor = build(vision, str(save_tiny_text(tmp_path / "phi")))
     for part in (model, processor):
         part.save_pretrained(tmp_path / "pair")
-    load_model_and_processor(str(tmp_path / "pair"))  # the control
+    load_model(str(tmp_path / "pair"))  # the control
     processor.image_processor.size = processor.image_processor.crop_size = {"height": 48, "width": 48}
     processor.save_pretrained(tmp_path / "pair")
     message = "the processor in .*pair writes 16 image tokens an image, but the model in .*pair gives 4 vectors"
     with pytest.raises(ValueError, match=message):
-        load_model_and_processor(str(tmp_path / "pair"))
+        load_model(str(tmp_path / "pair"))
     with pytest.raises(ValueError, match="16 image tokens an image, but .* gives 4"):
         build_pair(vision, str(tmp_path / "phi"), processor)
 
@@ -165,7 +166,7 @@ def test_dinov2_takes_the_size_its_image_processor_gives(tmp_path):
     before = model(**inputs).logits
     model.save_pretrained(tmp_path / "pair")
     processor.save_pretrained(tmp_path / "pair")
-    again, _ = load_model_and_processor(str(tmp_path / "pair"))
+    again, _ = load_model(str(tmp_path / "pair"))
     torch.testing.assert_close(again(**inputs).logits, before, rtol=0, atol=0)
 
 
@@ -180,7 +181,7 @@ def test_a_checkpoint_of_another_type(vision, tmp_path):
     _, processor = build(vision, str(save_tiny_text(tmp_path)))
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not a Jnana checkpoint: its config.json says model_type 'phi'"):
-        load_model_and_processor(str(tmp_path))
+        load_model(str(tmp_path))
 
 
 def test_a_run_that_was_cut_off_names_its_checkpoints(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from torch.optim import AdamW, Muon
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from jnana.training.optimizers import MuonWithAdamW, muon_groups, trainer_optimizer
 from tests.tiny import tiny_text_config
-from training.optimizers import MuonWithAdamW, muon_groups, trainer_optimizer
 
 
 def tiny_model():

@@ -4,14 +4,14 @@ import pytest
 import torch
 from peft import prepare_model_for_kbit_training
 
-from modeling import quantization_config
-from processing import JnanaProcessor
+from jnana.modeling import quantization_config
+from jnana.processing import JnanaProcessor
+from jnana.training.adapters import base_reference, quantization_settings
+from jnana.training.arguments import LoraArguments, ModelArguments
+from jnana.training.checks import check_lora, check_quantization
+from jnana.training.loading import build_pair, load_model
+from jnana.training.stages import apply_stage, count_parameters, part_of
 from tests.tiny import save_tiny_text, save_tiny_vision
-from training.adapters import base_reference, quantization_settings
-from training.arguments import LoraArguments, ModelArguments
-from training.checks import check_lora, check_quantization
-from training.loading import build_pair, load_model_and_processor
-from training.stages import apply_stage, count_parameters, part_of
 
 
 NF4 = {"quantization": "nf4", "double_quantization": True, "storage_dtype": "uint8", "compute_dtype": "bfloat16"}
@@ -54,7 +54,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_only_the_language_models_matrices_are_quantised_and_nothing_grows(pair, method):
-    model, _ = load_model_and_processor(pair, quantization=method, dtype="bfloat16")
+    model, _ = load_model(pair, quantization=method, dtype="bfloat16")
     packed = {n for n, p in model.named_parameters() if type(p).__name__ in ("Params4bit", "Int8Params")}
     assert len(packed) == 2 * 6 and all(name.startswith("model.language_model.layers.") for name in packed)
     model.model.multi_modal_projector.float()
@@ -64,14 +64,14 @@ def test_only_the_language_models_matrices_are_quantised_and_nothing_grows(pair,
 
 def test_pefts_own_preparation_would_have_grown_it(pair):
     """The control: what `prepare_model_for_kbit_training` does to tower, embeddings and head."""
-    model, _ = load_model_and_processor(pair, quantization="nf4", dtype="bfloat16")
+    model, _ = load_model(pair, quantization="nf4", dtype="bfloat16")
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     assert dtypes_by_part(model)["vision_tower"] == dtypes_by_part(model)["lm_head"] == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_a_pair_joined_on_the_spot_holds_the_same_bits(backbones, pair, method):
-    saved, processor = load_model_and_processor(pair, quantization=method, dtype="bfloat16")
+    saved, processor = load_model(pair, quantization=method, dtype="bfloat16")
     settings = {**NF4, "quantization": method}
     joined = build_pair(
         *backbones,
@@ -87,15 +87,15 @@ def test_a_pair_joined_on_the_spot_holds_the_same_bits(backbones, pair, method):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert part_of(name) == "multi_modal_projector" or torch.equal(ours[name], tensor), name
-    original = load_model_and_processor(pair, dtype="bfloat16")[0].state_dict()
+    original = load_model(pair, dtype="bfloat16")[0].state_dict()
     name = "model.language_model.layers.0.mlp.fc1.weight"
     assert not torch.equal(original[name], ours[name])  # the control: quantising did lose something
 
 
 def test_counts_are_those_of_the_whole_model(pair):
     """4-bit weights are packed two a byte; the table must count weights, not bytes."""
-    whole = count_parameters(load_model_and_processor(pair)[0])
-    packed, _ = load_model_and_processor(pair, quantization="nf4")
+    whole = count_parameters(load_model(pair)[0])
+    packed, _ = load_model(pair, quantization="nf4")
     assert {part: count.total for part, count in count_parameters(packed).items()} == {
         part: count.total for part, count in whole.items()
     }
@@ -103,11 +103,11 @@ def test_counts_are_those_of_the_whole_model(pair):
 
 
 def test_without_bitsandbytes(monkeypatch):
-    monkeypatch.setattr("training.checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.checks.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes, .*`pip install bitsandbyt"):
         check_quantization(NF4, torch.device("cpu"))
     check_quantization({"quantization": "none"}, torch.device("cpu"))  # the control
-    monkeypatch.setattr("modeling.adapters_jnana.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.modeling.loading_jnana.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="quantization is 'int8', which needs bitsandbytes"):
         quantization_config({"quantization": "int8"})
 
@@ -142,7 +142,7 @@ def test_what_is_written_down(pair):
 
 def test_a_vision_adapter_only_where_it_is_asked_for_and_can_learn(pair):
     """The last layer of a tower read at its second last hidden state never gets a gradient."""
-    model, _ = load_model_and_processor(pair)
+    model, _ = load_model(pair)
     model.config.vision_feature_layer = -2
     lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_vision_target_modules=["q_proj", "fc2"])
     model = apply_stage(model, "sft", lora)
@@ -160,4 +160,4 @@ def test_a_vision_adapter_only_where_it_is_asked_for_and_can_learn(pair):
     with pytest.raises(
         ValueError, match=r"lora_vision_target_modules: \['dense'\] match no linear layer of the vision"
     ):
-        apply_stage(load_model_and_processor(pair)[0], "sft", LoraArguments(2, lora_vision_target_modules=["dense"]))
+        apply_stage(load_model(pair)[0], "sft", LoraArguments(2, lora_vision_target_modules=["dense"]))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.training.arguments import LoraArguments
+from jnana.training.stages import STAGES, apply_stage, count_parameters, describe_parameters, part_of, resolve_targets
 from tests.tiny import tiny_text_config, tiny_vision_config
-from training.arguments import LoraArguments
-from training.stages import STAGES, apply_stage, count_parameters, describe_parameters, part_of, resolve_targets
 
 
 LORA = LoraArguments(lora_r=2, lora_target_modules=["q_proj", "fc1"])

@@ -20,7 +20,7 @@
 
 The pins of WhisperX 3.8.6 are overridden to what it runs with all the same, packages that transcription does not use
 are left out, and `pyannote_absent` stands for pyannote.audio, whose classes WhisperX only inherits from until someone
-asks for its speaker or voice detection. Good for tests; people run what `processing/whisperx_worker.py` asks for.
+asks for its speaker or voice detection. Good for tests; people run what `processing/speech/worker.py` asks for.
 
 There is nothing to run here: `uv sync --script` reads the header.
 """

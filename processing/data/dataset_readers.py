@@ -1,0 +1,297 @@
+"""Any `datasets` data set as rows: chats with images, LLaVA records, or an image beside a text; local or on the Hub.
+
+Embedded images are never copied or decoded here: the row's table takes over the data set's own Arrow buffers.
+"""
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Image, List
+
+from jnana.processing.chat_encoding_jnana import transcribe_chat
+from jnana.processing.speech.recordings import TranscriptionError
+from jnana.processing.speech.stored_transcripts import StoredTranscripts, with_recordings
+
+from .records import RECORD_FILES, column_names, llava_row, read_records
+from .rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset, text_part
+
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers", "txt")
+# the last four: WebDataset names a column after the files' ending
+IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "jpg", "jpeg", "png", "webp")
+SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
+QUESTION_COLUMNS = ("question", "query")
+
+
+def read_dataset(
+    source: str | datasets.Dataset | datasets.IterableDataset,
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    image_folder: str | Path | None = None,
+    prompt: str | None = None,
+    independent_turns: bool = True,
+    max_rows: int | None = None,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    question_column: str | None = None,
+    category_column: str | None = None,
+    **load_options: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Rows of a data set; called through [`load_rows`], which explains the arguments.
+
+    Columns are found by name: `messages` (chats), `conversations` (LLaVA records), or a text (`text`, `caption`,
+    `captions`, `answer`, `answers`) with an optional `question`; each with an optional `images` or `image` column of
+    images or paths. In WebDataset's tar files that is `0001.jpg` beside `0001.txt` (a caption) or `0001.json` (an
+    object with the columns above).
+
+    Raises:
+        FileNotFoundError: if a local file does not exist.
+        ValueError: if the columns hold neither chats nor texts; names them.
+    """
+    name = source if isinstance(source, str) else "dataset"
+    suffix = Path(name).suffix.lower()
+    records, data = None, source
+    if isinstance(source, str) and suffix in (*RECORD_FILES, *SHARDS):
+        if load_options:
+            raise ValueError(f"{', '.join(load_options)}: not an option of a local file ({name}).")
+        image_folder = Path(source).parent if image_folder is None else image_folder
+    if isinstance(source, str) and suffix in RECORD_FILES:
+        records = read_records(Path(source))[:max_rows]
+        if not records:
+            raise ValueError(f"source={source!r} holds no records.")
+        columns = column_names(records)
+    else:
+        data = _load(source, split, streaming, **load_options) if isinstance(source, str) else source
+        if max_rows is not None:
+            streamed = isinstance(data, datasets.IterableDataset)
+            data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
+        if isinstance(data, datasets.IterableDataset) and data.features is None:
+            data = data._resolve_features()
+        columns = list(data.features)
+        if "__key__" in columns and "json" in columns:  # a tar file's object: its fields are the columns
+            columns = [column for column in columns if column != "json"] + list(data.features["json"])
+    image_column = image_column or next((column for column in IMAGE_COLUMNS if column in columns), None)
+    text_column = text_column or next((column for column in CAPTION_COLUMNS if column in columns), None)
+    for column in (image_column, text_column, question_column, category_column):
+        if column is not None and column not in columns:
+            raise ValueError(f"{name}: no column {column!r}; it has {columns}.")
+    if not {"messages", "conversations", text_column} & set(columns):
+        raise ValueError(
+            f"{name}: columns {columns} hold neither 'messages', 'conversations' nor a text column "
+            f"({', '.join(CAPTION_COLUMNS)}). Name it by text_column."
+        )
+    question_column = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
+    category_column = category_column or ("category" if "category" in columns else None)
+    convert = _Converter(name, columns, text_column, question_column, category_column, prompt, independent_turns)
+    whole_row = _RowConverter(convert, image_column, image_folder)
+    if records is not None:
+        rows = rows_to_dataset(whole_row(record, index) for index, record in enumerate(records))
+        return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
+    data = _undecoded(data, image_column)
+    if isinstance(data, datasets.IterableDataset):
+        return data.map(whole_row, with_indices=True, remove_columns=list(data.features), features=ROW_FEATURES)
+    return _map_style_rows(data, image_column, image_folder, convert)
+
+
+def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
+    path = Path(source)
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        data = datasets.load_from_disk(source)
+        data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        return data.to_iterable_dataset() if streaming else data
+    shards = SHARDS.get(path.suffix.lower())
+    if any(mark in source for mark in "*?[") and shards is not None:
+        if not glob.glob(source):
+            raise FileNotFoundError(f"source={source!r} names no file.")
+    elif not path.exists() and (shards or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise FileNotFoundError(f"source={source!r} does not exist.")
+    elif path.is_file() and shards == "parquet" and not streaming:
+        return datasets.Dataset(pa.parquet.read_table(path, memory_map=True))  # no cache is left behind
+    elif path.is_file() and shards is None:
+        raise ValueError(f"{source}: files read are {', '.join((*RECORD_FILES, *SHARDS))}.")
+    if shards is not None:
+        return datasets.load_dataset(shards, data_files=source, split="train", streaming=streaming)
+    return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
+
+
+def _undecoded(data: Any, image_column: str | None) -> Any:
+    """Images stay paths and bytes."""
+    if image_column is None:
+        return data
+    feature = data.features[image_column]
+    if isinstance(feature, Image):
+        return data.cast_column(image_column, Image(decode=False))
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return data.cast_column(image_column, List(Image(decode=False)))
+    return data
+
+
+class _Converter:
+    """Makes a row's text side from a record and the number of its images; a class, so that workers can be sent it."""
+
+    def __init__(self, name, columns, text_column, question_column, category_column, prompt, independent_turns):
+        self.name, self.columns, self.prompt, self.independent_turns = name, columns, prompt, independent_turns
+        self.text_column, self.question_column, self.category_column = text_column, question_column, category_column
+        self.transcripts = StoredTranscripts(name)
+
+    def __call__(self, record: dict, images: list[dict], index: int) -> dict:
+        source = f"{self.name}, record {index}"
+        name = record.get("id", record.get("__key__"))
+        if name is not None:
+            source += f" (id {name})"
+        if "conversations" in self.columns:
+            return llava_row(record, images, source, self.independent_turns)
+        category = record.get(self.category_column) if self.category_column else None
+        category = None if category is None else str(category)
+        if "messages" in self.columns:
+            messages = with_recordings(record.get("messages") or [], record)
+            chat = _chat_messages(messages, len(images), self.transcripts)
+            return make_row(images, [chat] if chat else [], source, categories=[category] if chat else None)
+        question = (record.get(self.question_column) if self.question_column else None) or self.prompt
+        texts = _texts(record.get(self.text_column))
+        has_question = self.question_column is not None
+        if (
+            has_question and len(texts) > 1
+        ):  # several accepted answers of one question: the most frequent one is trained
+            chat = _without_image(caption_conversation(max(texts, key=texts.count), question), images)
+            return make_row(images, [chat], source, categories=[category], answers=[texts])
+        chats = [
+            _without_image(caption_conversation(text, question), images)
+            if has_question
+            else caption_conversation(text, question)
+            for text in texts
+        ]
+        return make_row(images, chats, source, categories=[category] * len(chats))
+
+
+class _RowConverter:
+    """The whole row of one record."""
+
+    def __init__(self, convert: _Converter, image_column: str | None, image_folder: str | Path | None):
+        self.convert, self.image_column, self.image_folder = convert, image_column, image_folder
+
+    def __call__(self, record: dict, index: int) -> dict:
+        record = _unfolded(record)
+        value = record.pop(self.image_column, None) if self.image_column else None
+        values = value if isinstance(value, list) else [value]
+        images = [_reference(item, self.image_folder) for item in values if item]
+        return self.convert(record, images, index)
+
+
+def _reference(item: str | dict, image_folder: str | Path | None) -> dict:
+    if isinstance(item, dict):
+        return {"path": item.get("path"), "bytes": item.get("bytes")}
+    if image_folder is None or "://" in item:
+        return {"path": item, "bytes": None}
+    return {"path": str(Path(image_folder) / item), "bytes": None}
+
+
+def _map_style_rows(data: Any, image_column: str | None, image_folder: Any, convert: _Converter) -> datasets.Dataset:
+    """Rows of a map-style data set; an image column of Arrow structs is taken over as it is."""
+    data = data.with_format(None)
+    arrow_images = None
+    if image_column is not None:
+        column = data.select_columns([image_column]).with_format("arrow")[:].column(image_column)
+        value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+        if pa.types.is_struct(value_type):
+            arrow_images = pa.chunked_array(
+                [_as_lists(chunk) for chunk in column.chunks], ROW_FEATURES.arrow_schema.field("images").type
+            )
+            data = data.remove_columns([image_column])
+    tables = []
+    lengths = (
+        iter(()) if arrow_images is None else (n for c in arrow_images.chunks for n in c.value_lengths().to_pylist())
+    )
+    for start in range(0, len(data), 1000):
+        block = list(
+            _converted(data, start, min(start + 1000, len(data)), image_column, image_folder, convert, lengths)
+        )
+        tables.append(pa.Table.from_pylist(block, schema=ROW_FEATURES.arrow_schema))
+    table = pa.concat_tables(tables) if tables else ROW_FEATURES.arrow_schema.empty_table()
+    if arrow_images is not None:
+        table = table.set_column(0, ROW_FEATURES.arrow_schema.field("images"), arrow_images)
+    return datasets.Dataset(table)
+
+
+def _converted(data, start, stop, image_column, image_folder, convert, lengths) -> Iterator[dict]:
+    for index in range(start, stop):
+        record = _unfolded(data[index])
+        if image_column in record:
+            values = record.pop(image_column)
+            values = values if isinstance(values, list) else [values]
+            images = [_reference(item, image_folder) for item in values if item]
+            yield convert(record, images, index)
+        else:  # the images are joined afterwards, from Arrow: only their number is needed
+            placeholders = [{"path": None, "bytes": None}] * next(lengths, 0)
+            yield {**convert(record, placeholders, index), "images": []}
+
+
+def _unfolded(record: dict) -> dict:
+    """A record of a tar file with the fields of its `.json` as columns."""
+    if "__key__" in record and isinstance(record.get("json"), dict):
+        return {**record, **record["json"]}
+    return record
+
+
+def _as_lists(chunk: pa.Array) -> pa.Array:
+    """One image or a list of images a row -> a list of images a row; no pixel is copied."""
+    target = ROW_FEATURES.arrow_schema.field("images").type
+    if pa.types.is_list(chunk.type):
+        return chunk.cast(target)
+    valid = chunk.is_valid().to_numpy(zero_copy_only=False)
+    offsets = pa.array([0, *valid.cumsum().tolist()], pa.int32())
+    values = chunk.drop_null() if chunk.null_count else chunk
+    return pa.ListArray.from_arrays(offsets, values.cast(target.value_type))
+
+
+def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTranscripts) -> list[dict]:
+    """Chat messages with `content` as text or parts; images that no part stands for go before the first user text.
+
+    Recordings become their transcripts. Where there is none, an audio part says why, for `check_row` to report.
+    """
+    chat = []
+    for item in messages:
+        content = item.get("content")
+        if not isinstance(content, list):
+            parts = [text_part("" if content is None else str(content))]
+        else:
+            parts = [_part(part) for part in content]
+            try:
+                [spoken] = transcribe_chat([message(str(item.get("role")), *parts)], transcripts)
+                parts = spoken["content"]
+            except (TranscriptionError, ValueError) as error:
+                parts = [{"type": "audio", "text": str(error)} if p["type"] == "audio" else p for p in parts]
+        chat.append(message(str(item.get("role")), *parts))
+    if num_images and not any(part["type"] == "image" for m in chat for part in m["content"]):
+        first = next((m for m in chat if m["role"] == "user"), None)
+        if first is not None:
+            first["content"] = [IMAGE_PART] * num_images + first["content"]
+    return chat
+
+
+def _part(part: dict) -> dict:
+    """An image, a recording by its path, or text."""
+    if part.get("type") == "audio":
+        return {"type": "audio", "path": part["path"]}
+    return IMAGE_PART if part.get("type") in ("image", "image_url") else text_part(part.get("text") or "")
+
+
+def _texts(value: Any) -> list[str]:
+    """One text, a list of texts, or VQA's list of `{"answer": ...}`, as a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    values = [item.get("answer") if isinstance(item, dict) else item for item in values]
+    return ["" if item is None else str(item) for item in values]
+
+
+def _without_image(chat: list[dict], images: list[dict]) -> list[dict]:
+    """A question about as many images as the record has (a text-only question about none)."""
+    user, answer = chat
+    texts = [part for part in user["content"] if part["type"] == "text"]
+    return [message("user", *[IMAGE_PART] * len(images), *texts), answer]

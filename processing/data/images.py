@@ -1,0 +1,269 @@
+"""Opens one image safely: in a dataloader worker, with everything that can be wrong with a file named.
+
+An image file is untrusted input. Its size is read from the header before a pixel is decoded, so a decompression bomb
+costs nothing; only raster formats are tried; nothing is fetched from the network by a plain URL.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from jnana.processing.processing_jnana import JnanaProcessor
+
+from .rows import BadSampleError, bad_sample
+
+
+logger = logging.getLogger(__name__)
+
+# 64 megapixels: every camera picture one trains on, 192 MB when decoded
+MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+
+# A line of pixels: an image processor that scales the shorter side to 224 would make gigabytes of it
+MAX_ASPECT_RATIO = 100
+
+# Formats that run an interpreter or another program on what they read (EPS) are left out. JPEG opens MPO too
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
+ORIENTATION = ExifTags.Base.Orientation
+
+
+def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """
+    Decode one image to RGB, upright.
+
+    Args:
+        image (`PIL.Image.Image`, `str`, `Path` or `dict`): an image, a path, or a row's reference
+            `{"path": str | None, "bytes": bytes | None}`.
+        source (`str`, *optional*): file and record that refer to it, for the error.
+        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are refused before they are
+            decoded.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency laid on white, 16-bit greys scaled to 8
+            bits.
+
+    Raises:
+        BadSampleError: if it is missing, not an image, truncated, too large, or more than 100 times as long as wide;
+            names `source`, the path and the remedy.
+    """
+    if isinstance(image, Image.Image):
+        name = f"image of {image.width}x{image.height}"
+        _check_size(image, name, source, max_image_pixels)
+        return _decode(image, name, source)
+    name, opened = _open(image, source, max_image_pixels)
+    with opened:
+        return _decode(opened, name, source)
+
+
+def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """
+    Check an image by its header alone: that it is there, is an image, and is not too large. Truncation shows only on
+    decoding.
+
+    Args:
+        image, source, max_image_pixels: as in [`load_image`].
+
+    Returns:
+        `tuple[int, int]`: (height, width) in pixels.
+
+    Raises:
+        BadSampleError: as [`load_image`].
+    """
+    if isinstance(image, Image.Image):
+        _check_size(image, f"image of {image.width}x{image.height}", source, max_image_pixels)
+        return image.height, image.width
+    opened = _open(image, source, max_image_pixels)[1]
+    with opened:
+        return opened.height, opened.width
+
+
+def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
+    """
+    The bytes of an image's file, as they are.
+
+    Args:
+        image (`dict`): a row's reference `{"path": str | None, "bytes": bytes | None}`.
+        source (`str`, *optional*): file and record that refer to it, for the error.
+
+    Raises:
+        BadSampleError: if there is no such file, or it can't be read.
+    """
+    path, data = image.get("path"), image.get("bytes")
+    if data is not None:
+        return data
+    if not path:
+        raise _no_reference(source)
+    name = f"image {path!r}"
+    try:
+        file = _local_or_hub_file(path, name, source)
+        return Path(file).read_bytes() if isinstance(file, str) else file.read()
+    except FileNotFoundError as error:
+        raise _no_file(name, source) from error
+    except (OSError, ValueError) as error:
+        raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
+
+
+def _no_reference(source: str) -> BadSampleError:
+    return bad_sample(source, "the image reference has neither a path nor bytes.", "Give one of them.")
+
+
+def _no_file(name: str, source: str) -> BadSampleError:
+    return bad_sample(source, f"{name} does not exist.", "Check image_folder and the file name.")
+
+
+def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Image]:
+    """Open without decoding; returns the image's name for errors and the image."""
+    reference: dict[str, Any] = {"path": str(image), "bytes": None} if isinstance(image, (str, Path)) else image
+    path, data = reference.get("path"), reference.get("bytes")
+    name = f"image {path!r}" if path else "embedded image"
+    if data is not None:
+        file: Any = io.BytesIO(data)
+    elif path:
+        file = _local_or_hub_file(path, name, source)
+    else:
+        raise _no_reference(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
+            opened = Image.open(file, formats=IMAGE_FORMATS)
+    except FileNotFoundError as error:
+        raise _no_file(name, source) from error
+    except Image.DecompressionBombError as error:
+        raise bad_sample(source, f"{name} is too large: {error}", "Scale it down.") from error
+    except UnidentifiedImageError as error:
+        raise bad_sample(
+            source, f"{name} is not an image of a known format.", f"Formats read: {', '.join(IMAGE_FORMATS)}."
+        ) from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise bad_sample(source, f"{name} can't be opened: {error}.", "Replace the file.") from error
+    try:
+        _check_size(opened, name, source, max_image_pixels)
+    except BadSampleError:
+        opened.close()
+        raise
+    return name, opened
+
+
+def _local_or_hub_file(path: str, name: str, source: str) -> Any:
+    """A local path as it is; a file of a streamed Hub data set (`hf://...`) opened; a web address refused."""
+    if "://" not in path:
+        return path
+    if "http://" in path or "https://" in path:
+        raise bad_sample(source, f"{name} is a web address.", "Images are not downloaded: save it and give its path.")
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(path, "rb") as file:
+            return io.BytesIO(file.read())
+    except OSError as error:
+        raise bad_sample(source, f"{name} can't be read: {error}.") from error
+
+
+def _check_size(image: Image.Image, name: str, source: str, max_image_pixels: int) -> None:
+    pixels = image.width * image.height
+    if pixels == 0:
+        raise bad_sample(source, f"{name} has no pixels ({image.width}x{image.height}).", "Replace the file.")
+    if pixels > max_image_pixels:
+        raise bad_sample(
+            source,
+            f"{name} has {image.width}x{image.height} = {pixels:,} pixels, more than "
+            f"max_image_pixels={max_image_pixels:,}.",
+            "Scale it down, or raise max_image_pixels.",
+        )
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise bad_sample(
+            source,
+            f"{name} has {image.width}x{image.height} pixels, one side more than {MAX_ASPECT_RATIO} times the other.",
+            "Crop it.",
+        )
+
+
+def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:  # broken files make PIL's decoders raise almost anything
+        raise bad_sample(source, f"{name} is truncated or corrupt: {error}.", "Replace the file.") from error
+    try:
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # unreadable EXIF data says nothing about the pixels: take them as they are
+        logger.debug("%s: %s has unreadable EXIF data (%s)", source, name, error)
+    return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        # PIL would clip 16-bit greys to white
+        values = np.asarray(image, dtype=np.float64)
+        top = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
+        if image.mode == "F" and values.max() <= 1:
+            top = 1.0
+        values = np.clip(values / top, 0, 1) * 255
+        return Image.fromarray(values.round().astype(np.uint8), mode="L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+class PixelImages:
+    """
+    Images as `pixel_values`: decoded in the dataloader's workers, each image of a batch once.
+
+    Args:
+        processor (`JnanaProcessor`): its image processor prepares them.
+        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are not decoded.
+    """
+
+    def __init__(self, processor: JnanaProcessor, max_image_pixels: int = MAX_IMAGE_PIXELS):
+        self.processor = processor
+        self.max_image_pixels = max_image_pixels
+
+    def key(self, reference: Any) -> Hashable:
+        """What two references to one image have in common.
+
+        Args:
+            reference (`dict`, `str`, `Path` or `PIL.Image.Image`): `{"path": str | None, "bytes": bytes | None}`, a
+                path, or the image itself.
+        """
+        if not isinstance(reference, dict):
+            return str(reference) if isinstance(reference, (str, Path)) else id(reference)
+        return reference["bytes"] if reference.get("bytes") is not None else reference.get("path")
+
+    def load(self, reference: Any, source: str) -> Any:
+        """
+        One image, before it joins a batch.
+
+        Args:
+            reference (`dict` or `PIL.Image.Image`): the image.
+            source (`str`): file and record that name it.
+
+        Raises:
+            BadSampleError: if it can't be used.
+        """
+        return load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
+
+    def blank(self) -> Any:
+        """A grey image, as [`~PixelImages.load`] gives one."""
+        return Image.new("RGB", (32, 32), "grey")
+
+    def stack(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            images (`list`): as [`~PixelImages.load`] gave them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `pixel_values` `(num_images, channels, height, width)`, or nothing of no images.
+        """
+        if not images:
+            return {}
+        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}

@@ -1,0 +1,308 @@
+"""Text for stage 0: reading a corpus, training its tokenizer, packing it into blocks."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Features, List, Value
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .packing import IGNORED
+from .plan import WINDOW, fill_rows, longest_first
+
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
+TEXT_FEATURES = Features({"text": Value("string")})
+
+
+def load_text(
+    source: str | Path,
+    *,
+    streaming: bool = False,
+    split: str = "train",
+    text_column: str = "text",
+    max_rows: int | None = None,
+    **load_options: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    A text corpus, one document a row.
+
+    Args:
+        source (`str` or `Path`): a `.txt` file (documents are separated by blank lines), a `.jsonl` or `.parquet`
+            file, a folder written by `save_to_disk`, or a Hub id.
+        streaming (`bool`, *optional*, defaults to `False`): read while training; a Hub corpus is then never stored
+            whole.
+        split (`str`, *optional*, defaults to `"train"`): of a Hub corpus.
+        text_column (`str`, *optional*, defaults to `"text"`): the column or key that holds the text.
+        max_rows (`int`, *optional*): take the first documents only.
+        load_options: passed to `datasets.load_dataset`.
+
+    Returns:
+        `Dataset` or `IterableDataset` with the one column `text`.
+
+    Raises:
+        FileNotFoundError, ValueError: if the source is missing, lacks the column, or does not parse (file, line,
+        column).
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix in TEXT_FILES:
+        if not path.is_file():
+            raise FileNotFoundError(f"source={str(source)!r} does not exist.")
+        if streaming:
+            corpus = datasets.IterableDataset.from_generator(
+                _documents, gen_kwargs={"path": str(path), "text_column": text_column}, features=TEXT_FEATURES
+            )
+        elif suffix == ".parquet":
+            table = pa.parquet.read_table(path, memory_map=True)
+            corpus = _text_only(datasets.Dataset(table), text_column, str(path))
+        else:
+            texts = list(_texts(path, text_column))
+            corpus = datasets.Dataset(pa.table({"text": pa.array(texts, pa.string())}))
+    elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(path))
+        loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        corpus = _text_only(loaded.to_iterable_dataset() if streaming else loaded, text_column, str(path))
+    elif not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
+        raise FileNotFoundError(f"source={str(source)!r} does not exist.")
+    elif path.is_file():
+        raise ValueError(f"source={str(source)!r}: text files read are {', '.join(TEXT_FILES)}.")
+    else:
+        loaded = datasets.load_dataset(str(source), split=split, streaming=streaming, **load_options)
+        corpus = _text_only(loaded, text_column, str(source))
+    if max_rows is None:
+        return corpus
+    if isinstance(corpus, datasets.IterableDataset):
+        return corpus.take(max_rows)
+    return corpus.select(range(min(max_rows, len(corpus))))
+
+
+def _text_only(corpus: Any, text_column: str, name: str) -> Any:
+    columns = corpus.column_names or list(next(iter(corpus)))
+    if text_column not in columns:
+        raise ValueError(f"{name}: no column {text_column!r}; it has {columns}. Set text_column.")
+    corpus = corpus.select_columns([text_column])
+    return corpus if text_column == "text" else corpus.rename_column(text_column, "text")
+
+
+def _documents(path: str, text_column: str) -> Iterator[dict]:
+    for text in _texts(Path(path), text_column):
+        yield {"text": text}
+
+
+def _texts(path: Path, text_column: str) -> Iterator[str]:
+    """Documents of a local file, read line by line."""
+    try:
+        yield from _read_texts(path, text_column)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _read_texts(path: Path, text_column: str) -> Iterator[str]:
+    if path.suffix.lower() == ".parquet":
+        parquet = pa.parquet.ParquetFile(path)
+        if text_column not in parquet.schema_arrow.names:
+            raise ValueError(
+                f"{path}: no column {text_column!r}; it has {parquet.schema_arrow.names}. Set text_column."
+            )
+        for batch in parquet.iter_batches(columns=[text_column]):
+            yield from batch.column(0).to_pylist()
+        return
+    with open(path, encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".txt":
+            yield from _paragraphs(file)
+            return
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}."
+                ) from error
+            if not isinstance(record, dict) or not isinstance(record.get(text_column), str):
+                raise ValueError(f"{path}, line {number}: no text under {text_column!r}. Set text_column.")
+            yield record[text_column]
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    document: list[str] = []
+    for line in lines:
+        if line.strip():
+            document.append(line)
+        elif document:
+            yield "".join(document).rstrip("\n")
+            document = []
+    if document:
+        yield "".join(document).rstrip("\n")
+
+
+def pack_blocks(
+    corpus: datasets.Dataset | datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Pack documents into blocks of one length, without padding.
+
+    Documents are concatenated, each closed by the closing token, and cut every `block_size` tokens: joined together,
+    the blocks are exactly that text. What is left at the end (less than a block) is dropped, so that every block is
+    full. Special tokens spelt in the text are tokenised as plain text.
+
+    Args:
+        corpus (`Dataset` or `IterableDataset`): with the column `text`.
+        tokenizer (`PreTrainedTokenizerBase`): its `eos_token` closes documents.
+        block_size (`int`): tokens a block.
+
+    Returns:
+        `Dataset` (in memory; for a corpus larger than memory, stream) or `IterableDataset`: columns `input_ids` and
+        `labels`, lists of `block_size` ids, the first label of a block -100 as nothing predicts it.
+
+    Raises:
+        ValueError: if `block_size` is below 2, the tokenizer has no closing token, or the corpus is shorter than a
+            block.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size={block_size} must be at least 2.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no eos_token to close documents with.")
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    if isinstance(corpus, datasets.IterableDataset):
+        return datasets.IterableDataset.from_generator(
+            _stream_blocks,
+            gen_kwargs={"corpus": corpus, "tokenizer": tokenizer, "block_size": block_size},
+            features=features,
+        )
+    blocks = [np.array(block, dtype=np.int32) for block in _token_blocks(corpus, tokenizer, block_size)]
+    if not blocks:
+        raise ValueError(f"The corpus is shorter than one block of block_size={block_size} tokens.")
+    input_ids = np.stack(blocks)  # => [blocks, block_size]
+    labels = input_ids.copy()
+    labels[:, 0] = -100
+    offsets = pa.array(np.arange(len(blocks) + 1, dtype=np.int32) * block_size)
+    columns = [pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1))) for values in (input_ids, labels)]
+    return datasets.Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))
+
+
+def _stream_blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[dict]:
+    for block in _token_blocks(corpus, tokenizer, block_size):
+        yield {"input_ids": block, "labels": [-100, *block[1:]]}
+
+
+def _token_blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[list[int]]:
+    remaining: list[int] = []
+    for batch in corpus.iter(batch_size=200):
+        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        for ids in encoded["input_ids"]:
+            remaining += ids
+            remaining.append(tokenizer.eos_token_id)
+        whole = len(remaining) // block_size * block_size
+        for start in range(0, whole, block_size):
+            yield remaining[start : start + block_size]
+        remaining = remaining[whole:]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Train a byte-level BPE tokenizer, as the GPT-2 and Phi family has.
+
+    The same texts give the same ids under any `PYTHONHASHSEED`: nothing unordered reaches the trainer. Give it a list
+    or another ordered iterable, never a `set`.
+
+    Args:
+        texts (`Iterable[str]`): the corpus.
+        vocab_size (`int`): entries, at least 258 (256 bytes and two special tokens).
+
+    Returns:
+        `PreTrainedTokenizerFast`: `<|endoftext|>` (id 0) opens and closes texts, `<|pad|>` (id 1) pads.
+
+    Raises:
+        ValueError: if `vocab_size` is below 258.
+        TypeError: if `texts` is a set.
+    """
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 258: 256 bytes and two special tokens.")
+    if isinstance(texts, (set, frozenset)):
+        raise TypeError("texts is a set: its order, and so the ids, would follow PYTHONHASHSEED. Give a sorted list.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=PAD,
+    )
+
+
+TEXT_ROW_FEATURES = Features({name: List(Value("int32")) for name in ("input_ids", "position_ids", "labels")})
+
+
+def pack_documents(
+    corpus: datasets.Dataset | datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, row_tokens: int
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Pack documents into rows of one length.
+
+    Each document is closed by the closing token; one that is longer than a row is cut into rows. Some thousand
+    documents are taken together, and their order among themselves is given up to fill rows well. What is left of a row
+    is padded. Special tokens spelt in the text are tokenised as plain text.
+
+    Args:
+        corpus (`Dataset` or `IterableDataset`): with the column `text`.
+        tokenizer (`PreTrainedTokenizerBase`): its `eos_token` closes documents.
+        row_tokens (`int`): tokens a row.
+
+    Returns:
+        `Dataset` (in memory; for a corpus larger than memory, stream) or `IterableDataset`: columns `input_ids`,
+        `position_ids` and `labels`, lists of `row_tokens` ids. The first label of a document is -100: nothing predicts
+        it.
+
+    Raises:
+        ValueError: if `row_tokens` is below 2, the tokenizer has no closing token, or the corpus is empty.
+    """
+    if row_tokens < 2:
+        raise ValueError(f"row_tokens={row_tokens} must be at least 2.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no eos_token to close documents with.")
+    given = {"corpus": corpus, "tokenizer": tokenizer, "row_tokens": row_tokens}
+    if isinstance(corpus, datasets.IterableDataset):
+        return datasets.IterableDataset.from_generator(_text_rows, gen_kwargs=given, features=TEXT_ROW_FEATURES)
+    rows = list(_text_rows(corpus, tokenizer, row_tokens))
+    if not rows:
+        raise ValueError("The corpus holds no text.")
+    return datasets.Dataset.from_list(rows, features=TEXT_ROW_FEATURES)
+
+
+def _text_rows(corpus: Any, tokenizer: PreTrainedTokenizerBase, row_tokens: int) -> Iterator[dict]:
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    for batch in corpus.iter(batch_size=WINDOW):
+        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        documents = [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+        pieces = [ids[i : i + row_tokens] for ids in documents for i in range(0, len(ids), row_tokens)]
+        pieces = [piece for piece in pieces if len(piece) > 1]  # a single token teaches nothing
+        sizes = [len(piece) for piece in pieces]
+        order = longest_first(sizes, range(len(pieces)))
+        for members, size in fill_rows(sizes, order, row_tokens):
+            padding = row_tokens - size
+            chosen = [pieces[index] for index in members]
+            yield {
+                "input_ids": [token for piece in chosen for token in piece] + [pad] * padding,
+                "position_ids": [place for piece in chosen for place in range(len(piece))] + [0] * padding,
+                "labels": [label for piece in chosen for label in (IGNORED, *piece[1:])] + [IGNORED] * padding,
+            }

@@ -1,0 +1,149 @@
+"""Images as people have them: turned, transparent, 16-bit, broken, absurd."""
+
+import io
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jnana.processing.data import BadSampleError, check_image, load_image
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels: what a decompression bomb looks like from outside."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return {"path": None, "bytes": buffer.getvalue()}
+
+
+def test_paths_bytes_and_images_are_taken(pictures):
+    for image in (pictures / "0.png", str(pictures / "0.png"), {"path": str(pictures / "0.png"), "bytes": None}):
+        loaded = load_image(image)
+        assert loaded.mode == "RGB" and loaded.size == (40, 30) and loaded.getpixel((0, 0)) == (255, 0, 0)
+        assert check_image(image) == (30, 40)
+    data = {"path": "name only.png", "bytes": (pictures / "1.png").read_bytes()}
+    assert load_image(data).getpixel((0, 0)) == (0, 128, 0)
+    assert load_image(Image.new("L", (3, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (40, 20))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    loaded = load_image(encoded(image, exif=exif))
+    assert loaded.size == (20, 40) and loaded.getpixel((19, 0)) == (255, 255, 255)
+    assert load_image(encoded(image)).size == (40, 20)  # negative control
+
+
+def test_unreadable_exif_is_no_reason_to_lose_an_image():
+    data = encoded(Image.new("RGB", (4, 4), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
+    assert load_image(data).size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),  # transparent red is white, not black or red
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 255)), (255, 0, 0)),
+        (Image.new("LA", (2, 2), (10, 255)), (10, 10, 10)),
+        (Image.new("RGB", (2, 2), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE), (9, 8, 7)),
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16)), (128, 128, 128)),
+        (Image.fromarray(np.full((2, 2), 200, dtype=np.int32)), (200, 200, 200)),
+        (Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)), (128, 128, 128)),
+    ],
+    ids=["transparent", "opaque", "grey with alpha", "palette", "bilevel", "16 bit", "32 bit", "float"],
+)
+def test_every_mode_becomes_rgb(image, expected):
+    loaded = load_image(image)
+    assert loaded.mode == "RGB" and loaded.getpixel((1, 1)) == expected
+
+
+def test_16_bit_png_and_cmyk_jpeg_files():
+    grey = load_image(encoded(Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16))))
+    assert grey.getpixel((0, 0)) == (255, 255, 255)
+    half = load_image(encoded(Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))))
+    assert half.getpixel((0, 0)) == (1, 1, 1)  # dark, not clipped to 200
+    cmyk = load_image(encoded(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG"))
+    assert min(cmyk.getpixel((0, 0))) > 250
+
+
+def test_a_palette_with_a_transparent_entry():
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    assert load_image(encoded(image, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
+    for size in ((60_000, 60_000), (12_000, 12_000), (2_000_000, 1_000)):
+        path = tmp_path / "bomb.png"
+        path.write_bytes(png_header(*size))
+        for opener in (load_image, check_image):
+            with pytest.raises(BadSampleError, match="pets.json, record 3: image '.*bomb.png'.*(too large|pixels)"):
+                opener(path, source="pets.json, record 3")
+    with pytest.raises(
+        BadSampleError, match="40x30 = 1,200 pixels, more than max_image_pixels=1,000.* raise max_image"
+    ):
+        load_image(Image.new("RGB", (40, 30)), max_image_pixels=1000)
+    assert load_image(Image.new("RGB", (40, 30)), max_image_pixels=1200).size == (40, 30)
+
+
+def test_a_line_of_pixels_is_refused(tmp_path):
+    """Few pixels, but an image processor that scales the shorter side to 224 would make 3 GB of them."""
+    path = tmp_path / "line.png"
+    path.write_bytes(png_header(1, 20_000))
+    for opener in (load_image, check_image):
+        with pytest.raises(BadSampleError, match="r1: image '.*line.png' has 1x20000 pixels, one side more than 100"):
+            opener(path, source="r1")
+    assert load_image(Image.new("RGB", (3, 300))).size == (3, 300)
+
+
+def test_what_is_wrong_is_said(tmp_path, pictures):
+    def refused(image, message):
+        with pytest.raises(BadSampleError, match=message):
+            load_image(image, source="pets.json, record 3")
+
+    refused(tmp_path / "none.png", "^pets.json, record 3: image '.*none.png' does not exist. Check image_folder")
+    refused(tmp_path, "can't be opened")
+    (tmp_path / "text.png").write_text("not an image")
+    refused(tmp_path / "text.png", "is not an image of a known format. Formats read: JPEG")
+    (tmp_path / "empty.png").write_bytes(b"")
+    refused(tmp_path / "empty.png", "is not an image")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    whole = encoded(noise, "JPEG")["bytes"]
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) - 500])
+    refused(tmp_path / "half.jpg", "is truncated or corrupt")
+    assert check_image(tmp_path / "half.jpg") == (30, 40)  # a header does not tell
+    (tmp_path / "vector.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    refused(tmp_path / "vector.eps", "is not an image")
+    refused({"path": None, "bytes": None}, "neither a path nor bytes")
+    refused("bad\0name.png", "can't be opened")
+    for address in ("http://localhost:1/a.png", "https://localhost:1/a.png", "zip://a.png::https://localhost:1/a.zip"):
+        refused(address, "is a web address. Images are not downloaded")
+
+
+def test_an_error_survives_the_way_out_of_a_worker():
+    """DataLoader workers rebuild an exception from its type and one text."""
+    assert str(type(BadSampleError("x"))("file, record 1: broken")) == "file, record 1: broken"
+
+
+def test_images_inside_an_archive_are_read(tmp_path, pictures):
+    """How a streamed data set refers to its files: `zip://name::archive`, `hf://...`."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(pictures / "0.png", "0.png")
+    assert load_image(f"zip://0.png::{tmp_path / 'a.zip'}").getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(BadSampleError, match="r1: image .* can't be read"):
+        load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")

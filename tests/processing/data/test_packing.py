@@ -1,0 +1,318 @@
+"""Packed rows hold what the conversations hold one by one: every (context -> token) pair, once, in full rows."""
+
+import pickle
+import random
+from collections import Counter
+
+import datasets
+import pytest
+from PIL import Image
+
+from jnana.processing.data import BadSampleError, JnanaCollator, check_rows, packed_rows, packed_stream, plan_rows
+from jnana.processing.data import plan as row_planning  # `plan` is a local name below
+from jnana.processing.data.packing import IGNORED, EncodedConversation, pack_row, shared_length
+from jnana.processing.data.plan import RowPlan
+from jnana.processing.data.rows import IMAGE_PART, caption_conversation, make_row, message, rows_to_dataset, text_part
+from tests.processing.chats import random_text
+
+
+IMAGE = 7
+
+
+def encoded(*conversations: str) -> list[EncodedConversation]:
+    """`"pp=aa"`: prompt and answer, a letter a token, `i` an image token."""
+    found = []
+    for text in conversations:
+        prompt, answer = text.split("=")
+        ids = [IMAGE if letter == "i" else ord(letter) for letter in prompt + answer]
+        images = [0] * (prompt.count("i") // 2)
+        found.append(EncodedConversation(ids, [0] * len(prompt) + [1] * len(answer), images))
+    return found
+
+
+def shared(*conversations: str) -> int:
+    group = encoded(*conversations)
+    return shared_length([c.ids for c in group], [c.mask for c in group], IMAGE)
+
+
+def test_the_shared_part_stops_one_token_early():
+    assert shared("iic:=ab", "iic:=xyz") == 3  # `:` predicts both answers, so each has one
+    assert shared("iic:ab=x", "iic:ac=y") == 4
+
+
+def test_the_shared_part_ends_before_every_answer():
+    assert shared("iic:=same", "iic:=same", "iic:=same thing") == 3  # captions written alike count as often
+    assert shared("iic:=same, but longer", "iic:same? =no") == 3  # what is one's answer is another's question
+
+
+def test_the_shared_part_never_ends_inside_an_image():
+    assert shared("abii=x", "abii=y") == 2
+    assert shared("ii=x", "ii=y") == 0
+    assert shared("abiicd=x", "abiiiicd=y") == 2
+
+
+def test_what_shares_nothing():
+    assert shared("abc=d") == 0
+    assert shared("abc=d", "xbc=d") == 0
+    assert shared("a=d", "a=e") == 0
+
+
+def test_the_layout_of_a_row():
+    row = pack_row([encoded("iic:=ab", "iic:=c"), encoded("q=de")], IMAGE, 2, share=True)
+    letters = "".join("i" if token == IMAGE else chr(token) for token in row.ids)
+    assert letters == "iic" + ":ab" + ":c" + "qde"
+    assert row.positions == [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2]
+    assert row.segments == [0] * 8 + [1] * 3
+    assert row.branches == [0, 0, 0, 1, 1, 1, 2, 2, 1, 1, 1]
+    assert "".join(chr(label) if label != IGNORED else "." for label in row.labels) == "....ab.c.de"
+    assert row.images == [0]
+    apart = pack_row([encoded("iic:=ab", "iic:=c")], IMAGE, 2, share=False)
+    assert apart.positions == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4] and apart.images == [0, 0]
+
+
+# ---------------------------------------------------------------------- all that a batch teaches
+
+
+def lessons(batch: dict) -> Counter:
+    """What a batch supervises, told from its vectors alone: (positions and tokens that are seen, images) -> token."""
+    found: Counter = Counter()
+    packed = "segment_ids" in batch
+    size = 4
+    shown = iter(batch.get("image_indices", range(10**6)))
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        image_of, run = {}, 0
+        for place, token in enumerate(ids):
+            if token == IMAGE_TOKEN:
+                if run % size == 0:
+                    picture = batch["pixel_values"][int(next(shown))].mean((1, 2)).argmax().item()
+                image_of[place], run = picture, run + 1
+        for place in range(len(ids) - 1):
+            if packed:
+                target = batch["shift_labels"][row, place].item()
+                segments, branches = batch["segment_ids"][row].tolist(), batch["branch_ids"][row].tolist()
+                seen = [
+                    k
+                    for k in range(place + 1)
+                    if segments[k] == segments[place] and branches[k] in (0, branches[place])
+                ]
+                positions = [batch["position_ids"][row, k].item() for k in seen]
+                assert positions == list(range(len(seen))) or target == IGNORED
+            else:
+                target, seen = batch["labels"][row, place + 1].item(), range(place + 1)
+            assert batch["logits_to_keep"][row, place] == (target != IGNORED)
+            if target != IGNORED:
+                found[tuple((ids[k], image_of.get(k)) for k in seen), target] += 1
+    assert next(shown, None) is None or not packed
+    return found
+
+
+IMAGE_TOKEN = 0  # set by the fixture: the processors of one pair share it
+
+
+@pytest.fixture(autouse=True)
+def image_token(processor):
+    global IMAGE_TOKEN
+    IMAGE_TOKEN = processor.image_token_id
+
+
+def random_row(rng: random.Random, number: int) -> dict:
+    """A row with none to two pictures and one to five conversations, some alike, some about no picture."""
+    pictures = [
+        Image.new("RGB", (30, 24), rng.choice(["red", "green", "blue"])) for _ in range(rng.choice([0, 1, 1, 2]))
+    ]
+    say = [random_text(rng, 3) + "x" for _ in range(2)]
+    chats = []
+    for _ in range(rng.randint(1, 5)):
+        parts = [IMAGE_PART] * len(pictures) if rng.random() < 0.9 else []
+        question = [text_part(rng.choice([*say, random_text(rng, 3)]))] if rng.random() < 0.7 or not parts else []
+        chat = [message("user", *parts, *question), message("assistant", text_part(rng.choice(say)))]
+        if rng.random() < 0.3:
+            chat += [message("user", text_part("and?")), message("assistant", text_part(random_text(rng, 3) + "y"))]
+        chats.append(chat)
+    return make_row(pictures, chats, f"row {number}")
+
+
+@pytest.mark.parametrize("packing", ["rows", "shared_image"])
+def test_packed_rows_teach_what_single_rows_teach(processors, packing):
+    """Over all templates and random conversations."""
+    for seed, processor in enumerate(processors.values()):
+        rng = random.Random(seed)
+        rows = [random_row(rng, number) for number in range(8)]
+        max_length = rng.choice([None, 60])
+        options = {"max_length": max_length, "on_bad_sample": "skip"}
+        alone = lessons(JnanaCollator(processor, **options)(rows))
+        items = [{"trees": rows[:4]}, {"trees": rows[4:5]}, {"trees": rows[5:]}]
+        packed = lessons(JnanaCollator(processor, packing=packing, **options)(items))
+        assert packed == alone and alone.total() > 50
+
+
+def test_the_lessons_tell_a_wrong_layout(processor):
+    rows = [random_row(random.Random(seed), 0) for seed in range(6)]
+    right = lessons(batch := JnanaCollator(processor, packing="shared_image")([{"trees": rows}]))
+    batch["branch_ids"][batch["branch_ids"] == 2] = 1
+    with pytest.raises(AssertionError):
+        assert lessons(batch) == right
+
+
+def test_rows_padded_to_blocks_teach_the_same(processor):
+    """What is added is padding and nothing else: no segment, no label."""
+    rows = [{"trees": [random_row(random.Random(seed), 0) for seed in range(2)]}]
+    tight = JnanaCollator(processor, packing="shared_image")(rows)
+    wide = JnanaCollator(processor, packing="shared_image", pad_to_multiple_of=128)(rows)
+    width = tight["input_ids"].shape[1]
+    assert wide["input_ids"].shape[1] % 128 == 0 < width % 128
+    fillers = {"segment_ids": -1, "branch_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
+    for name, filler in {**fillers, "logits_to_keep": False}.items():
+        assert wide[name][:, :width].equal(tight[name]) and (wide[name][:, width:] == filler).all(), name
+    assert lessons(wide) == lessons(tight)
+    wide["shift_labels"][0, width], wide["logits_to_keep"][0, width] = 5, True
+    assert lessons(wide) != lessons(tight)
+
+
+def test_an_image_is_opened_once(processor, pictures):
+    chats = [caption_conversation(text, None) for text in ("red", "a red one")]
+    rows = [make_row([{"path": str(pictures / name), "bytes": None}], chats, name) for name in ("2.jpg", "0.png")]
+    batch = JnanaCollator(processor, packing="rows")([{"trees": [rows[0], rows[1]]}, {"trees": [rows[0]]}])
+    assert batch["pixel_values"].shape[0] == 2
+    assert batch["image_indices"].tolist() == [0, 0, 1, 1, 0, 0]
+    shared = JnanaCollator(processor, packing="shared_image")([{"trees": [rows[0], rows[1]]}, rows[0]])
+    assert shared["image_indices"].tolist() == [0, 1, 0]
+
+
+def test_bad_rows_leave_a_packed_row(processor, pictures):
+    good = make_row([{"path": str(pictures / "0.png"), "bytes": None}], [caption_conversation("red", None)], "good")
+    bad = {**good, "images": [{"path": str(pictures / "gone.png"), "bytes": None}], "source": "bad"}
+    collator = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")
+    batch = collator([{"trees": [bad, good]}, {"trees": [bad]}])
+    only = JnanaCollator(processor, packing="shared_image")([{"trees": [good]}])
+    assert all(batch[name].equal(only[name]) for name in only) and collator.num_bad_samples == 2
+    assert all(collator([{"trees": [bad]}])[name].equal(only[name]) for name in only)  # the last good one
+    blank = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")([{"trees": [bad]}])
+    assert (blank["labels"] != IGNORED).any() and blank["image_indices"].tolist() == [0]
+    with pytest.raises(BadSampleError, match="^bad: image .*gone.png"):
+        JnanaCollator(processor, packing="shared_image")([{"trees": [good, bad]}])
+    with pytest.raises(ValueError, match="packing='images' must be 'none', 'rows' or 'shared_image'"):
+        JnanaCollator(processor, packing="images")
+
+
+# ---------------------------------------------------------------------- plans
+
+
+def random_lengths(rng: random.Random, count: int) -> tuple[list[list[int]], list[int]]:
+    lengths = [[rng.randint(60, 90) for _ in range(rng.randint(1, 6))] for _ in range(count)]
+    return lengths, [52 if len(row) > 1 else 0 for row in lengths]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_plan_holds_every_conversation_once_in_full_rows(share):
+    lengths, shared = random_lengths(random.Random(0), 800)
+    plan = plan_rows(lengths, shared if share else None, 512, seed=1)
+    held = Counter((row, chat) for trees in plan.rows for row, chats in trees for chat in chats)
+    assert held == Counter((row, chat) for row, sizes in enumerate(lengths) for chat in range(len(sizes)))
+    for trees, size in zip(plan.rows, plan.sizes, strict=True):
+        prefix = [shared[row] if share else 0 for row, _ in trees]
+        sizes = [
+            once + sum(lengths[row][chat] - once for chat in chats)
+            for (row, chats), once in zip(trees, prefix, strict=True)
+        ]
+        assert size == sum(sizes) <= 512
+        assert share or all(len(chats) == 1 for _, chats in trees)
+    assert sum(plan.sizes) > 0.96 * 512 * len(plan.rows)
+
+
+def test_a_plan_depends_on_lengths_and_seed_alone():
+    lengths, shared = random_lengths(random.Random(2), 100)
+    plan = plan_rows(lengths, shared, 512, seed=3)
+    assert plan == plan_rows(lengths, shared, 512, seed=3)
+    assert plan != plan_rows(lengths, shared, 512, seed=4)
+    assert plan_rows(lengths, shared, 512).rows[0][0] == (0, list(range(len(lengths[0]))))
+
+
+def test_a_tree_that_is_too_long_becomes_several():
+    plan = plan_rows([[30, 30, 40, 25]], [20], 60)
+    assert plan.rows == [[(0, [0, 1, 2])], [(0, [3])]]  # 20 + 10 + 10 + 20, then 25 with its own prefix
+    assert plan.sizes == [60, 25]
+    with pytest.raises(ValueError, match="max_row_tokens is 60, but a conversation has 61 tokens; raise it, or lower"):
+        plan_rows([[10], [61]], [0, 0], 60)
+    assert plan_rows([[10], [61]], [0, 0], 60, max_length=50).sizes == [60]
+
+
+def test_a_plan_says_what_it_saves():
+    plan = RowPlan([[(0, [0, 1])], [(1, [0])]], [90, 60], 200)
+    assert str(plan) == (
+        "2 packed rows of up to 90 tokens with 1.0 trees each, at most 16.7% of them padding; 150 tokens instead of "
+        "200 (25% saved)"
+    )
+
+
+# ---------------------------------------------------------------------- data sets
+
+
+def caption_rows(count: int, words: int = 5) -> list[dict]:
+    rng = random.Random(5)
+    picture = {"path": "shared.png", "bytes": None}
+    return [
+        make_row(
+            [picture],
+            [caption_conversation("rook " * rng.randint(1, words), None) for _ in range(rng.randint(1, 5))],
+            f"row {number}",
+        )
+        for number in range(count)
+    ]
+
+
+def sources(items) -> list[list[str]]:
+    return [[row["source"] for row in item["trees"]] for item in items]
+
+
+def test_planned_sizes_are_the_batches_sizes(processor, pictures):
+    rows = caption_rows(40)
+    for row in rows:
+        row["images"] = [{"path": str(pictures / "0.png"), "bytes": None}]
+    data = rows_to_dataset(rows)
+    report = check_rows(data, processor, progress=False)
+    plan = plan_rows(report.lengths, report.shared, 128, seed=0)
+    packed = packed_rows(data, plan)
+    collator = JnanaCollator(processor, packing="shared_image")
+    for size, item in zip(plan.sizes, packed, strict=True):
+        assert collator([item])["input_ids"].shape == (1, size)
+    assert sum(len(row["conversations"]) for item in packed for row in item["trees"]) == sum(map(len, report.lengths))
+    again = pickle.loads(pickle.dumps(packed.shuffle(seed=1).select(range(3))))
+    assert sources(again) == sources(packed.shuffle(seed=1).select(range(3)))
+    assert packed.column_names == ["trees"]
+
+
+def test_a_stream_is_packed_while_it_is_read(processor, monkeypatch):
+    monkeypatch.setattr(row_planning, "STREAM_BUFFER", 32)
+    rows = caption_rows(100)
+    stream = packed_stream(
+        rows_to_dataset(rows).to_iterable_dataset(), processor, share=True, max_row_tokens=128, max_length=64
+    )
+    items = list(stream)
+    assert sorted(name.split(",")[0] for names in sources(items) for name in names) == sorted(
+        r["source"] for r in rows
+    )
+    assert sources(items) == sources(stream)  # the same once more
+    assert sources(stream.skip(7))[:5] == sources(items)[7:12]
+    state = stream.state_dict()
+    iterator = iter(stream)
+    first = [next(iterator) for _ in range(9)]
+    state = stream.state_dict()
+    rest = sources(iterator)
+    stream.load_state_dict(state)
+    assert sources(first) + sources(stream) == sources(items) and sources(stream) == rest
+
+
+def test_bad_rows_of_a_stream_reach_the_collator(processor):
+    rows = caption_rows(3)
+    rows[0]["conversations"] = rows[0]["conversations"][:1]
+    rows[1]["conversations"] = []
+    rows[2] = make_row([], [[message("user", text_part("rook " * 90)), message("assistant", text_part("a"))]], "long")
+    stream = packed_stream(
+        datasets.IterableDataset.from_generator(lambda: iter(rows), features=rows_to_dataset(rows).features),
+        processor,
+        share=True,
+        max_row_tokens=64,
+        max_length=64,
+    )
+    assert [names[0].split(",")[0] for names in sources(stream)] == ["row 0", "row 1", "long"]

@@ -1,0 +1,147 @@
+"""Stage 0's text: read, tokenised the same under any hash seed, packed without losing a token."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from jnana.processing.data import load_text, pack_blocks, tokenizer_fingerprint, train_tokenizer
+from tests.tiny import CORPUS
+
+
+DOCUMENTS = [f"{line} {number}" for number in range(40) for line in CORPUS] + [
+    "a <|endoftext|> b <|pad|>",
+    "日本語 🙂",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(DOCUMENTS, 320)
+
+
+def write(folder: Path, kind: str) -> Path:
+    data = datasets.Dataset.from_dict({"text": DOCUMENTS, "other": list(range(len(DOCUMENTS)))})
+    path = folder / f"corpus.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(DOCUMENTS))
+    elif kind == "jsonl":
+        data.to_json(path)
+    elif kind == "parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "disk"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_source_gives_the_documents(tmp_path, kind, streaming):
+    corpus = load_text(write(tmp_path, kind), streaming=streaming)
+    assert isinstance(corpus, datasets.IterableDataset) == streaming
+    assert [row["text"] for row in corpus] == DOCUMENTS
+    assert list(next(iter(corpus))) == ["text"]
+    assert len(list(load_text(write(tmp_path, kind), streaming=streaming, max_rows=5))) == 5
+
+
+def test_a_document_may_have_several_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\none\ntwo\n\n\n  \nthree\n")
+    assert list(load_text(tmp_path / "a.txt")["text"]) == ["one\ntwo", "three"]
+
+
+def test_a_name_in_capitals_and_windows_line_ends(tmp_path):
+    (tmp_path / "A.TXT").write_bytes("\ufeffone\r\ntwo\r\n\r\nthree\r\n".encode())
+    assert list(load_text(tmp_path / "A.TXT")["text"]) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_of_another_encoding_or_format_is_refused(tmp_path, streaming):
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
+        with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
+            list(load_text(tmp_path / name, streaming=streaming))
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match="a.json': text files read are .txt, .jsonl, .parquet"):
+        load_text(tmp_path / "a.json", streaming=streaming)
+    with pytest.raises(FileNotFoundError, match="./nowhere"):
+        load_text("./nowhere", streaming=streaming)
+
+
+def test_wrong_sources_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.txt"):
+        load_text(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match="no column 'body'; it has .'text', 'other'.. Set text_column"):
+        load_text(write(tmp_path, "parquet"), text_column="body")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 2, column"):
+        load_text(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 2: no text under 'text'"):
+        load_text(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blocks_joined_are_exactly_the_documents(tmp_path, tokenizer, streaming):
+    blocks = list(pack_blocks(load_text(write(tmp_path, "jsonl"), streaming=streaming), tokenizer, 37))
+    expected = []
+    for text in DOCUMENTS:
+        expected += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        expected.append(tokenizer.eos_token_id)
+    assert all(len(block["input_ids"]) == 37 for block in blocks)
+    joined = [index for block in blocks for index in block["input_ids"]]
+    assert joined == expected[: len(joined)]
+    assert len(expected) - len(joined) < 37  # less than a block is dropped
+    assert joined.count(tokenizer.pad_token_id) == 0
+    for block in blocks:
+        assert block["labels"] == [-100, *block["input_ids"][1:]]
+    closed = tokenizer.decode(joined).split("<|endoftext|>")
+    assert closed[0] == DOCUMENTS[0] and closed[1] == DOCUMENTS[1]
+
+
+def test_blocks_that_cannot_be_are_refused(tmp_path, tokenizer):
+    corpus = load_text(write(tmp_path, "jsonl"))
+    with pytest.raises(ValueError, match="block_size=1 must be at least 2"):
+        pack_blocks(corpus, tokenizer, 1)
+    with pytest.raises(ValueError, match="shorter than one block of block_size=1000000"):
+        pack_blocks(corpus, tokenizer, 1_000_000)
+
+
+def test_the_tokenizer_is_a_gpt2_like_one(tokenizer):
+    assert len(tokenizer) == 320
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert tokenizer.bos_token == tokenizer.unk_token == tokenizer.eos_token
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|pad|>", 1)
+    for text in ("  two  spaces\n\ttab", "日本語 🙂 é", "a king"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_tokenizer_is_the_same_under_any_hash_seed():
+    code = (
+        "from processing import tokenizer_fingerprint, train_tokenizer\n"
+        "from tests.processing.test_text_corpus import DOCUMENTS\n"
+        "print(hash('a'), tokenizer_fingerprint(train_tokenizer(DOCUMENTS, 320)))\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[3],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    outputs = [process.communicate()[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0][0] != outputs[1][0]  # the seeds did something
+    assert outputs[0][1] == outputs[1][1] == tokenizer_fingerprint(train_tokenizer(DOCUMENTS, 320))
+
+
+def test_a_corpus_without_order_is_refused():
+    with pytest.raises(TypeError, match="texts is a set.*PYTHONHASHSEED"):
+        train_tokenizer(set(DOCUMENTS), 320)
+    with pytest.raises(ValueError, match="vocab_size=200 must be at least 258"):
+        train_tokenizer(DOCUMENTS, 200)

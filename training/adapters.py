@@ -1,6 +1,7 @@
 """What lies beside an adapter: the record of its base, the code and config that make the folder load by itself.
 
-PEFT saves the adapter's weights. `jnana.modeling.loading_jnana`, which travels with every checkpoint, reads the record.
+PEFT saves the adapter's weights; `jnana.modeling.loading_jnana`, which travels with every checkpoint,
+reads the record.
 """
 
 import copy

@@ -120,8 +120,8 @@ def test_the_tokenizer_is_a_gpt2_like_one(tokenizer):
 
 def test_the_tokenizer_is_the_same_under_any_hash_seed():
     code = (
-        "from processing import tokenizer_fingerprint, train_tokenizer\n"
-        "from tests.processing.test_text_corpus import DOCUMENTS\n"
+        "from jnana.processing.data import tokenizer_fingerprint, train_tokenizer\n"
+        "from tests.processing.data.test_text_corpus import DOCUMENTS\n"
         "print(hash('a'), tokenizer_fingerprint(train_tokenizer(DOCUMENTS, 320)))\n"
     )
     processes = [

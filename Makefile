@@ -30,7 +30,7 @@ quality: $(VENV)/.installed-dev links
 # The package as it installs, made of links: type checkers and editors do not run `jnana/__init__.py`, which finds the
 # folders beside it.
 links:
-	rm -rf .package && mkdir -p .package/jnana
+	rm -rf .package/jnana && mkdir -p .package/jnana
 	cd .package/jnana && ln -s ../../jnana/*.py ../../jnana/py.typed ../../modeling ../../processing ../../training ../../evaluation ../../chat . \
 		&& ln -s ../../run_*.py ../../app.py .
 

@@ -16,6 +16,17 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py")) + ["app"]
 
 
+HELP = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_module(f"jnana.{script}", run_name="__main__")
+    except SystemExit as end:
+        print("exit", script, end.code)
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel of the working tree, built with what is installed."""
@@ -96,5 +107,5 @@ def test_the_scripts_run_installed_and_elsewhere(installed, tmp_path):
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "jnana.run_align"]
     python(installed, *command, *arguments, cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "modeling_jnana.py").is_file()
-    for script in SCRIPTS:
-        assert "--" in python(installed, "-m", f"jnana.{script}", "--help", cwd=tmp_path)
+    helped = python(installed, "-c", HELP, *SCRIPTS, cwd=tmp_path)
+    assert [line for line in helped.splitlines() if line.startswith("exit ")] == [f"exit {s} 0" for s in SCRIPTS]

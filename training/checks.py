@@ -269,11 +269,10 @@ def check_computation(
             "images and its rows alike; leave it out"
         )
     sharding = sharding_of(args)
-    if optimizer == "muon" and sharding is not None:
-        how = "FSDP cuts each matrix over the processes" if sharding == "fsdp" else "ZeRO flattens all weights"
+    if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
         raise ValueError(
-            f"optimizer is 'muon', which steps whole matrices, but {how}; start with recipes/accelerate/ddp.yaml, or "
-            "set `optimizer: stock`"
+            "optimizer is 'muon', which steps whole matrices, but DeepSpeed's ZeRO flattens all weights; start with "
+            "recipes/accelerate/fsdp2.yaml or ddp.yaml, or set `optimizer: stock`"
         )
     if quantization == "int8" and sharding == "fsdp":
         raise ValueError(

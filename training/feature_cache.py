@@ -48,7 +48,7 @@ from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .arguments import DataArguments
 from .disk_space import size
-from .processes import ProcessGroup, process_group
+from .distributed import ProcessGroup, process_group
 
 
 logger = logging.getLogger(__name__)

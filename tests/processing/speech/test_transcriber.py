@@ -317,7 +317,7 @@ def test_names_of_speech_models(tmp_path):
     assert speech_model("openai/whisper-large-v3-turbo") == "large-v3-turbo"
     assert speech_model("large-v2") == "large-v2"
     assert speech_model("Systran/faster-whisper-small") == "Systran/faster-whisper-small"
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a directory"):
         speech_model(tmp_path / "missing")
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="lacks model.bin, tokenizer.json, vocabulary.json"):

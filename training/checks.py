@@ -60,7 +60,7 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
             raise ValueError(f"{name} is {value}; it must be at least {least[name]}, or be left out")
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs, and DataParallel would cut rows and pictures apart; start with "
+            f"one process sees {args.n_gpu} GPUs, and DataParallel would split rows from their images; start with "
             f"`accelerate launch --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
         )
     if data_args.eval_data is None:
@@ -98,7 +98,7 @@ def check_feature_cache(args: DataArguments) -> None:
         return
     if args.streaming:
         raise ValueError(
-            f"feature_cache is {args.feature_cache!r} but streaming is true: every picture must be known before "
+            f"feature_cache is {args.feature_cache!r} but streaming is true: every image must be known before "
             "training. Leave one of them out"
         )
     if is_deepspeed_zero3_enabled():
@@ -269,11 +269,10 @@ def check_computation(
             "images and its rows alike; leave it out"
         )
     sharding = sharding_of(args)
-    if optimizer == "muon" and sharding is not None:
-        how = "FSDP cuts each matrix over the processes" if sharding == "fsdp" else "ZeRO flattens all weights"
+    if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
         raise ValueError(
-            f"optimizer is 'muon', which steps whole matrices, but {how}; start with recipes/accelerate/ddp.yaml, or "
-            "set `optimizer: stock`"
+            "optimizer is 'muon', which steps whole matrices, but DeepSpeed's ZeRO flattens all weights; start with "
+            "recipes/accelerate/fsdp2.yaml or ddp.yaml, or set `optimizer: stock`"
         )
     if quantization == "int8" and sharding == "fsdp":
         raise ValueError(

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from jnana.processing.data import JnanaCollator
 from jnana.training.adapters import (
+    BaseReferenceCallback,
     base_reference,
     complete_adapter_folder,
     is_adapter,
@@ -39,20 +40,25 @@ from jnana.training.arguments import (
     recipe_name,
 )
 from jnana.training.attention import check_attention, choose_attention, row_multiple
-from jnana.training.callbacks import BaseReferenceCallback, LossCurveCallback, SamplesCallback
+from jnana.training.cards import use_our_card
 from jnana.training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from jnana.training.checks import check_computation, check_lora, check_models, check_quantization, check_run
 from jnana.training.data import collator_options, load_conversations
 from jnana.training.distributed import main_process_first
-from jnana.training.evaluation_loss import evaluation_hooks
 from jnana.training.feature_cache import prepare_feature_cache
 from jnana.training.interruption import StopSignalCallback, explain_full_disk
-from jnana.training.loading import check_model_arguments, prepare_model, prepare_processor
+from jnana.training.loading import prepare_model, prepare_processor
 from jnana.training.merging import merge_adapter
-from jnana.training.model_card import use_our_card
+from jnana.training.monitoring import LossCurveCallback, SamplesCallback, evaluation_hooks, samples_from_rows
 from jnana.training.optimizers import PartScheduleCallback, check_rates, trainer_optimizer
-from jnana.training.runs import finish_run, start_run, train
-from jnana.training.samples import samples_from_rows
+from jnana.training.option_checks import (
+    check_computation,
+    check_lora,
+    check_model_arguments,
+    check_models,
+    check_quantization,
+    check_run,
+)
+from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
 

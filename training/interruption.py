@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .checkpoints import checkpoint_problem, list_checkpoints
-from .disk_space import size
+from .checkpoints import checkpoint_problem, list_checkpoints, size
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
 
-from .disk_space import check_disk_space
+from .checkpoints import check_disk_space
 from .interruption import explain_full_disk, restored_signals
 from .sharing import push_folder
 

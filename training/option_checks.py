@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import CONFIG_MAPPING, PreTrainedConfig, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_bitsandbytes_available, is_liger_kernel_available
 
@@ -119,6 +119,50 @@ def check_models(args: ModelArguments | TextModelArguments) -> None:
         value = vars(args).get(name)
         if value is not None:
             check_source(name, value, "give a folder or a Hub id; the recipes' earlier stages write such folders")
+
+
+def check_model_arguments(args: ModelArguments) -> None:
+    """Refuse arguments that name neither a checkpoint nor a pair, or both."""
+    pair = (args.vision_model, args.text_model)
+    if args.model_name_or_path is not None and any(pair):
+        raise ValueError(
+            f"model_name_or_path ({args.model_name_or_path!r}) and vision_model/text_model {pair} exclude each other; "
+            "give the checkpoint to continue, or the two backbones to join"
+        )
+    if args.model_name_or_path is None and not all(pair):
+        raise ValueError(
+            f"vision_model is {args.vision_model!r} and text_model is {args.text_model!r}; give both, or a Jnana "
+            "checkpoint as model_name_or_path"
+        )
+
+
+def check_text_arguments(args: TextModelArguments) -> None:
+    """Refuse arguments that name no model or tokenizer, or two of them.
+
+    Raises:
+        ValueError: naming the fields and the remedy.
+    """
+    models = ("model_name_or_path", "config_name_or_path", "text_config")
+    given = [name for name in models if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"of {', '.join(models)} exactly one must be set, and {given or 'none'} is/are")
+    if args.train_tokenizer_vocab_size is not None and args.tokenizer_name_or_path is not None:
+        raise ValueError(
+            f"tokenizer_name_or_path ({args.tokenizer_name_or_path!r}) and train_tokenizer_vocab_size "
+            f"({args.train_tokenizer_vocab_size}) exclude each other; take a tokenizer, or train one"
+        )
+    if args.model_name_or_path is not None and args.train_tokenizer_vocab_size is not None:
+        raise ValueError(
+            f"train_tokenizer_vocab_size is {args.train_tokenizer_vocab_size}, but {args.model_name_or_path!r} has a "
+            "tokenizer and knows no other; leave it out"
+        )
+    if args.text_config is not None and args.text_config_fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"text_config: model_type is {args.text_config_fields.get('model_type')!r}; give one that transformers "
+            "knows, such as phi or gpt_neox"
+        )
+    if args.text_config is not None and not (args.tokenizer_name_or_path or args.train_tokenizer_vocab_size):
+        raise ValueError("text_config needs a tokenizer: set tokenizer_name_or_path or train_tokenizer_vocab_size")
 
 
 def check_output_dir(folder: str, name: str = "output_dir") -> None:

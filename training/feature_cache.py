@@ -47,7 +47,7 @@ from jnana.processing.data.images import MAX_IMAGE_PIXELS, read_image_bytes
 from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .arguments import DataArguments
-from .checkpoints import size
+from .checkpoints import size_text
 from .distributed import ProcessGroup, process_group
 
 
@@ -303,13 +303,13 @@ class _Builder:
         need, free = missing * each, shutil.disk_usage(self.folder).free
         logger.info(
             f"feature_cache {str(self.folder)!r}: {missing:,} of {wanted:,} different pictures are to be computed, "
-            f"{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size(each)} each, {size(need)} in all; "
-            f"{size(free)} are free"
+            f"{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size_text(each)} each, {size_text(need)} in "
+            f"all; {size_text(free)} are free"
         )
         if need > 0.98 * free:
             raise ValueError(
-                f"feature_cache {str(self.folder)!r} needs {size(need)} for {missing:,} pictures, but only "
-                f"{size(free)} are free there; give a folder on a larger disk, store it in feature_cache_dtype: "
+                f"feature_cache {str(self.folder)!r} needs {size_text(need)} for {missing:,} pictures, but only "
+                f"{size_text(free)} are free there; give a folder on a larger disk, store it in feature_cache_dtype: "
                 "bfloat16, or leave it out"
             )
 

@@ -4,6 +4,7 @@ An image file is untrusted input. Its size is read from the header before a pixe
 costs nothing; only raster formats are tried; nothing is fetched from the network by a plain URL.
 """
 
+import base64
 import io
 import logging
 import warnings
@@ -267,3 +268,22 @@ class PixelImages:
         if not images:
             return {}
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def thumbnail(image: Image.Image, max_side: int) -> dict[str, Any]:
+    """
+    A small copy of an image for an HTML page.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode and size; it is not changed.
+        max_side (`int`): pixels of the longer side at most; smaller images keep their size.
+
+    Returns:
+        `dict`: `url` (a data URL with a JPEG), `width` and `height` (pixels).
+    """
+    small = image.convert("RGB")
+    small.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}

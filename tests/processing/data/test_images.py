@@ -1,5 +1,6 @@
 """Images as people have them: turned, transparent, 16-bit, broken, absurd."""
 
+import base64
 import io
 import struct
 import zipfile
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jnana.processing.data import BadSampleError, check_image, load_image
+from jnana.processing.data.images import thumbnail
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -147,3 +149,13 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
     assert load_image(f"zip://0.png::{tmp_path / 'a.zip'}").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(BadSampleError, match="r1: image .* can't be read"):
         load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")
+
+
+def test_a_thumbnail_is_small_and_leaves_the_image_alone():
+    image = Image.new("RGBA", (2000, 1000), (10, 200, 30, 255))
+    found = thumbnail(image, 100)
+    assert (found["width"], found["height"]) == (100, 50) and image.size == (2000, 1000)
+    data = base64.b64decode(found["url"].removeprefix("data:image/jpeg;base64,"))
+    with Image.open(io.BytesIO(data)) as small:
+        assert small.size == (100, 50) and small.getpixel((50, 25))[1] > 150
+    assert thumbnail(Image.new("L", (20, 10)), 100)["width"] == 20  # the control: nothing is enlarged

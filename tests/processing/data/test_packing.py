@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import sys
 from collections import Counter
 
 import datasets
@@ -9,9 +10,8 @@ import pytest
 from PIL import Image
 
 from jnana.processing.data import BadSampleError, JnanaCollator, check_rows, packed_rows, packed_stream, plan_rows
-from jnana.processing.data import plan as row_planning  # `plan` is a local name below
-from jnana.processing.data.packing import IGNORED, EncodedConversation, pack_row, shared_length
-from jnana.processing.data.plan import RowPlan
+from jnana.processing.data import prepare as prepare_function
+from jnana.processing.data.packing import IGNORED, EncodedConversation, RowPlan, pack_row, shared_length
 from jnana.processing.data.rows import IMAGE_PART, caption_conversation, make_row, message, rows_to_dataset, text_part
 from tests.processing.chats import random_text
 
@@ -26,7 +26,8 @@ def encoded(*conversations: str) -> list[EncodedConversation]:
         prompt, answer = text.split("=")
         ids = [IMAGE if letter == "i" else ord(letter) for letter in prompt + answer]
         images = [0] * (prompt.count("i") // 2)
-        found.append(EncodedConversation(ids, [0] * len(prompt) + [1] * len(answer), images))
+        mask = [0] * len(prompt) + [1] * len(answer)
+        found.append(EncodedConversation(ids, mask, images, [2] * len(images)))
     return found
 
 
@@ -58,7 +59,7 @@ def test_what_shares_nothing():
 
 
 def test_the_layout_of_a_row():
-    row = pack_row([encoded("iic:=ab", "iic:=c"), encoded("q=de")], IMAGE, 2, share=True)
+    row = pack_row([encoded("iic:=ab", "iic:=c"), encoded("q=de")], IMAGE, share=True)
     letters = "".join("i" if token == IMAGE else chr(token) for token in row.ids)
     assert letters == "iic" + ":ab" + ":c" + "qde"
     assert row.positions == [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2]
@@ -66,7 +67,7 @@ def test_the_layout_of_a_row():
     assert row.branches == [0, 0, 0, 1, 1, 1, 2, 2, 1, 1, 1]
     assert "".join(chr(label) if label != IGNORED else "." for label in row.labels) == "....ab.c.de"
     assert row.images == [0]
-    apart = pack_row([encoded("iic:=ab", "iic:=c")], IMAGE, 2, share=False)
+    apart = pack_row([encoded("iic:=ab", "iic:=c")], IMAGE, share=False)
     assert apart.positions == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4] and apart.images == [0, 0]
 
 
@@ -141,14 +142,14 @@ def test_packed_rows_teach_what_single_rows_teach(processors, packing):
         max_length = rng.choice([None, 60])
         options = {"max_length": max_length, "on_bad_sample": "skip"}
         alone = lessons(JnanaCollator(processor, **options)(rows))
-        items = [{"trees": rows[:4]}, {"trees": rows[4:5]}, {"trees": rows[5:]}]
+        items = [{"groups": rows[:4]}, {"groups": rows[4:5]}, {"groups": rows[5:]}]
         packed = lessons(JnanaCollator(processor, packing=packing, **options)(items))
         assert packed == alone and alone.total() > 50
 
 
 def test_the_lessons_tell_a_wrong_layout(processor):
     rows = [random_row(random.Random(seed), 0) for seed in range(6)]
-    right = lessons(batch := JnanaCollator(processor, packing="shared_image")([{"trees": rows}]))
+    right = lessons(batch := JnanaCollator(processor, packing="shared_image")([{"groups": rows}]))
     batch["branch_ids"][batch["branch_ids"] == 2] = 1
     with pytest.raises(AssertionError):
         assert lessons(batch) == right
@@ -156,7 +157,7 @@ def test_the_lessons_tell_a_wrong_layout(processor):
 
 def test_rows_padded_to_blocks_teach_the_same(processor):
     """What is added is padding and nothing else: no segment, no label."""
-    rows = [{"trees": [random_row(random.Random(seed), 0) for seed in range(2)]}]
+    rows = [{"groups": [random_row(random.Random(seed), 0) for seed in range(2)]}]
     tight = JnanaCollator(processor, packing="shared_image")(rows)
     wide = JnanaCollator(processor, packing="shared_image", pad_to_multiple_of=128)(rows)
     width = tight["input_ids"].shape[1]
@@ -172,10 +173,10 @@ def test_rows_padded_to_blocks_teach_the_same(processor):
 def test_an_image_is_opened_once(processor, pictures):
     chats = [caption_conversation(text, None) for text in ("red", "a red one")]
     rows = [make_row([{"path": str(pictures / name), "bytes": None}], chats, name) for name in ("2.jpg", "0.png")]
-    batch = JnanaCollator(processor, packing="rows")([{"trees": [rows[0], rows[1]]}, {"trees": [rows[0]]}])
+    batch = JnanaCollator(processor, packing="rows")([{"groups": [rows[0], rows[1]]}, {"groups": [rows[0]]}])
     assert batch["pixel_values"].shape[0] == 2
     assert batch["image_indices"].tolist() == [0, 0, 1, 1, 0, 0]
-    shared = JnanaCollator(processor, packing="shared_image")([{"trees": [rows[0], rows[1]]}, rows[0]])
+    shared = JnanaCollator(processor, packing="shared_image")([{"groups": [rows[0], rows[1]]}, rows[0]])
     assert shared["image_indices"].tolist() == [0, 1, 0]
 
 
@@ -183,14 +184,14 @@ def test_bad_rows_leave_a_packed_row(processor, pictures):
     good = make_row([{"path": str(pictures / "0.png"), "bytes": None}], [caption_conversation("red", None)], "good")
     bad = {**good, "images": [{"path": str(pictures / "gone.png"), "bytes": None}], "source": "bad"}
     collator = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")
-    batch = collator([{"trees": [bad, good]}, {"trees": [bad]}])
-    only = JnanaCollator(processor, packing="shared_image")([{"trees": [good]}])
+    batch = collator([{"groups": [bad, good]}, {"groups": [bad]}])
+    only = JnanaCollator(processor, packing="shared_image")([{"groups": [good]}])
     assert all(batch[name].equal(only[name]) for name in only) and collator.num_bad_samples == 2
-    assert all(collator([{"trees": [bad]}])[name].equal(only[name]) for name in only)  # the last good one
-    blank = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")([{"trees": [bad]}])
+    assert all(collator([{"groups": [bad]}])[name].equal(only[name]) for name in only)  # the last good one
+    blank = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")([{"groups": [bad]}])
     assert (blank["labels"] != IGNORED).any() and blank["image_indices"].tolist() == [0]
     with pytest.raises(BadSampleError, match="^bad: image .*gone.png"):
-        JnanaCollator(processor, packing="shared_image")([{"trees": [good, bad]}])
+        JnanaCollator(processor, packing="shared_image")([{"groups": [good, bad]}])
     with pytest.raises(ValueError, match="packing='images' must be 'none', 'rows' or 'shared_image'"):
         JnanaCollator(processor, packing="images")
 
@@ -207,16 +208,16 @@ def random_lengths(rng: random.Random, count: int) -> tuple[list[list[int]], lis
 def test_a_plan_holds_every_conversation_once_in_full_rows(share):
     lengths, shared = random_lengths(random.Random(0), 800)
     plan = plan_rows(lengths, shared if share else None, 512, seed=1)
-    held = Counter((row, chat) for trees in plan.rows for row, chats in trees for chat in chats)
+    held = Counter((row, chat) for groups in plan.rows for row, chats in groups for chat in chats)
     assert held == Counter((row, chat) for row, sizes in enumerate(lengths) for chat in range(len(sizes)))
-    for trees, size in zip(plan.rows, plan.sizes, strict=True):
-        prefix = [shared[row] if share else 0 for row, _ in trees]
+    for groups, size in zip(plan.rows, plan.sizes, strict=True):
+        prefix = [shared[row] if share else 0 for row, _ in groups]
         sizes = [
             once + sum(lengths[row][chat] - once for chat in chats)
-            for (row, chats), once in zip(trees, prefix, strict=True)
+            for (row, chats), once in zip(groups, prefix, strict=True)
         ]
         assert size == sum(sizes) <= 512
-        assert share or all(len(chats) == 1 for _, chats in trees)
+        assert share or all(len(chats) == 1 for _, chats in groups)
     assert sum(plan.sizes) > 0.96 * 512 * len(plan.rows)
 
 
@@ -228,7 +229,7 @@ def test_a_plan_depends_on_lengths_and_seed_alone():
     assert plan_rows(lengths, shared, 512).rows[0][0] == (0, list(range(len(lengths[0]))))
 
 
-def test_a_tree_that_is_too_long_becomes_several():
+def test_a_group_that_is_too_long_becomes_several():
     plan = plan_rows([[30, 30, 40, 25]], [20], 60)
     assert plan.rows == [[(0, [0, 1, 2])], [(0, [3])]]  # 20 + 10 + 10 + 20, then 25 with its own prefix
     assert plan.sizes == [60, 25]
@@ -240,7 +241,7 @@ def test_a_tree_that_is_too_long_becomes_several():
 def test_a_plan_says_what_it_saves():
     plan = RowPlan([[(0, [0, 1])], [(1, [0])]], [90, 60], 200)
     assert str(plan) == (
-        "2 packed rows of up to 90 tokens with 1.0 trees each, at most 16.7% of them padding; 150 tokens instead of "
+        "2 packed rows of up to 90 tokens with 1.0 groups each, at most 16.7% of them padding; 150 tokens instead of "
         "200 (25% saved)"
     )
 
@@ -262,7 +263,7 @@ def caption_rows(count: int, words: int = 5) -> list[dict]:
 
 
 def sources(items) -> list[list[str]]:
-    return [[row["source"] for row in item["trees"]] for item in items]
+    return [[row["source"] for row in item["groups"]] for item in items]
 
 
 def test_planned_sizes_are_the_batches_sizes(processor, pictures):
@@ -276,14 +277,14 @@ def test_planned_sizes_are_the_batches_sizes(processor, pictures):
     collator = JnanaCollator(processor, packing="shared_image")
     for size, item in zip(plan.sizes, packed, strict=True):
         assert collator([item])["input_ids"].shape == (1, size)
-    assert sum(len(row["conversations"]) for item in packed for row in item["trees"]) == sum(map(len, report.lengths))
+    assert sum(len(row["conversations"]) for item in packed for row in item["groups"]) == sum(map(len, report.lengths))
     again = pickle.loads(pickle.dumps(packed.shuffle(seed=1).select(range(3))))
     assert sources(again) == sources(packed.shuffle(seed=1).select(range(3)))
-    assert packed.column_names == ["trees"]
+    assert packed.column_names == ["groups"]
 
 
 def test_a_stream_is_packed_while_it_is_read(processor, monkeypatch):
-    monkeypatch.setattr(row_planning, "STREAM_BUFFER", 32)
+    monkeypatch.setattr(sys.modules[prepare_function.__module__], "STREAM_BUFFER", 32)
     rows = caption_rows(100)
     stream = packed_stream(
         rows_to_dataset(rows).to_iterable_dataset(), processor, share=True, max_row_tokens=128, max_length=64

@@ -79,7 +79,7 @@ def test_wrong_sources_are_named(tmp_path):
     with pytest.raises(ValueError, match="bad.jsonl, line 2, column"):
         load_text(tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    with pytest.raises(ValueError, match="bad.jsonl, line 2: no text under 'text'"):
+    with pytest.raises(ValueError, match="bad.jsonl, record 1: no text under 'text'"):
         load_text(tmp_path / "bad.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""Packed rows hold what the conversations hold one by one: every (context -> token) pair, once, in full rows."""
+"""Packed rows supervise the same (context, token) pairs as unpacked rows, each once, and are well filled."""
 
 import pickle
 import random
@@ -20,7 +20,7 @@ IMAGE = 7
 
 
 def encoded(*conversations: str) -> list[EncodedConversation]:
-    """`"pp=aa"`: prompt and answer, a letter a token, `i` an image token."""
+    """Conversations from texts `"pp=aa"`: prompt and answer; each letter is a token, `i` an image token."""
     found = []
     for text in conversations:
         prompt, answer = text.split("=")
@@ -36,23 +36,25 @@ def shared(*conversations: str) -> int:
     return shared_length([c.ids for c in group], [c.mask for c in group], IMAGE)
 
 
-def test_the_shared_part_stops_one_token_early():
+def test_the_shared_prefix_stops_one_token_early():
     assert shared("iic:=ab", "iic:=xyz") == 3  # `:` predicts both answers, so each has one
     assert shared("iic:ab=x", "iic:ac=y") == 4
 
 
-def test_the_shared_part_ends_before_every_answer():
+def test_the_shared_prefix_ends_before_every_answer():
     assert shared("iic:=same", "iic:=same", "iic:=same thing") == 3  # captions written alike count as often
-    assert shared("iic:=same, but longer", "iic:same? =no") == 3  # what is one's answer is another's question
+    assert (
+        shared("iic:=same, but longer", "iic:same? =no") == 3
+    )  # the answer of one is part of the question of the other
 
 
-def test_the_shared_part_never_ends_inside_an_image():
+def test_the_shared_prefix_never_ends_inside_an_image():
     assert shared("abii=x", "abii=y") == 2
     assert shared("ii=x", "ii=y") == 0
     assert shared("abiicd=x", "abiiiicd=y") == 2
 
 
-def test_what_shares_nothing():
+def test_conversations_without_a_shared_prefix():
     assert shared("abc=d") == 0
     assert shared("abc=d", "xbc=d") == 0
     assert shared("a=d", "a=e") == 0
@@ -71,36 +73,36 @@ def test_the_layout_of_a_row():
     assert apart.positions == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4] and apart.images == [0, 0]
 
 
-# ---------------------------------------------------------------------- all that a batch teaches
+# ---------------------------------------------------------------------- the supervised pairs of a batch
 
 
-def lessons(batch: dict) -> Counter:
-    """What a batch supervises, told from its vectors alone: (positions and tokens that are seen, images) -> token."""
+def supervised_pairs(batch: dict) -> Counter:
+    """The (visible tokens with their images, target token) pairs of a batch, derived from its tensors alone."""
     found: Counter = Counter()
     packed = "segment_ids" in batch
     size = 4
     shown = iter(batch.get("image_indices", range(10**6)))
     for row, ids in enumerate(batch["input_ids"].tolist()):
         image_of, run = {}, 0
-        for place, token in enumerate(ids):
+        for position, token in enumerate(ids):
             if token == IMAGE_TOKEN:
                 if run % size == 0:
-                    picture = batch["pixel_values"][int(next(shown))].mean((1, 2)).argmax().item()
-                image_of[place], run = picture, run + 1
-        for place in range(len(ids) - 1):
+                    image = batch["pixel_values"][int(next(shown))].mean((1, 2)).argmax().item()
+                image_of[position], run = image, run + 1
+        for position in range(len(ids) - 1):
             if packed:
-                target = batch["shift_labels"][row, place].item()
+                target = batch["shift_labels"][row, position].item()
                 segments, branches = batch["segment_ids"][row].tolist(), batch["branch_ids"][row].tolist()
                 seen = [
                     k
-                    for k in range(place + 1)
-                    if segments[k] == segments[place] and branches[k] in (0, branches[place])
+                    for k in range(position + 1)
+                    if segments[k] == segments[position] and branches[k] in (0, branches[position])
                 ]
                 positions = [batch["position_ids"][row, k].item() for k in seen]
                 assert positions == list(range(len(seen))) or target == IGNORED
             else:
-                target, seen = batch["labels"][row, place + 1].item(), range(place + 1)
-            assert batch["logits_to_keep"][row, place] == (target != IGNORED)
+                target, seen = batch["labels"][row, position + 1].item(), range(position + 1)
+            assert batch["logits_to_keep"][row, position] == (target != IGNORED)
             if target != IGNORED:
                 found[tuple((ids[k], image_of.get(k)) for k in seen), target] += 1
     assert next(shown, None) is None or not packed
@@ -117,46 +119,46 @@ def image_token(processor):
 
 
 def random_row(rng: random.Random, number: int) -> dict:
-    """A row with none to two pictures and one to five conversations, some alike, some about no picture."""
-    pictures = [
+    """A row with up to two images and one to five conversations, some identical, some without an image."""
+    images = [
         Image.new("RGB", (30, 24), rng.choice(["red", "green", "blue"])) for _ in range(rng.choice([0, 1, 1, 2]))
     ]
     say = [random_text(rng, 3) + "x" for _ in range(2)]
     chats = []
     for _ in range(rng.randint(1, 5)):
-        parts = [IMAGE_PART] * len(pictures) if rng.random() < 0.9 else []
+        parts = [IMAGE_PART] * len(images) if rng.random() < 0.9 else []
         question = [text_part(rng.choice([*say, random_text(rng, 3)]))] if rng.random() < 0.7 or not parts else []
         chat = [message("user", *parts, *question), message("assistant", text_part(rng.choice(say)))]
         if rng.random() < 0.3:
             chat += [message("user", text_part("and?")), message("assistant", text_part(random_text(rng, 3) + "y"))]
         chats.append(chat)
-    return make_row(pictures, chats, f"row {number}")
+    return make_row(images, chats, f"row {number}")
 
 
 @pytest.mark.parametrize("packing", ["rows", "shared_image"])
-def test_packed_rows_teach_what_single_rows_teach(processors, packing):
+def test_packed_rows_supervise_what_single_rows_supervise(processors, packing):
     """Over all templates and random conversations."""
     for seed, processor in enumerate(processors.values()):
         rng = random.Random(seed)
         rows = [random_row(rng, number) for number in range(8)]
         max_length = rng.choice([None, 60])
         options = {"max_length": max_length, "on_bad_sample": "skip"}
-        alone = lessons(JnanaCollator(processor, **options)(rows))
+        alone = supervised_pairs(JnanaCollator(processor, **options)(rows))
         items = [{"groups": rows[:4]}, {"groups": rows[4:5]}, {"groups": rows[5:]}]
-        packed = lessons(JnanaCollator(processor, packing=packing, **options)(items))
+        packed = supervised_pairs(JnanaCollator(processor, packing=packing, **options)(items))
         assert packed == alone and alone.total() > 50
 
 
-def test_the_lessons_tell_a_wrong_layout(processor):
+def test_a_wrong_layout_supervises_other_pairs(processor):
     rows = [random_row(random.Random(seed), 0) for seed in range(6)]
-    right = lessons(batch := JnanaCollator(processor, packing="shared_image")([{"groups": rows}]))
+    right = supervised_pairs(batch := JnanaCollator(processor, packing="shared_image")([{"groups": rows}]))
     batch["branch_ids"][batch["branch_ids"] == 2] = 1
     with pytest.raises(AssertionError):
-        assert lessons(batch) == right
+        assert supervised_pairs(batch) == right
 
 
-def test_rows_padded_to_blocks_teach_the_same(processor):
-    """What is added is padding and nothing else: no segment, no label."""
+def test_rows_padded_to_blocks_supervise_the_same(processor):
+    """Only padding is added: no segment, no label."""
     rows = [{"groups": [random_row(random.Random(seed), 0) for seed in range(2)]}]
     tight = JnanaCollator(processor, packing="shared_image")(rows)
     wide = JnanaCollator(processor, packing="shared_image", pad_to_multiple_of=128)(rows)
@@ -165,9 +167,9 @@ def test_rows_padded_to_blocks_teach_the_same(processor):
     fillers = {"segment_ids": -1, "branch_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
     for name, filler in {**fillers, "logits_to_keep": False}.items():
         assert wide[name][:, :width].equal(tight[name]) and (wide[name][:, width:] == filler).all(), name
-    assert lessons(wide) == lessons(tight)
+    assert supervised_pairs(wide) == supervised_pairs(tight)
     wide["shift_labels"][0, width], wide["logits_to_keep"][0, width] = 5, True
-    assert lessons(wide) != lessons(tight)
+    assert supervised_pairs(wide) != supervised_pairs(tight)
 
 
 def test_an_image_is_opened_once(processor, pictures):
@@ -238,7 +240,7 @@ def test_a_group_that_is_too_long_becomes_several():
     assert plan_rows([[10], [61]], [0, 0], 60, max_length=50).sizes == [60]
 
 
-def test_a_plan_says_what_it_saves():
+def test_a_plan_is_described_with_its_savings():
     plan = RowPlan([[(0, [0, 1])], [(1, [0])]], [90, 60], 200)
     assert str(plan) == (
         "2 packed rows of up to 90 tokens with 1.0 groups each, at most 16.7% of them padding; 150 tokens instead of "
@@ -251,10 +253,10 @@ def test_a_plan_says_what_it_saves():
 
 def caption_rows(count: int, words: int = 5) -> list[dict]:
     rng = random.Random(5)
-    picture = {"path": "shared.png", "bytes": None}
+    image = {"path": "shared.png", "bytes": None}
     return [
         make_row(
-            [picture],
+            [image],
             [caption_conversation("rook " * rng.randint(1, words), None) for _ in range(rng.randint(1, 5))],
             f"row {number}",
         )

@@ -35,12 +35,10 @@ def coco(tmp_path, pictures):
 
 
 def supervised(processor, rows, options: PrepareOptions) -> Counter:
-    """The supervised texts of all rows, in batches of two."""
-    collator, items, texts = JnanaCollator(processor, **options.for_collator), list(rows), Counter()
-    for start in range(0, len(items), 2):
-        for labels in collator(items[start : start + 2])["labels"]:
-            kept = labels[labels != -100]
-            texts.update(processor.decode(kept).split("<|endoftext|>")[:-1])
+    """The supervised texts of all rows, as one batch."""
+    texts: Counter = Counter()
+    for labels in JnanaCollator(processor, **options.for_collator)(list(rows))["labels"]:
+        texts.update(processor.decode(labels[labels != -100]).split("<|endoftext|>")[:-1])
     return texts
 
 

@@ -16,7 +16,7 @@ def test_records_are_read_one_by_one(path):
     path.write_text('{"a": 1}\n{"a": \n')
     lines = read_json_lines(path)
     assert next(lines) == {"a": 1}  # before the malformed line is read
-    with pytest.raises(ValueError, match=r"lines\.jsonl, line 2, column 6: not valid JSON"):
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 2, column 7: not valid JSON"):
         next(lines)
 
 

@@ -421,5 +421,5 @@ def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | Tex
 
 
 def load_model_type(name: str) -> str | None:
-    """The `model_type` in the config of a checkpoint, a folder or a Hub id."""
+    """The `model_type` in the config of a checkpoint, given by its directory or Hub id."""
     return PreTrainedConfig.get_config_dict(name)[0].get("model_type")

@@ -75,6 +75,8 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
             parameter.requires_grad = "lora_" in name or "modules_to_save." in name
     elif with_lora:
         model = add_lora(model, lora)
+    if isinstance(model, PeftModel):
+        logger.info(describe_lora(model.peft_config["default"]))
     # `prepare_model_for_kbit_training` would convert the tower, the embeddings and the head to float32 too.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -106,6 +108,13 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
     if lora.base_model_id is not None:
         config.base_model_name_or_path = lora.base_model_id
     return get_peft_model(model, config)
+
+
+def describe_lora(config: LoraConfig) -> str:
+    """One line about an adapter's rank, scale and dropout."""
+    text = f"LoRA of rank {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}"
+    noise = "; its noise differs between packed and separate rows, so they train different adapters"
+    return text + (noise if config.lora_dropout > 0 else "")
 
 
 def adapter_targets(model: nn.Module, lora: LoraArguments) -> list[str]:

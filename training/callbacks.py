@@ -4,9 +4,7 @@ All of it through the Trainer's own callback events. Every process generates (so
 only the first one writes.
 """
 
-import base64
 import html
-import io
 import json
 import logging
 from collections.abc import Callable
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from jnana.processing.data import thumbnail
+
 from .adapters import complete_adapter_folder
 from .samples import Sample
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.html"
+THUMBNAIL_SIDE = 200  # pixels
 LOSS_CURVE = "loss_curve.png"
 
 
@@ -163,19 +164,10 @@ def samples_page(samples: list[Sample], entries: list[dict[str, Any]]) -> str:
     parts.append("<style>body{font:15px sans-serif;margin:2em}td{padding:.2em .8em;vertical-align:top}</style>")
     for sample in samples:
         parts.append("<h3>" + html.escape(sample.source) + "</h3>")
-        parts += [f"<img src='data:image/png;base64,{thumbnail(image)}'>" for image in sample.images]
+        parts += [f"<img src='{thumbnail(image, THUMBNAIL_SIDE)['url']}'>" for image in sample.images]
         parts.append(f"<p>{html.escape(sample.prompt)}<br><b>{html.escape(sample.truth)}</b></p><table>")
         for entry in entries:
             if (entry["source"], entry["prompt"]) == (sample.source, sample.prompt):
                 parts.append(f"<tr><td>{entry['step']}</td><td>{html.escape(entry['generated'])}</td></tr>")
         parts.append("</table>")
     return "\n".join(parts) + "\n"
-
-
-def thumbnail(image) -> str:
-    """A PIL image as base64 PNG, at most 200 pixels wide or high."""
-    image = image.copy()
-    image.thumbnail((200, 200))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

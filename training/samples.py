@@ -11,7 +11,7 @@ from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import BadSampleError, conversation_rows, load_image, with_images
+from jnana.processing.data import BadSampleError, conversation_rows, load_image, message_text, with_images
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
     for row in conversation_rows(rows):
         if len(samples) == count:
             break
-        messages = [{"role": m["role"], "content": [clean(c) for c in m["content"]]} for m in row["conversations"][0]]
+        messages = row["conversations"][0]
         answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
         try:
             images = [load_image(reference, source=row["source"]) for reference in row["images"]]
@@ -59,8 +59,8 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
             return_dict=True,
             return_tensors="pt",
         )
-        question = " ".join(text_of(message) for message in messages[:answer])
-        samples.append(Sample(row["source"], question.strip(), text_of(messages[answer]), dict(inputs), images))
+        question = " ".join(message_text(message) for message in messages[:answer])
+        samples.append(Sample(row["source"], question.strip(), message_text(messages[answer]), dict(inputs), images))
     return samples
 
 
@@ -79,12 +79,3 @@ def samples_from_blocks(
         truth = tokenizer.decode(ids[half : half + max_new_tokens])
         samples.append(Sample(f"validation block {number}", tokenizer.decode(ids[:half]), truth, inputs))
     return samples
-
-
-def clean(part: dict[str, Any]) -> dict[str, Any]:
-    """A content part without the empty `text` that Arrow adds to an image part."""
-    return {key: value for key, value in part.items() if value is not None}
-
-
-def text_of(message: dict[str, Any]) -> str:
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")

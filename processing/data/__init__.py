@@ -3,7 +3,7 @@
 from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image
+from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image, thumbnail
 from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED
 from .plan import RowPlan, packed_rows, packed_stream, plan_rows
@@ -14,6 +14,7 @@ from .rows import (
     append_bad_samples,
     conversation_rows,
     flatten_conversations,
+    message_text,
     read_bad_samples,
     with_images,
 )
@@ -42,12 +43,14 @@ __all__ = [
     "load_image",
     "load_rows",
     "load_text",
+    "message_text",
     "pack_blocks",
     "pack_documents",
     "packed_rows",
     "packed_stream",
     "plan_rows",
     "read_bad_samples",
+    "thumbnail",
     "tokenizer_fingerprint",
     "train_tokenizer",
     "with_images",

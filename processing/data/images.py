@@ -4,6 +4,7 @@ An image file is untrusted input. Its size is read from the header before a pixe
 costs nothing; only raster formats are tried; nothing is fetched from the network by a plain URL.
 """
 
+import base64
 import io
 import logging
 import warnings
@@ -107,6 +108,25 @@ def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
         raise _no_file(name, source) from error
     except (OSError, ValueError) as error:
         raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
+
+
+def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:
+    """
+    A small copy of an image as a JPEG in a data URL, for an HTML page that loads no other file.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+        side (`int`): length of the longer side in pixels; smaller images keep their size.
+
+    Returns:
+        `dict`: `{"url": str, "width": int, "height": int}`; the size in pixels.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
 
 
 def _no_reference(source: str) -> BadSampleError:

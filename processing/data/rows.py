@@ -240,6 +240,11 @@ def conversation_rows(items: Any) -> Iterator[dict]:
             yield single_conversation(row, 0)
 
 
+def message_text(message: dict) -> str:
+    """The text parts of a message, joined by a space."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text" and part["text"])
+
+
 def with_images(chat: list[dict], images: list[Any]) -> list[dict]:
     """
     A chat with its images in its image parts, in reading order, as `JnanaProcessor.apply_chat_template` takes it.
@@ -249,14 +254,16 @@ def with_images(chat: list[dict], images: list[Any]) -> list[dict]:
         images (`list[PIL.Image.Image]`): as many as the chat has image parts, or more.
 
     Returns:
-        `list[dict]`: a copy.
+        `list[dict]`: a copy, without the empty fields that Arrow adds to each content part.
     """
     remaining = iter(images)
     return [
         {
             "role": message["role"],
             "content": [
-                {"type": "image", "image": next(remaining)} if part["type"] == "image" else part
+                {"type": "image", "image": next(remaining)}
+                if part["type"] == "image"
+                else {"type": "text", "text": part["text"] or ""}
                 for part in message["content"]
             ],
         }

@@ -20,18 +20,17 @@ from jnana.processing.data import JnanaCollator
 from jnana.training.adapters import is_adapter
 from jnana.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
 from jnana.training.attention import check_attention, choose_attention, row_multiple
-from jnana.training.callbacks import LossCurveCallback, SamplesCallback
+from jnana.training.cards import use_our_card
 from jnana.training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from jnana.training.checks import check_models, check_run
 from jnana.training.data import collator_options, load_conversations
-from jnana.training.evaluation_loss import evaluation_hooks
+from jnana.training.distributed import main_process_first
 from jnana.training.feature_cache import prepare_feature_cache
 from jnana.training.interruption import StopSignalCallback
-from jnana.training.loading import check_model_arguments, prepare_model, prepare_processor
-from jnana.training.model_card import use_our_card
+from jnana.training.loading import prepare_model, prepare_processor
+from jnana.training.monitoring import LossCurveCallback, SamplesCallback, evaluation_hooks, samples_from_rows
 from jnana.training.optimizers import trainer_optimizer
-from jnana.training.runs import finish_run, start_run, train
-from jnana.training.samples import samples_from_rows
+from jnana.training.option_checks import check_computation, check_model_arguments, check_models, check_run
+from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
 
@@ -46,6 +45,7 @@ def main(argv: list[str]) -> None:
     check_model_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_computation(training_args, model_args, run_args.optimizer)
     check_attention(model_args.attn_implementation, data_args.packing)
     if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
         raise ValueError(
@@ -60,14 +60,14 @@ def main(argv: list[str]) -> None:
     )
 
     # 4. Processor and data: the first process prepares and checks, the others take what it cached and found
-    with training_args.main_process_first(desc="processor"):
+    with main_process_first():
         processor = prepare_processor(model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: only the projector trains
-    model = apply_stage(prepare_model(model_args, processor), "align")
+    model = apply_stage(prepare_model(model_args, processor, training_args), "align")
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
     attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 

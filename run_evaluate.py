@@ -41,8 +41,8 @@ from jnana.evaluation import (
 from jnana.evaluation.arguments import EvaluationArguments
 from jnana.processing.data import load_rows
 from jnana.training.arguments import parse_arguments
-from jnana.training.checks import check_output_dir, check_quantization, check_source
 from jnana.training.loading import load_model
+from jnana.training.option_checks import check_output_dir, check_quantization, check_source
 
 
 logger = logging.getLogger(__name__)

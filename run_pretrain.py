@@ -17,19 +17,18 @@ import sys
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
-from jnana.training.callbacks import LossCurveCallback, SamplesCallback
+from jnana.training.cards import use_our_card
 from jnana.training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from jnana.training.checks import check_models, check_run
 from jnana.training.data import load_blocks, load_documents
-from jnana.training.evaluation_loss import evaluation_hooks
+from jnana.training.distributed import main_process_first
 from jnana.training.interruption import StopSignalCallback
-from jnana.training.model_card import use_our_card
+from jnana.training.loading import prepare_text_model, prepare_tokenizer
+from jnana.training.monitoring import LossCurveCallback, SamplesCallback, evaluation_hooks, samples_from_blocks
 from jnana.training.optimizers import trainer_optimizer
-from jnana.training.runs import finish_run, start_run, train
-from jnana.training.samples import samples_from_blocks
+from jnana.training.option_checks import check_computation, check_models, check_run, check_text_arguments
+from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
-from jnana.training.text_models import check_text_arguments, prepare_text_model, prepare_tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +41,7 @@ def main(argv: list[str]) -> None:
     check_text_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_computation(training_args, model_args, run_args.optimizer, trains_language_model=True)
     check_push(training_args)
 
     # 3. Where to start
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     )
 
     # 4. Tokenizer and data: the first process prepares, the others read what it cached
-    with training_args.main_process_first(desc="tokenizer and data"):
+    with main_process_first():
         tokenizer = prepare_tokenizer(model_args, load_documents(data_args), checkpoint)
         train_blocks = load_blocks(data_args, tokenizer)
         eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from jnana.processing import JnanaProcessor
@@ -255,7 +255,7 @@ class ChatSession:
         self._pictures = pictures
         turn.new_tokens = len(answer)
         turn.seconds = time.perf_counter() - started
-        if answer and answer[-1] in self._end_tokens():
+        if answer and answer[-1] in end_token_ids(self.model, self.processor.tokenizer):
             turn.finish_reason = "end"
         elif len(answer) == room:
             turn.finish_reason = "context" if short_of_room else "length"
@@ -343,16 +343,18 @@ class ChatSession:
 
     # ------------------------------------------------------------------ small things
 
-    def _end_tokens(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
-        return ends if isinstance(ends, list) else [ends]
-
     def _forget(self) -> None:
         self._cache, self._held = None, []
 
     def _exclusively(self) -> "Exclusive":
         return Exclusive(self._busy)
+
+
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of the model's generation config, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 class Exclusive:

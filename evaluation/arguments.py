@@ -96,7 +96,7 @@ class EvaluationArguments:
                 )
 
     def folder_of(self, name: str) -> Path:
-        """Directory for the predictions of a test set: `output_dir`, or one subdirectory for each of several test sets."""
+        """Directory for the predictions of a test set: `output_dir`, or one subdirectory for each."""
         folder = Path(str(self.output_dir))
         return folder if len(self.test_sets) == 1 else folder / name
 

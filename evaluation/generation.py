@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from jnana.chat.session import end_token_ids
+from jnana.modeling import available_device
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
 
 from .questions import Question, QuestionSet
@@ -124,7 +125,7 @@ def process_state() -> PartialState:
     Returns:
         `PartialState`: One for each process.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    return PartialState(cpu=available_device().type == "cpu")
 
 
 class PromptCollator:

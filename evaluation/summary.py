@@ -24,7 +24,7 @@ DEFINITIONS = {
     "blind": "the same model and questions, every image replaced by a grey one (128, 128, 128) of the same size",
     "majority": (
         "a constant answer to every question of a type: the answer that is correct (exact match) for most questions "
-        "of that type in this test set; an upper bound for constant answers, because it is chosen with the references. "
+        "of that type in this test set; an upper bound for constant answers, as it is chosen with the references. "
         "Questions without a type form one type; ties go to the alphabetically first answer"
     ),
     "interval": (

@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .configuration_jnana import PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
 from .loading_jnana import (
     BASE_REFERENCE,
+    BASE_REFERENCE_FORMAT,
+    HUB_ARGUMENTS,
+    REPOSITORY_ARGUMENTS,
+    available_device,
+    disable_packed_kernel,
     grow_embeddings,
+    load_adapter_base,
     load_base,
     quantization_config,
     quantized_weight_count,
@@ -31,13 +37,19 @@ AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, ex
 
 __all__ = [
     "BASE_REFERENCE",
+    "BASE_REFERENCE_FORMAT",
+    "HUB_ARGUMENTS",
     "PROJECTOR_FIELDS",
+    "REPOSITORY_ARGUMENTS",
     "RESIZING_TOWERS",
     "JnanaConfig",
     "JnanaForConditionalGeneration",
     "JnanaModel",
     "JnanaPreTrainedModel",
+    "available_device",
+    "disable_packed_kernel",
     "grow_embeddings",
+    "load_adapter_base",
     "load_base",
     "quantization_config",
     "quantized_weight_count",

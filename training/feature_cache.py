@@ -47,8 +47,8 @@ from jnana.processing.data.images import MAX_IMAGE_PIXELS, read_image_bytes
 from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .arguments import DataArguments
-from .disk_space import size
-from .processes import ProcessGroup, process_group
+from .checkpoints import size
+from .distributed import ProcessGroup, process_group
 
 
 logger = logging.getLogger(__name__)

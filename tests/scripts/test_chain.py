@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_u
 
 from jnana import run_merge, run_sft
 from jnana.training.adapters import adapter_reference
-from jnana.training.callbacks import read_lines
 from jnana.training.loading import load_model
+from jnana.training.monitoring import read_lines
 from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
 

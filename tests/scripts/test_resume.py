@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from jnana import run_align, run_pretrain, run_sft
-from jnana.training.callbacks import read_lines
+from jnana.training.monitoring import read_lines
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
 from tests.scripts.launching import kill_at, launch
 

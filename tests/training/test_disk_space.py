@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.training.arguments import LoraArguments
-from jnana.training.disk_space import check_disk_space, merged_size, resuming_size, weights_size
+from jnana.training.checkpoints import check_disk_space, merged_size, resuming_size, weights_size
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.stages import apply_stage
 from tests.tiny import tiny_text_config, tiny_vision_config
@@ -121,7 +121,7 @@ def free(tmp_path, monkeypatch):
 
 
 def test_refused_and_warned(tmp_path, free, caplog):
-    caplog.set_level(logging.WARNING, "jnana.training.disk_space")
+    caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
     trainer = trainer_of(tmp_path, model_of("whole"))
     weights = weights_size(trainer)
     checkpoint = weights + resuming_size(trainer)
@@ -144,7 +144,7 @@ def test_refused_and_warned(tmp_path, free, caplog):
 
 
 def test_what_was_cut_off_is_written_over(tmp_path, free, caplog):
-    caplog.set_level(logging.WARNING, "jnana.training.disk_space")
+    caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
     trainer = trainer_of(tmp_path, model_of("whole"))
     checkpoint = weights_size(trainer) + resuming_size(trainer)
     broken = tmp_path / "checkpoint-4"
@@ -172,7 +172,7 @@ def test_final_weights_are_written_over(tmp_path, free):
 
 
 def test_merged_model_is_warned_of(tmp_path, free, caplog):
-    caplog.set_level(logging.WARNING, "jnana.training.disk_space")
+    caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
     trainer = trainer_of(tmp_path, model_of("adapter"))
     merged = trainer.model.merge_and_unload()
     whole = sum(p.nbytes for p in merged.parameters())

@@ -7,17 +7,26 @@ only the first one writes.
 import html
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from PIL.Image import Image
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
-from jnana.processing.data import thumbnail
-
-from .adapters import complete_adapter_folder
-from .samples import Sample
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import (
+    IGNORED,
+    BadSampleError,
+    conversation_rows,
+    load_image,
+    message_text,
+    thumbnail,
+    with_images,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +35,47 @@ SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.html"
 THUMBNAIL_SIDE = 200  # pixels
 LOSS_CURVE = "loss_curve.png"
+
+
+def row_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """`preprocess_logits_for_metrics` of the Trainer.
+
+    Args:
+        logits (`torch.Tensor`): `(batch_size, sequence_length, vocab_size)`, or only those of the places that predict
+            a label, `(num_kept, vocab_size)`; or a tuple of model outputs that begins with them.
+        labels (`torch.Tensor`): `(batch_size, sequence_length)`, -100 where nothing is to predict.
+
+    Returns:
+        `torch.Tensor`: `(batch_size, 2)`, for each row the summed loss and the number of its supervised tokens.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    supervised = labels[:, 1:] != IGNORED
+    if logits.ndim == 3:
+        logits = logits[:, :-1][supervised]
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="none")
+    sums = torch.zeros(supervised.shape, dtype=losses.dtype, device=losses.device).masked_scatter(supervised, losses)
+    return torch.stack([sums.sum(1), supervised.sum(1)], dim=1)
+
+
+def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of the Trainer: `loss`, which takes the place of its own mean over batches."""
+    total, count = prediction.predictions.astype("float64").sum(0)
+    return {"loss": float(total / max(count, 1))}
+
+
+def evaluation_hooks(on_bad_sample: str, world_size: int) -> dict[str, Any]:
+    """The Trainer's arguments for an exact `eval_loss`.
+
+    Several processes that skip bad samples may end up with different numbers of rows, which can't be gathered: they
+    keep the Trainer's mean over batches.
+
+    Args:
+        on_bad_sample (`str`): `raise` or `skip`.
+        world_size (`int`): Number of processes.
+    """
+    if on_bad_sample == "skip" and world_size > 1:
+        return {}
+    return {"preprocess_logits_for_metrics": row_losses, "compute_metrics": mean_token_loss}
 
 
 class LossCurveCallback(TrainerCallback):
@@ -60,6 +110,70 @@ def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
+
+
+@dataclass
+class Sample:
+    """A prompt and the text that should follow.
+
+    Args:
+        source (`str`): File and record it comes from.
+        prompt (`str`): The question, as people read it.
+        truth (`str`): The reference answer.
+        inputs (`dict[str, torch.Tensor]`): Model inputs of batch size 1, up to where the answer begins.
+        images (`list[Image]`): The pictures asked about.
+    """
+
+    source: str
+    prompt: str
+    truth: str
+    inputs: dict[str, torch.Tensor]
+    images: list[Image] = field(default_factory=list)
+
+
+def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor, count: int) -> list[Sample]:
+    """The first question of the first `count` rows, packed or not.
+
+    A picture that cannot be decoded is passed over with a warning: validation itself raises or skips, as asked.
+    """
+    samples: list[Sample] = []
+    for row in conversation_rows(rows):
+        if len(samples) == count:
+            break
+        messages = row["conversations"][0]
+        answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        try:
+            images = [load_image(reference, source=row["source"]) for reference in row["images"]]
+        except BadSampleError as error:
+            logger.warning(f"not among the samples: {error}")
+            continue
+        inputs = processor.apply_chat_template(
+            with_images(messages[:answer], images),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        question = " ".join(message_text(message) for message in messages[:answer])
+        samples.append(Sample(row["source"], question.strip(), message_text(messages[answer]), dict(inputs), images))
+    return samples
+
+
+def samples_from_blocks(
+    blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int
+) -> list[Sample]:
+    """The first half of the first `count` blocks (or rows' first documents) as prompts, what follows as truth."""
+    samples = []
+    for number, block in enumerate(islice(blocks, count)):
+        ids = torch.as_tensor(block["input_ids"])
+        if "position_ids" in block:
+            starts = (torch.as_tensor(block["position_ids"]) == 0).nonzero().flatten().tolist()
+            ids = ids[: starts[1]] if len(starts) > 1 else ids
+        half = len(ids) // 2
+        inputs = {"input_ids": ids[None, :half], "attention_mask": torch.ones(1, half, dtype=torch.long)}
+        truth = tokenizer.decode(ids[half : half + max_new_tokens])
+        samples.append(Sample(f"validation block {number}", tokenizer.decode(ids[:half]), truth, inputs))
+    return samples
 
 
 class SamplesCallback(TrainerCallback):
@@ -133,18 +247,6 @@ class SamplesCallback(TrainerCallback):
         with torch.autocast(args.device.type, dtype=lower, enabled=args.bf16 or args.fp16):
             ids = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True)
         return self.decode(ids[0, inputs["input_ids"].shape[1] :].tolist())
-
-
-class BaseReferenceCallback(TrainerCallback):
-    """Writes beside each adapter checkpoint its base's record and the code, so that every `checkpoint-N` loads."""
-
-    def __init__(self, reference: dict[str, Any]):
-        self.reference = reference
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            complete_adapter_folder(model, self.reference, folder, published=args.push_to_hub)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
-from .callbacks import LOSS_CURVE
+from .monitoring import LOSS_CURVE
 from .stages import PARTS, count_parameters
 
 

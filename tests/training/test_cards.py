@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from jnana.training.arguments import ModelArguments, TextDataArguments, TextModelArguments, read_recipe
-from jnana.training.model_card import is_hub_id, model_origins, public_name, use_our_card
+from jnana.training.cards import is_hub_id, model_origins, public_name, use_our_card
 from tests.tiny import tiny_text_config, tiny_tokenizer
 
 

@@ -8,8 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from jnana.training.arguments import LoraArguments, RateArguments
-from jnana.training.learning_rates import PartScheduleCallback, check_rates, split_by_part, stock_groups
-from jnana.training.optimizers import trainer_optimizer
+from jnana.training.optimizers import PartScheduleCallback, check_rates, split_by_part, stock_groups, trainer_optimizer
 from jnana.training.stages import apply_stage, part_of
 from tests.training.test_stages import LORA, batch, pair
 
@@ -116,5 +115,5 @@ def test_refused(tmp_path):
         check_rates(RateArguments(projector_learning_rate=-1), arguments(tmp_path))
     plateau = arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
     check_rates(RateArguments(), plateau)  # the control
-    with pytest.raises(ValueError, match="lr_scheduler_type 'reduce_lr_on_plateau' is no function of the step"):
+    with pytest.raises(ValueError, match="lr_scheduler_type 'reduce_lr_on_plateau' follows the loss"):
         check_rates(RATES, plateau)

@@ -1,4 +1,4 @@
-"""Errors that would come after the model is loaded, or after an hour: found first, from the arguments alone."""
+"""Checks of the arguments alone: errors that would otherwise come after the model is loaded, or after an hour."""
 
 import tempfile
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from transformers import TrainingArguments
+from transformers import CONFIG_MAPPING, PreTrainedConfig, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils import cached_file, is_bitsandbytes_available, is_liger_kernel_available
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data.feature_cache import KEY_FILE
@@ -22,6 +22,7 @@ from .arguments import (
     TextDataArguments,
     TextModelArguments,
 )
+from .distributed import sharding_of
 from .stages import adapter_targets
 
 
@@ -120,6 +121,50 @@ def check_models(args: ModelArguments | TextModelArguments) -> None:
             check_source(name, value, "give a folder or a Hub id; the recipes' earlier stages write such folders")
 
 
+def check_model_arguments(args: ModelArguments) -> None:
+    """Refuse arguments that name neither a checkpoint nor a pair, or both."""
+    pair = (args.vision_model, args.text_model)
+    if args.model_name_or_path is not None and any(pair):
+        raise ValueError(
+            f"model_name_or_path ({args.model_name_or_path!r}) and vision_model/text_model {pair} exclude each other; "
+            "give the checkpoint to continue, or the two backbones to join"
+        )
+    if args.model_name_or_path is None and not all(pair):
+        raise ValueError(
+            f"vision_model is {args.vision_model!r} and text_model is {args.text_model!r}; give both, or a Jnana "
+            "checkpoint as model_name_or_path"
+        )
+
+
+def check_text_arguments(args: TextModelArguments) -> None:
+    """Refuse arguments that name no model or tokenizer, or two of them.
+
+    Raises:
+        ValueError: naming the fields and the remedy.
+    """
+    models = ("model_name_or_path", "config_name_or_path", "text_config")
+    given = [name for name in models if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"of {', '.join(models)} exactly one must be set, and {given or 'none'} is/are")
+    if args.train_tokenizer_vocab_size is not None and args.tokenizer_name_or_path is not None:
+        raise ValueError(
+            f"tokenizer_name_or_path ({args.tokenizer_name_or_path!r}) and train_tokenizer_vocab_size "
+            f"({args.train_tokenizer_vocab_size}) exclude each other; take a tokenizer, or train one"
+        )
+    if args.model_name_or_path is not None and args.train_tokenizer_vocab_size is not None:
+        raise ValueError(
+            f"train_tokenizer_vocab_size is {args.train_tokenizer_vocab_size}, but {args.model_name_or_path!r} has a "
+            "tokenizer and knows no other; leave it out"
+        )
+    if args.text_config is not None and args.text_config_fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"text_config: model_type is {args.text_config_fields.get('model_type')!r}; give one that transformers "
+            "knows, such as phi or gpt_neox"
+        )
+    if args.text_config is not None and not (args.tokenizer_name_or_path or args.train_tokenizer_vocab_size):
+        raise ValueError("text_config needs a tokenizer: set tokenizer_name_or_path or train_tokenizer_vocab_size")
+
+
 def check_output_dir(folder: str, name: str = "output_dir") -> None:
     """Create the folder and write a file in it."""
     try:
@@ -205,11 +250,11 @@ def check_same_adapter(args: LoraArguments, adapter: str) -> None:
 
 
 def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
-    """Refuse a quantised base where bitsandbytes, or the device, cannot hold it.
+    """Refuse a quantised base that bitsandbytes, or the device, cannot compute with.
 
     Args:
-        settings (`dict`): As `jnana.training.adapters.quantization_settings` gives them.
-        device (`torch.device`): Where the run computes.
+        settings (`dict`): As `training.adapters.quantization_settings` gives them.
+        device (`torch.device`): The device of the run.
 
     Raises:
         ValueError: naming the option and the remedy.
@@ -236,3 +281,82 @@ def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
                 "quantization_compute_dtype is 'bfloat16', for which this GPU "
                 f"({torch.cuda.get_device_name(device)}) has no units; give `--dtype float16 --bf16 false --fp16 true`"
             )
+
+
+def check_computation(
+    args: TrainingArguments,
+    model_args: ModelArguments | TextModelArguments,
+    optimizer: str,
+    quantization: str = "none",
+    trains_language_model: bool = False,
+) -> None:
+    """Refuse options that the run's sharding, precision or kernels can't follow, and complete `accelerator_config`.
+
+    Args:
+        args (`TrainingArguments`): Of the run. Where `accelerator_config.dispatch_batches` is left open it is set to
+            `False`: accelerate would cut a packed batch of a stream along dimension 0, images and rows alike.
+        model_args (`ModelArguments` or `TextModelArguments`): Attention implementation and dtype.
+        optimizer (`str`): `stock` or `muon`.
+        quantization (`str`, defaults to `"none"`): `none`, `nf4` or `int8`.
+        trains_language_model (`bool`, defaults to `False`): Whether the whole language model trains, which is then
+            held in float32, whatever `dtype` says.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    check_liger_kernel(args, model_args)
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False
+    elif args.accelerator_config.dispatch_batches and isinstance(model_args, ModelArguments):
+        raise ValueError(
+            "accelerator_config: dispatch_batches is true, with which accelerate cuts a batch along dimension 0, its "
+            "images and its rows alike; leave it out"
+        )
+    sharding = sharding_of(args)
+    if optimizer == "muon" and sharding is not None:
+        how = "FSDP cuts each matrix over the processes" if sharding == "fsdp" else "ZeRO flattens all weights"
+        raise ValueError(
+            f"optimizer is 'muon', which steps whole matrices, but {how}; start with recipes/accelerate/ddp.yaml, or "
+            "set `optimizer: stock`"
+        )
+    if quantization == "int8" and sharding == "fsdp":
+        raise ValueError(
+            "quantization is 'int8', whose weights FSDP cannot shard; set `quantization: nf4`, or start with "
+            "recipes/accelerate/ddp.yaml"
+        )
+    attention, dtype = model_args.attn_implementation, "float32" if trains_language_model else model_args.dtype
+    if attention is not None and "flash" in attention and dtype == "float32" and not (args.bf16 or args.fp16):
+        held = "the language model trains, so it is held in float32" if trains_language_model else "dtype is 'float32'"
+        raise ValueError(
+            f"attn_implementation is {attention!r}, which computes in 16 bits only, but {held}, and bf16 and fp16 are "
+            "false; set `bf16: true`, or `attn_implementation: sdpa`"
+        )
+
+
+def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | TextModelArguments) -> None:
+    """Refuse `use_liger_kernel` where it would change nothing: Liger patches the models that it knows by `model_type`.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    if not args.use_liger_kernel:
+        return
+    if isinstance(model_args, ModelArguments):
+        raise ValueError("use_liger_kernel is true, but Liger has no kernels for Jnana's models; leave it out")
+    if not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel is true, but liger-kernel is not installed: `pip install liger-kernel`, or leave it out"
+        )
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    name = model_args.model_name_or_path or model_args.config_name_or_path
+    model_type = model_args.text_config_fields.get("model_type") if name is None else load_model_type(name)
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"use_liger_kernel is true, but Liger has no kernels for model_type {model_type!r}; leave it out"
+        )
+
+
+def load_model_type(name: str) -> str | None:
+    """The `model_type` in the config of a checkpoint, a folder or a Hub id."""
+    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")

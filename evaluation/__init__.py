@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from .contact_sheet import write_contact_sheet
 from .generation import answer_questions, model_fingerprint, process_state
 from .metrics.scoring import exact_match, normalize_answer, vqa_accuracy
-from .questions import Question, QuestionSet
+from .questions import Question, QuestionSet, load_questions
 from .report import SplitResult, write_report
+from .results import answer_test_set, write_results
 from .summary import format_table, majority_answers, summarise, wilson_interval
 
 
@@ -40,8 +41,10 @@ __all__ = [
     "SplitResult",
     "VQAAccuracy",
     "answer_questions",
+    "answer_test_set",
     "exact_match",
     "format_table",
+    "load_questions",
     "majority_answers",
     "model_fingerprint",
     "normalize_answer",
@@ -51,6 +54,7 @@ __all__ = [
     "wilson_interval",
     "write_contact_sheet",
     "write_report",
+    "write_results",
 ]
 
 

@@ -110,9 +110,9 @@ def test_pictures_questions_and_right_answers(tab, chess):
         show(tab, file)
         tab.wait_for_selector("#waiting img")
         assert ask(tab, turns[0]) == turns[1]
-        assert " 0 of them known" in tab.inner_text("#status")
+        assert " 0 of them cached" in tab.inner_text("#status")
         assert ask(tab, turns[2]) == turns[3]
-        assert " 0 of them known" not in tab.inner_text("#status")  # the picture was not read again
+        assert " 0 of them cached" not in tab.inner_text("#status")  # the picture was not read again
         screenshot(tab, f"two_turns_{number}")
         tab.click("#clear")
         sync_api.expect(tab.locator("#chat .message")).to_have_count(0)

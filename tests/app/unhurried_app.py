@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 from jnana import app
-from jnana.chat.session import Stopped
+from jnana.chat.session import StopOnEvent
 
 
 SECONDS_A_TOKEN = 120  # at most: a test that fails leaves the app to the next one
 
 
 def wait_beside(file: Path) -> None:
-    at_once = Stopped.__call__
+    at_once = StopOnEvent.__call__
 
     def touched() -> int | None:
         return file.stat().st_mtime_ns if file.exists() else None
@@ -30,7 +30,7 @@ def wait_beside(file: Path) -> None:
             time.sleep(0.02)
         return at_once(self, *args, **kwargs)
 
-    Stopped.__call__ = unhurried  # type: ignore[method-assign]
+    StopOnEvent.__call__ = unhurried  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

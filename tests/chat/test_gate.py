@@ -45,9 +45,13 @@ def client(tmp_path, monkeypatch):
     def make(login: tuple[str, str] | None = None, gate: bool = True) -> TestClient:
         limits = Limits(upload_megabytes=0.1, all_uploads_megabytes=0.5)
         assistant = SimpleNamespace(
-            limits=limits, transcriber=None, speech_note="off", describe=lambda: "tiny", goodbye=lambda visitor: None
+            limits=limits,
+            transcriber=None,
+            speech_note="off",
+            describe=lambda: "tiny",
+            close_chat=lambda visitor: None,
         )
-        assistant.welcome = lambda: None
+        assistant.new_visitor = lambda: None
         blocks = build_interface(assistant)
         options = launch_options(assistant, tmp_path)
         blocks.max_file_size = options["max_file_size"]
@@ -71,7 +75,7 @@ def test_only_the_pages_own_routes_answer(client, monkeypatch):
     assert page.get("/gradio_api/app_id").status_code == 200
     for method, path in CLOSED:
         reply = page.request(method, path)
-        assert (reply.status_code, reply.text) == (404, "There is nothing here."), path
+        assert (reply.status_code, reply.text) == (404, "Not found."), path
     assert fetched == []
     assert page.get("/gradio_api/file=/etc/passwd").status_code == 403  # Gradio's own word
     with pytest.raises(OSError, match="fetched"):  # the control: what Gradio does by itself

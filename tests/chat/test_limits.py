@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jnana.chat.limits import Limits, Refused, check_question, read_picture, read_upload, refuse_addresses
+from jnana.chat.limits import Limits, Refused, check_question, read_image, read_upload, refuse_addresses
 
 
 LIMITS = Limits(upload_megabytes=1, image_megapixels=1)
@@ -27,9 +27,9 @@ def bomb(path: Path, width: int, height: int) -> Path:
 
 def test_a_picture_within_the_limits_is_read(tmp_path):
     Image.new("RGB", (1000, 1000), "red").save(tmp_path / "good.png")
-    assert read_picture(tmp_path / "good.png", LIMITS).size == (1000, 1000)
+    assert read_image(tmp_path / "good.png", LIMITS).size == (1000, 1000)
     with pytest.raises(Refused, match="at most 0.5 megapixels"):
-        read_picture(tmp_path / "good.png", Limits(image_megapixels=0.5))
+        read_image(tmp_path / "good.png", Limits(image_megapixels=0.5))
 
 
 def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
@@ -45,7 +45,7 @@ def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
     bomb(tmp_path / "line.png", 5000, 1)
     for file in sorted(tmp_path.iterdir()):
         with pytest.raises(Refused) as refusal:
-            read_picture(file, LIMITS)
+            read_image(file, LIMITS)
         assert "can't be used as a picture" in str(refusal.value)
         assert str(tmp_path) not in str(refusal.value) and file.name not in str(refusal.value)
         assert refusal.value.__cause__ is None

@@ -99,7 +99,7 @@ def largest_difference(one: ChatSession, other: ChatSession) -> float:
 def reread(session: ChatSession) -> ChatSession:
     """Another session that answers the same last question with an empty cache."""
     other = ChatSession(session.model, session.processor)
-    other.messages, other._pictures = session.messages, session._pictures
+    other.messages, other._images = session.messages, session._images
     list(other.retry(max_new_tokens=8))
     return other
 
@@ -153,14 +153,14 @@ def test_a_picture_is_seen_once_and_a_chat_read_once(model, processor):
 def swap_picture(session: ChatSession) -> str:
     """The same chat, about another picture."""
     list(session.ask(QUESTIONS[0], [picture("red")], max_new_tokens=8))
-    session.messages, session._pictures = [], []
+    session.messages, session._images = [], []
     return list(session.ask(QUESTIONS[0], [picture("blue")], max_new_tokens=8))[-1]
 
 
 def test_another_picture_with_the_same_tokens_is_read(model, processor, monkeypatch):
     fresh = list(ChatSession(model, processor).ask(QUESTIONS[0], [picture("blue")], max_new_tokens=8))[-1]
     assert swap_picture(ChatSession(model, processor)) == fresh
-    monkeypatch.setattr(ChatSession, "_keys", lambda self, ids, pictures: list(ids))  # the control: ids alone
+    monkeypatch.setattr(ChatSession, "_keys", lambda self, ids, images: list(ids))  # the control: ids alone
     assert swap_picture(ChatSession(model, processor)) != fresh
 
 
@@ -177,7 +177,7 @@ def test_the_cache_is_cut_where_the_chat_differs(model, processor, monkeypatch):
     assert change_history(session) == anew
     assert 0 < session.last_turn.cached_tokens < session.last_turn.prompt_tokens
     # the control: taking all that the cache holds
-    monkeypatch.setattr(ChatSession, "_common_length", lambda self, keys: min(len(keys) - 1, len(self._held)))
+    monkeypatch.setattr(ChatSession, "_common_length", lambda self, keys: min(len(keys) - 1, len(self._cached_keys)))
     assert change_history(ChatSession(model, processor)) != anew
 
 
@@ -194,7 +194,7 @@ def test_retry_reads_one_token_and_answers_the_same(model, processor):
 def test_a_prompt_that_ends_in_a_picture_is_never_cut_in_it(model, processor):
     session = ChatSession(model, processor)
     keys = session._keys([5, 6, *[processor.image_token_id] * 4], [session.prepare(picture("red"))])
-    session._held = keys
+    session._cached_keys = keys
     assert session._common_length(keys) == 2  # not 5, which would leave one image token without its picture
 
 
@@ -212,7 +212,7 @@ def test_stopped_answers_stay_and_the_chat_goes_on(model, processor):
     answer.close()  # a reader who left
     assert len(session.messages) == 4 and session.last_turn.new_tokens < 150
     anew = ChatSession(model, processor, keep_cache=False)
-    anew.messages, anew._pictures = session.messages, session._pictures
+    anew.messages, anew._images = session.messages, session._images
     assert list(session.ask("why?", max_new_tokens=6)) == list(anew.ask("why?", max_new_tokens=6))
 
 
@@ -238,7 +238,7 @@ def test_a_failed_answer_leaves_the_chat_as_it_was(model, processor, monkeypatch
             list(session.ask(QUESTIONS[1]))
     assert session.messages == messages and session.cached_tokens == 0
     anew = ChatSession(model, processor, keep_cache=False)
-    anew.messages, anew._pictures = session.messages, session._pictures
+    anew.messages, anew._images = session.messages, session._images
     assert list(session.ask("why?", max_new_tokens=6)) == list(anew.ask("why?", max_new_tokens=6))
 
 
@@ -273,7 +273,7 @@ def test_refusals_name_the_value(model, processor, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             session.ask("why?", **options)
-    with pytest.raises(ValueError, match="neither a question nor a picture"):
+    with pytest.raises(ValueError, match="neither a question nor an image"):
         session.ask("  ")
     with pytest.raises(ValueError, match="nothing has been asked"):
         session.retry()

@@ -42,5 +42,5 @@ def test_which_pass_has_the_adapter(pair, monkeypatch):
 
 
 def test_a_merged_model_is_refused(pair):
-    with pytest.raises(ValueError, match="needs the adapter and its base apart"):
+    with pytest.raises(ValueError, match="needs a model with an unmerged adapter"):
         fluent_answer(*pair, [{"role": "user", "content": [{"type": "text", "text": "x"}]}])

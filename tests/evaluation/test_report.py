@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jnana.evaluation import QuestionSet, SplitResult, summarise, write_contact_sheet, write_report
-from jnana.evaluation.report import THUMBNAIL_SIDE, drawn_at_random, thumbnail
+from jnana.evaluation.report import THUMBNAIL_SIDE, drawn_at_random
 from jnana.processing.data import load_rows
 from tests.evaluation.conftest import write_test_set
 
@@ -146,11 +146,13 @@ def test_unreadable_pictures_are_told(tmp_path):
     assert len(page.of("img")) == 4 and len(page.of("article")) == 6
 
 
-def test_thumbnails_are_small():
-    large = thumbnail(Image.new("RGBA", (2000, 1000), (10, 200, 30, 255)))
-    assert (large["width"], large["height"]) == (THUMBNAIL_SIDE, THUMBNAIL_SIDE // 2)
-    small = thumbnail(Image.new("L", (20, 10)))
-    assert (small["width"], small["height"]) == (20, 10)
+def test_large_images_become_thumbnails(tmp_path):
+    folder = tmp_path / "data"
+    result = split_result(folder, {})
+    Image.new("RGB", (2000, 1000)).save(folder / "0.png")
+    images = Page(written(tmp_path / "report.html", [result])).of("img")
+    assert (images[0]["width"], images[0]["height"]) == (str(THUMBNAIL_SIDE), str(THUMBNAIL_SIDE // 2))
+    assert (images[1]["width"], images[1]["height"]) == ("31", "28")
 
 
 def test_contact_sheet(tmp_path, recwarn):

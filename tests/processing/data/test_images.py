@@ -1,5 +1,6 @@
 """Images as people have them: turned, transparent, 16-bit, broken, absurd."""
 
+import base64
 import io
 import struct
 import zipfile
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image
+from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -147,3 +148,12 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
     assert load_image(f"zip://0.png::{tmp_path / 'a.zip'}").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(BadSampleError, match="r1: image .* can't be read"):
         load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")
+
+
+def test_thumbnails_are_small():
+    large = thumbnail(Image.new("RGBA", (2000, 1000), (10, 200, 30, 255)), 224)
+    assert (large["width"], large["height"]) == (224, 112)
+    data = base64.b64decode(large["url"].removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(data)).size == (224, 112)
+    small = thumbnail(Image.new("L", (20, 10)), 224)
+    assert (small["width"], small["height"]) == (20, 10)

@@ -14,7 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jnana.processing.data import BadSampleError, thumbnail
+from jnana.processing.data import BadSampleError
+from jnana.processing.data.images import thumbnail
 
 from .metrics.scoring import vqa_accuracy
 from .questions import QuestionSet

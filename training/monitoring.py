@@ -4,7 +4,9 @@ All of it through the Trainer's own callback events. Every process generates (so
 only the first one writes.
 """
 
+import base64
 import html
+import io
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -18,22 +20,13 @@ from PIL.Image import Image
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import (
-    IGNORED,
-    BadSampleError,
-    conversation_rows,
-    load_image,
-    message_text,
-    thumbnail,
-    with_images,
-)
+from jnana.processing.data import IGNORED, BadSampleError, conversation_rows, load_image, with_images
 
 
 logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.html"
-THUMBNAIL_SIDE = 200  # pixels
 LOSS_CURVE = "loss_curve.png"
 
 
@@ -140,7 +133,7 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
     for row in conversation_rows(rows):
         if len(samples) == count:
             break
-        messages = row["conversations"][0]
+        messages = [{"role": m["role"], "content": [clean(c) for c in m["content"]]} for m in row["conversations"][0]]
         answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
         try:
             images = [load_image(reference, source=row["source"]) for reference in row["images"]]
@@ -154,8 +147,8 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
             return_dict=True,
             return_tensors="pt",
         )
-        question = " ".join(message_text(message) for message in messages[:answer])
-        samples.append(Sample(row["source"], question.strip(), message_text(messages[answer]), dict(inputs), images))
+        question = " ".join(text_of(message) for message in messages[:answer])
+        samples.append(Sample(row["source"], question.strip(), text_of(messages[answer]), dict(inputs), images))
     return samples
 
 
@@ -174,6 +167,15 @@ def samples_from_blocks(
         truth = tokenizer.decode(ids[half : half + max_new_tokens])
         samples.append(Sample(f"validation block {number}", tokenizer.decode(ids[:half]), truth, inputs))
     return samples
+
+
+def clean(part: dict[str, Any]) -> dict[str, Any]:
+    """A content part without the empty `text` that Arrow adds to an image part."""
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def text_of(message: dict[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 class SamplesCallback(TrainerCallback):
@@ -266,10 +268,19 @@ def samples_page(samples: list[Sample], entries: list[dict[str, Any]]) -> str:
     parts.append("<style>body{font:15px sans-serif;margin:2em}td{padding:.2em .8em;vertical-align:top}</style>")
     for sample in samples:
         parts.append("<h3>" + html.escape(sample.source) + "</h3>")
-        parts += [f"<img src='{thumbnail(image, THUMBNAIL_SIDE)['url']}'>" for image in sample.images]
+        parts += [f"<img src='data:image/png;base64,{thumbnail(image)}'>" for image in sample.images]
         parts.append(f"<p>{html.escape(sample.prompt)}<br><b>{html.escape(sample.truth)}</b></p><table>")
         for entry in entries:
             if (entry["source"], entry["prompt"]) == (sample.source, sample.prompt):
                 parts.append(f"<tr><td>{entry['step']}</td><td>{html.escape(entry['generated'])}</td></tr>")
         parts.append("</table>")
     return "\n".join(parts) + "\n"
+
+
+def thumbnail(image) -> str:
+    """A PIL image as base64 PNG, at most 200 pixels wide or high."""
+    image = image.copy()
+    image.thumbnail((200, 200))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -3,7 +3,7 @@
 from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image, thumbnail
+from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image
 from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED
 from .plan import RowPlan, packed_rows, packed_stream, plan_rows
@@ -50,7 +50,6 @@ __all__ = [
     "packed_stream",
     "plan_rows",
     "read_bad_samples",
-    "thumbnail",
     "tokenizer_fingerprint",
     "train_tokenizer",
     "with_images",

@@ -110,25 +110,6 @@ def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
         raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
 
 
-def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:
-    """
-    A small copy of an image as a JPEG in a data URL, for an HTML page that loads no other file.
-
-    Args:
-        image (`PIL.Image.Image`): of any mode.
-        side (`int`): length of the longer side in pixels; smaller images keep their size.
-
-    Returns:
-        `dict`: `{"url": str, "width": int, "height": int}`; the size in pixels.
-    """
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
-
-
 def _no_reference(source: str) -> BadSampleError:
     return bad_sample(source, "the image reference has neither a path nor bytes.", "Give one of them.")
 
@@ -287,3 +268,22 @@ class PixelImages:
         if not images:
             return {}
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def thumbnail(image: Image.Image, max_side: int) -> dict[str, Any]:
+    """
+    A small copy of an image for an HTML page.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode and size; it is not changed.
+        max_side (`int`): pixels of the longer side at most; smaller images keep their size.
+
+    Returns:
+        `dict`: `url` (a data URL with a JPEG), `width` and `height` (pixels).
+    """
+    small = image.convert("RGB")
+    small.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}

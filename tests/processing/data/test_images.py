@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
+from jnana.processing.data import BadSampleError, check_image, load_image
+from jnana.processing.data.images import thumbnail
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -150,10 +151,11 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
         load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")
 
 
-def test_thumbnails_are_small():
-    large = thumbnail(Image.new("RGBA", (2000, 1000), (10, 200, 30, 255)), 224)
-    assert (large["width"], large["height"]) == (224, 112)
-    data = base64.b64decode(large["url"].removeprefix("data:image/jpeg;base64,"))
-    assert Image.open(io.BytesIO(data)).size == (224, 112)
-    small = thumbnail(Image.new("L", (20, 10)), 224)
-    assert (small["width"], small["height"]) == (20, 10)
+def test_a_thumbnail_is_small_and_leaves_the_image_alone():
+    image = Image.new("RGBA", (2000, 1000), (10, 200, 30, 255))
+    found = thumbnail(image, 100)
+    assert (found["width"], found["height"]) == (100, 50) and image.size == (2000, 1000)
+    data = base64.b64decode(found["url"].removeprefix("data:image/jpeg;base64,"))
+    with Image.open(io.BytesIO(data)) as small:
+        assert small.size == (100, 50) and small.getpixel((50, 25))[1] > 150
+    assert thumbnail(Image.new("L", (20, 10)), 100)["width"] == 20  # the control: nothing is enlarged

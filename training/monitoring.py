@@ -1,12 +1,10 @@
-"""What a run shows while it trains: the loss curve, and what the model writes about pictures it does not train on.
+"""What a run reports while it trains: the validation loss per token, the loss curve and generated samples.
 
-All of it through the Trainer's own callback events. Every process generates (so that a sharded model does not hang),
-only the first one writes.
+All of it goes through hooks and callbacks of the stock Trainer. Every process generates, because a sharded model needs
+all of them; only the first process writes.
 """
 
-import base64
 import html
-import io
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -21,6 +19,9 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import IGNORED, BadSampleError, conversation_rows, load_image, with_images
+from jnana.processing.data.images import thumbnail
+
+from .arguments import RunArguments
 
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,16 @@ logger = logging.getLogger(__name__)
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PAGE = "samples.html"
 LOSS_CURVE = "loss_curve.png"
+THUMBNAIL_SIDE = 200  # pixels
 
 
 def row_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """`preprocess_logits_for_metrics` of the Trainer.
+    """The Trainer's `preprocess_logits_for_metrics`: the summed loss and token count of each row.
 
     Args:
-        logits (`torch.Tensor`): `(batch_size, sequence_length, vocab_size)`, or only those of the places that predict
-            a label, `(num_kept, vocab_size)`; or a tuple of model outputs that begins with them.
-        labels (`torch.Tensor`): `(batch_size, sequence_length)`, -100 where nothing is to predict.
+        logits (`torch.Tensor`): `(batch_size, sequence_length, vocab_size)`, or only the logits of the positions that
+            predict a label, `(num_kept, vocab_size)`; or a tuple of model outputs that begins with them.
+        labels (`torch.Tensor`): `(batch_size, sequence_length)`, -100 at positions without a label.
 
     Returns:
         `torch.Tensor`: `(batch_size, 2)`, for each row the summed loss and the number of its supervised tokens.
@@ -51,7 +53,12 @@ def row_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Te
 
 
 def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of the Trainer: `loss`, which takes the place of its own mean over batches."""
+    """The mean loss over all supervised tokens, as `loss`; the Trainer's `compute_metrics`.
+
+    The Trainer's own `eval_loss` is a mean over batches, in which the last batch and a batch of short answers weigh as
+    much as the others. This value replaces it and depends neither on the batches nor on the number of processes: the
+    Trainer gathers the rows' sums and drops the rows that only fill up the last batch.
+    """
     total, count = prediction.predictions.astype("float64").sum(0)
     return {"loss": float(total / max(count, 1))}
 
@@ -59,8 +66,8 @@ def mean_token_loss(prediction: EvalPrediction) -> dict[str, float]:
 def evaluation_hooks(on_bad_sample: str, world_size: int) -> dict[str, Any]:
     """The Trainer's arguments for an exact `eval_loss`.
 
-    Several processes that skip bad samples may end up with different numbers of rows, which can't be gathered: they
-    keep the Trainer's mean over batches.
+    Several processes that skip bad rows may end up with different numbers of rows, which can't be gathered: they keep
+    the Trainer's mean over batches.
 
     Args:
         on_bad_sample (`str`): `raise` or `skip`.
@@ -71,8 +78,29 @@ def evaluation_hooks(on_bad_sample: str, world_size: int) -> dict[str, Any]:
     return {"preprocess_logits_for_metrics": row_losses, "compute_metrics": mean_token_loss}
 
 
+def monitoring_callbacks(
+    run_args: RunArguments, eval_data: Iterable[dict[str, Any]] | None, processing_class: Any
+) -> list[TrainerCallback]:
+    """The callbacks of every training script: the loss curve and, with `sample_steps`, generated samples.
+
+    Args:
+        run_args (`RunArguments`): `sample_steps`, `sample_count`, `sample_max_new_tokens`.
+        eval_data (`Iterable[dict]`): Validation rows, or blocks of a text corpus; `None` only without `sample_steps`.
+        processing_class (`JnanaProcessor` or `PreTrainedTokenizerBase`): Makes the prompts and decodes the answers.
+    """
+    callbacks: list[TrainerCallback] = [LossCurveCallback()]
+    if run_args.sample_steps > 0 and eval_data is not None:
+        count, max_new_tokens = run_args.sample_count, run_args.sample_max_new_tokens
+        if isinstance(processing_class, JnanaProcessor):
+            samples = samples_from_rows(eval_data, processing_class, count)
+        else:
+            samples = samples_from_blocks(eval_data, processing_class, count, max_new_tokens)
+        callbacks.append(SamplesCallback(samples, processing_class.decode, run_args.sample_steps, max_new_tokens))
+    return callbacks
+
+
 class LossCurveCallback(TrainerCallback):
-    """Draws `loss_curve.png` beside the checkpoints at every save and at the end, from the Trainer's own log."""
+    """Draws `loss_curve.png` in `output_dir` from the Trainer's log, at every save and at the end."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -83,7 +111,7 @@ class LossCurveCallback(TrainerCallback):
 
 
 def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
-    """Plot `loss` and `eval_loss` over the steps; nothing is written while there is no loss yet."""
+    """Plot `loss` and `eval_loss` over the steps; without a logged loss no file is written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,7 +122,7 @@ def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
     if not curves["training"]:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a screen and without touching pyplot's global state
+    FigureCanvasAgg(figure)  # draws without a screen and without pyplot's global state
     axes = figure.subplots()
     for label, points in curves.items():
         if points:
@@ -107,14 +135,14 @@ def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
 
 @dataclass
 class Sample:
-    """A prompt and the text that should follow.
+    """A prompt and the text that should follow it.
 
     Args:
         source (`str`): File and record it comes from.
-        prompt (`str`): The question, as people read it.
+        prompt (`str`): The question as text.
         truth (`str`): The reference answer.
         inputs (`dict[str, torch.Tensor]`): Model inputs of batch size 1, up to where the answer begins.
-        images (`list[Image]`): The pictures asked about.
+        images (`list[Image]`): The images of the question.
     """
 
     source: str
@@ -127,13 +155,16 @@ class Sample:
 def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor, count: int) -> list[Sample]:
     """The first question of the first `count` rows, packed or not.
 
-    A picture that cannot be decoded is passed over with a warning: validation itself raises or skips, as asked.
+    Rows whose image can't be decoded are skipped with a warning; validation itself follows `on_bad_sample`.
     """
     samples: list[Sample] = []
     for row in conversation_rows(rows):
         if len(samples) == count:
             break
-        messages = [{"role": m["role"], "content": [clean(c) for c in m["content"]]} for m in row["conversations"][0]]
+        messages = [
+            {"role": m["role"], "content": [without_empty_fields(part) for part in m["content"]]}
+            for m in row["conversations"][0]
+        ]
         answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
         try:
             images = [load_image(reference, source=row["source"]) for reference in row["images"]]
@@ -155,7 +186,7 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
 def samples_from_blocks(
     blocks: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int
 ) -> list[Sample]:
-    """The first half of the first `count` blocks (or rows' first documents) as prompts, what follows as truth."""
+    """The first half of the first `count` blocks (or rows' first documents) as prompts, the second half as truth."""
     samples = []
     for number, block in enumerate(islice(blocks, count)):
         ids = torch.as_tensor(block["input_ids"])
@@ -169,25 +200,26 @@ def samples_from_blocks(
     return samples
 
 
-def clean(part: dict[str, Any]) -> dict[str, Any]:
-    """A content part without the empty `text` that Arrow adds to an image part."""
+def without_empty_fields(part: dict[str, Any]) -> dict[str, Any]:
+    """A content part without the `text: None` that Arrow adds to an image part."""
     return {key: value for key, value in part.items() if value is not None}
 
 
 def text_of(message: dict[str, Any]) -> str:
+    """The text parts of a message, joined by spaces."""
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 class SamplesCallback(TrainerCallback):
-    """Before the first step and every `every` steps writes true and generated text of a few validation samples.
+    """Generates answers to a few validation samples before the first step, every `every` steps and at the end.
 
-    They are printed, appended to `samples.jsonl`, and shown with their pictures in `samples.html`.
+    They are logged, appended to `samples.jsonl`, and shown with their images in `samples.html`.
 
     Args:
-        samples (`list[Sample]`): Prompts as model inputs, with the text a perfect model would write.
+        samples (`list[Sample]`): Prompts as model inputs, with the reference answers.
         decode (`Callable[[list[int]], str]`): Token ids to text.
-        every (`int`): Steps between two rounds; one more round at the start and at the end.
-        max_new_tokens (`int`): Tokens generated at most.
+        every (`int`): Steps between two rounds.
+        max_new_tokens (`int`): Largest number of generated tokens.
     """
 
     def __init__(self, samples: list[Sample], decode: Callable[[list[int]], str], every: int, max_new_tokens: int):
@@ -200,7 +232,7 @@ class SamplesCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         file = Path(args.output_dir) / SAMPLES_FILE
         if state.is_world_process_zero and file.is_file():
-            # what an interrupted run wrote after the checkpoint that is resumed will be written again
+            # The resumed run writes again what the interrupted run wrote after this checkpoint.
             resumed = state.global_step > 0
             kept = [line for line in read_lines(file) if resumed and line["step"] <= state.global_step]
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
@@ -243,7 +275,7 @@ class SamplesCallback(TrainerCallback):
 
     @torch.no_grad()
     def generate(self, model, sample: Sample, args) -> str:
-        """Greedy text for one sample; greedy draws no random numbers, so the run is the same with or without it."""
+        """Greedy text for one sample. Greedy decoding draws no random numbers, so training is the same without it."""
         inputs = {name: value.to(args.device) for name, value in sample.inputs.items()}
         lower = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=lower, enabled=args.bf16 or args.fp16):
@@ -252,7 +284,7 @@ class SamplesCallback(TrainerCallback):
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The entries of a JSON-lines file; a last line that a crash cut off is dropped."""
+    """The entries of a JSON Lines file, without a last line that was only partly written."""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -263,24 +295,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def samples_page(samples: list[Sample], entries: list[dict[str, Any]]) -> str:
-    """One table a sample: its picture, prompt and truth, then what was generated at each step."""
+    """An HTML page with one table a sample: its images, prompt and truth, then the text generated at each step."""
     parts = ["<!doctype html><meta charset='utf-8'><title>Samples</title>"]
     parts.append("<style>body{font:15px sans-serif;margin:2em}td{padding:.2em .8em;vertical-align:top}</style>")
     for sample in samples:
         parts.append("<h3>" + html.escape(sample.source) + "</h3>")
-        parts += [f"<img src='data:image/png;base64,{thumbnail(image)}'>" for image in sample.images]
+        urls = [thumbnail(image, THUMBNAIL_SIDE)["url"] for image in sample.images]
+        parts += [f"<img src='{url}'>" for url in urls]
         parts.append(f"<p>{html.escape(sample.prompt)}<br><b>{html.escape(sample.truth)}</b></p><table>")
         for entry in entries:
             if (entry["source"], entry["prompt"]) == (sample.source, sample.prompt):
                 parts.append(f"<tr><td>{entry['step']}</td><td>{html.escape(entry['generated'])}</td></tr>")
         parts.append("</table>")
     return "\n".join(parts) + "\n"
-
-
-def thumbnail(image) -> str:
-    """A PIL image as base64 PNG, at most 200 pixels wide or high."""
-    image = image.copy()
-    image.thumbnail((200, 200))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,20 +1,32 @@
-"""The first and the last step of every training script: logging and seed, then saving, the card and the push."""
+"""What the training scripts share around `Trainer`: logging and seed, the collator, training, saving and sharing."""
 
-import json
 import logging
+import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
+import torch
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import JnanaCollator
 
-from .checkpoints import check_disk_space
+from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
+from .attention import choose_attention, row_multiple
+from .cards import write_model_card
+from .checkpoints import ADAMW_BYTES, check_disk_space, delete_checkpoints, size_text
+from .data import collator_options
+from .distributed import sharding_of
+from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
-from .sharing import push_folder
+from .merging import merge_adapter
+from .sharing import published_files, push_folder
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +35,7 @@ TEXT_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "
 
 
 def start_run(args: TrainingArguments) -> None:
-    """Log to stdout, every line once per process group, and seed whatever is drawn before the Trainer seeds again."""
+    """Log to stdout, each line once per process group, and seed: weights are initialised before the Trainer seeds."""
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stdout, level=level, format="%(message)s", force=True)
     for name in ("httpx", "fsspec", "datasets", "matplotlib", "PIL"):
@@ -34,20 +46,144 @@ def start_run(args: TrainingArguments) -> None:
     set_seed(args.seed)
 
 
-def is_finished(checkpoint: str | None, trainer: Trainer) -> bool:
-    """Whether a checkpoint is the end of the run that is asked for now: the Trainer would take one step too many from
-    there. What counts are the steps that today's `max_steps`, or epochs of today's data, come to."""
-    if checkpoint is None:
-        return False
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    wanted = trainer.args.max_steps
-    if wanted <= 0:  # the last of the Trainer's own numbers
-        *_, wanted = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return state["global_step"] >= wanted
+def prepare_collator(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    model: nn.Module,
+    processor: JnanaProcessor,
+    data: list[Dataset | IterableDataset | None],
+) -> JnanaCollator:
+    """The collator of align and sft, with the feature cache that the recipe asks for.
+
+    For packed rows this also sets the language model's attention implementation (see [`choose_attention`]), because
+    the collator pads rows to the length that suits it.
+
+    Args:
+        data_args (`DataArguments`): Packing, lengths, what to do about bad rows, `feature_cache`.
+        model_args (`ModelArguments`): `attn_implementation`.
+        training_args (`TrainingArguments`): Device, precision, output directory.
+        model (`JnanaForConditionalGeneration` or `PeftModel`): After [`apply_stage`].
+        processor (`JnanaProcessor`): Renders and tokenises the conversations.
+        data (`list[Dataset]`): Training rows and validation rows, or `None`.
+    """
+    images = prepare_feature_cache(data_args, model, processor, data, training_args)
+    attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
+    multiple = row_multiple(attention, data_args.packing)
+    options = collator_options(data_args, training_args.output_dir)
+    return JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)
+
+
+def train(trainer: Trainer, checkpoint: str | None, *, overwrite: bool = False, merge: bool = False) -> None:
+    """Train from `checkpoint` on and save the final weights, configs and processor in `output_dir`.
+
+    If the checkpoint is the end of the run, nothing is trained and its files are copied to `output_dir`.
+
+    Args:
+        trainer (`Trainer`): The run's.
+        checkpoint (`str`, *optional*): Directory of the checkpoint to resume from.
+        overwrite (`bool`, defaults to `False`): Delete the run's old checkpoints first.
+        merge (`bool`, defaults to `False`): Whether a merged model is written at the end, and needs space.
+
+    Raises:
+        ValueError: if the checkpoint is of another model, or the disk has no space for one checkpoint.
+    """
+    if overwrite and trainer.args.should_save:
+        delete_checkpoints(trainer.args.output_dir)
+    if checkpoint is not None:
+        check_same_model(trainer.model, checkpoint)
+    # set after the data was tokenised, which is faster in parallel; the dataloader's workers would warn
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= planned_steps(trainer):
+            restore_finished_run(trainer, checkpoint, state)
+            return
+    check_disk_space(trainer, merge)
+    check_memory(trainer.model, trainer.args)
+    with restored_signals(trainer), explain_full_disk(trainer.args):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
+        trainer.save_model(_internal_call=True)
+
+
+def planned_steps(trainer: Trainer) -> int:
+    """The number of optimizer steps that today's `max_steps`, or epochs of today's data, come to."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * max(steps_per_epoch, 1))
+
+
+def check_memory(model: nn.Module, args: TrainingArguments) -> None:
+    """Log the memory that each process needs at least, and warn if its GPU has less.
+
+    Args:
+        model (`nn.Module`): With `requires_grad` set, before the Trainer wraps it.
+        args (`TrainingArguments`): Device, sharding, number of processes.
+    """
+    parts = training_memory(model, sharding_of(args), args.world_size)
+    text = ", ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
+    total = sum(parts.values())
+    logger.info(f"memory of each process without activations, with AdamW: {text}; {size_text(total)} in all")
+    available = torch.cuda.get_device_properties(args.device).total_memory if args.device.type == "cuda" else math.inf
+    if total > available:
+        logger.warning(
+            f"this GPU has {size_text(available)}, which is less; start with recipes/accelerate/fsdp2.yaml on more "
+            "GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
+        )
+
+
+def training_memory(model: nn.Module, sharding: str | None = None, world_size: int = 1) -> dict[str, int]:
+    """Bytes of weights, gradients and AdamW's state in each process; a model on the meta device is counted too.
+
+    Args:
+        model (`nn.Module`): With `requires_grad` set.
+        sharding (`str`, *optional*): `fsdp`, `zero1`, `zero2`, `zero3` (see `sharding_of`); default: the process
+            holds everything.
+        world_size (`int`, defaults to 1): Processes that the shards are divided over.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = {
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": sum(ADAMW_BYTES * parameter.numel() for parameter in trained),
+    }
+    sharded = {"fsdp": 3, "zero3": 3, "zero2": 2, "zero1": 1}.get(sharding or "", 0)  # ZeRO begins with the optimizer
+    names = list(parts)[len(parts) - sharded :]
+    return {name: num_bytes // world_size if name in names else num_bytes for name, num_bytes in parts.items()}
+
+
+def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:
+    """Copy the files of a run's last (or best) checkpoint to `output_dir`, because nothing is left to train.
+
+    `Trainer.train` would take one step too many from there.
+
+    Raises:
+        ValueError: if the checkpoint holds sharded weights only.
+    """
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    source = best or checkpoint
+    if not list(Path(source).glob("*.safetensors")):
+        raise ValueError(
+            f"{checkpoint} is the end of this run, but {source} holds sharded weights only, which training alone can "
+            "read; a larger max_steps or num_train_epochs goes on from it"
+        )
+    logger.info(
+        f"{checkpoint} is the end of this run: nothing is trained, its files are copied to {trainer.args.output_dir} "
+        "(a larger max_steps or num_train_epochs goes on from it)"
+    )
+    trainer.state = state
+    if trainer.args.should_save:
+        with explain_full_disk(trainer.args):
+            for file in published_files(source):
+                shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
+    trainer.accelerator.wait_for_everyone()
 
 
 def check_same_model(model: nn.Module, checkpoint: str) -> None:
-    """Refuse to resume a run with another model: the Trainer would take what fits and leave the rest as it is.
+    """Check that a run is resumed with the model it was started with; the Trainer would load the weights that fit.
 
     Raises:
         ValueError: naming the checkpoint, the option, both values and the remedy.
@@ -74,46 +210,39 @@ def check_same_model(model: nn.Module, checkpoint: str) -> None:
             )
 
 
-def train(trainer: Trainer, checkpoint: str | None, merge: bool = False) -> None:
-    """Train from `checkpoint` on, or only take the run's weights when it is the end of the run.
+def finish_run(
+    trainer: Trainer,
+    stage: str,
+    model_args: ModelArguments | TextModelArguments,
+    data_args: DataArguments | TextDataArguments,
+    recipe: str | None = None,
+) -> None:
+    """Save the Trainer's state and the model card in `output_dir`, and push the checkpoint with `push_to_hub`.
 
     Args:
-        trainer (`Trainer`): Of the run.
-        checkpoint (`str`, *optional*): Where to go on from.
-        merge (`bool`, defaults to `False`): Whether a merged model is written too, and needs room.
-
-    Raises:
-        ValueError: If the checkpoint is another model's, or the end of a run under DeepSpeed.
+        trainer (`Trainer`): After [`train`].
+        stage, model_args, data_args, recipe: As for [`write_model_card`].
     """
-    if checkpoint is not None:
-        check_same_model(trainer.model, checkpoint)
-    # set only now, for the dataloader's workers: tokenizing and checking the data was faster with it
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not is_finished(checkpoint, trainer):
-        check_disk_space(trainer, merge)
-        with restored_signals(trainer), explain_full_disk(trainer.args):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        return
-    if trainer.is_deepspeed_enabled:  # its engine, which alone saves, is made by training
-        raise ValueError(
-            f"{checkpoint} is the end of this run, and its weights are whole. If {trainer.args.output_dir} itself has "
-            "none, start it once without DeepSpeed; a larger max_steps or num_train_epochs would go on"
-        )
-    logger.info(
-        f"{checkpoint} is the end of this run: nothing is trained, the final files are written again (a larger "
-        "max_steps or num_train_epochs would go on)"
-    )
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer._load_from_checkpoint(best or checkpoint)
-
-
-def finish_run(trainer: Trainer) -> None:
-    """Save a complete checkpoint with its card in `output_dir`, and push it when asked to."""
-    with explain_full_disk(trainer.args):
-        trainer.save_model(_internal_call=True)  # or the Trainer would push, and push everything
-        trainer.save_state()
-        trainer.create_model_card()
     args = trainer.args
+    with explain_full_disk(args):
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            write_model_card(trainer, stage, model_args, data_args, recipe)
     if args.push_to_hub and trainer.is_world_process_zero():
         push_folder(args.output_dir, trainer.hub_model_id, token=args.hub_token, revision=args.hub_revision)
+
+
+def merge_trained_adapter(args: TrainingArguments, merge_base: str) -> None:
+    """Write `output_dir/merged` from the adapter in `output_dir`; for the process that saves.
+
+    Args:
+        args (`TrainingArguments`): Of the run, which has ended and whose model is freed.
+        merge_base (`str`): `dequantized` or `full`.
+    """
+    merged = f"{args.output_dir}/merged"
+    remedy = (
+        "The adapter is complete; make room, and run: python run_merge.py --model_name_or_path "
+        f"{args.output_dir} --output_dir {merged} --merge_base {merge_base}"
+    )
+    with explain_full_disk(args, remedy):
+        merge_adapter(args.output_dir, merged, merge_base, device=args.device)

@@ -66,7 +66,7 @@ def test_no_folder_of_this_machine(pretrained, aligned, tuned, tmp_path):
         file = tmp_path / name / name
         content = json.dumps({**json.loads(file.read_text()), "x": value}) if name == "config.json" else value
         file.write_text(content)
-        with pytest.raises(ValueError, match=f"{name}.* names .*, a folder of this machine; take it out"):
+        with pytest.raises(ValueError, match=f"{name}.* names .*, a directory of this machine; remove it"):
             check_published(tmp_path / name)
 
 
@@ -165,9 +165,7 @@ class TestRefused:
         monkeypatch.setattr(run_sft, "prepare_model", refuse)
 
     def test_an_adapter_on_a_local_base(self, data, aligned, tmp_path):
-        message = (
-            f"push_to_hub is true, but the adapter would rest on model '{aligned}', .* run_push.py .* merge_adapter"
-        )
+        message = f"push_to_hub is true, but the adapter would need model '{aligned}', .* run_push.py .* merge_adapter"
         with pytest.raises(ValueError, match=message):
             run_sft.main(sft_options(data, aligned, output_dir=tmp_path, **PUSH))
 
@@ -178,7 +176,7 @@ class TestRefused:
             )
 
     def test_pushing_that_adapter_later(self, tuned):
-        with pytest.raises(ValueError, match=r"jnana_base.json says that the adapter rests on model .*merged"):
+        with pytest.raises(ValueError, match=r"jnana_base.json says that the adapter needs model .*merged"):
             run_push.main([str(tuned), "me/model"])
 
     @pytest.mark.parametrize("folder", ["checkpoints", "nowhere"])

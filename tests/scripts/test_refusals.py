@@ -27,7 +27,7 @@ def no_model(monkeypatch):
     ("changes", "message"),
     [
         ({"train_data": "missing/captions.json"}, "train_data 'missing/captions.json' does not exist"),
-        ({"image_folder": "missing"}, "image_folder 'missing' is not a folder"),
+        ({"image_folder": "missing"}, "image_folder 'missing' is not a directory"),
         ({"eval_strategy": "steps"}, "eval_strategy is 'steps' but eval_data is not set"),
         ({"sample_steps": 5}, "sample_steps is 5 but eval_data is not set"),
         ({"streaming": "true", "max_steps": -1}, "streaming is true but max_steps is -1"),
@@ -56,7 +56,7 @@ def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, me
 def test_a_feature_cache_under_zero_3(no_model, data, vision, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr("jnana.training.option_checks.is_deepspeed_zero3_enabled", lambda: True)
     options = {"output_dir": tmp_path, "feature_cache": tmp_path / "cache"}
-    with pytest.raises(ValueError, match="feature_cache is '.*cache', but ZeRO-3 cuts .*fsdp2.yaml.* leave it out"):
+    with pytest.raises(ValueError, match="feature_cache is .*, but ZeRO-3 partitions .*fsdp2.yaml.* leave it out"):
         run_align.main(align_options(data, vision, pretrained, **options))
 
 

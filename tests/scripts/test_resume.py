@@ -1,4 +1,4 @@
-"""Cut off and started again: the same weights as without the cut, and broken checkpoints passed over."""
+"""Cut off and started again: the same weights as without the cut, and broken checkpoints skipped."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_kill_9_and_start_again(pretrained, data, tmp_path, capsys):
     cut(output / "checkpoint-12" / "model.safetensors")
     run_pretrain.main(arguments)
     said = capsys.readouterr().out
-    assert "checkpoint-12 is passed over: model.safetensors is truncated" in said
+    assert "checkpoint-12 is skipped: model.safetensors is truncated" in said
     assert f"resuming from {output / 'checkpoint-8'}" in said
     assert_same_weights(output, pretrained)
     assert [line["step"] for line in read_lines(output / "samples.jsonl")] == [0, 6, 12]

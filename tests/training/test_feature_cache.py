@@ -20,10 +20,11 @@ from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, FeatureCache, JnanaCollator, load_image, read_bad_samples
 from jnana.processing.data import feature_cache as cache_format
+from jnana.processing.data.feature_cache import weights_digest
 from jnana.processing.data.rows import caption_conversation, make_row, message, rows_to_dataset, text_part
 from jnana.training import feature_cache
 from jnana.training.arguments import DataArguments
-from jnana.training.feature_cache import prepare_feature_cache, weights_digest
+from jnana.training.feature_cache import prepare_feature_cache
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 
@@ -244,7 +245,7 @@ class TestKeys:
     def refused(self, pair, pictures, tmp_path, message, **options):
         with pytest.raises(ValueError, match=message) as error:
             build(pair, rows_in(pictures), tmp_path / "cache", **options)
-        assert "Give another folder, or delete this one" in str(error.value)
+        assert "Give another directory, or delete this one" in str(error.value)
 
     def test_other_weights(self, pair, pictures, tmp_path):
         build(pair, rows_in(pictures), tmp_path / "cache")
@@ -279,6 +280,18 @@ class TestKeys:
         digests.add(weights_digest(layer.to(torch.bfloat16)))
         assert len(digests) == 3 and weights_digest(layer) in digests
 
+    def test_a_digest_of_some_values(self):
+        """Faster, so evenly spaced values stand for each tensor; small tensors are read whole."""
+        large, small = torch.nn.Linear(100, 100), torch.nn.Linear(3, 3)
+        digest, exact = weights_digest(large, 10), weights_digest(large)
+        assert weights_digest(small, 100) == weights_digest(small)
+        with torch.no_grad():
+            large.weight[0, 1] += 1  # the second value; every thousandth is read
+        assert weights_digest(large, 10) == digest and weights_digest(large) != exact
+        with torch.no_grad():
+            large.weight[0, 0] += 1
+        assert weights_digest(large, 10) != digest
+
     def test_a_tower_that_trains(self, pair, pictures, tmp_path):
         parameter = next(pair[0].model.vision_tower.parameters()).requires_grad_(True)
         try:
@@ -288,7 +301,7 @@ class TestKeys:
             parameter.requires_grad_(False)
 
     def test_a_folder_of_something_else(self, pair, pictures, tmp_path):
-        with pytest.raises(ValueError, match="holds other files .'black.png'.*give a new folder"):
+        with pytest.raises(ValueError, match="holds other files .'black.png'.*give a new directory"):
             build(pair, rows_in(pictures), pictures)
 
     def test_another_format(self, pair, pictures, tmp_path):
@@ -316,9 +329,9 @@ class TestDisk:
         usage = shutil.disk_usage(tmp_path)
         with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
             patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=6_000))
-            with pytest.raises(ValueError, match="needs 6.1 kB for 6 pictures, but only 6.0 kB are free"):
+            with pytest.raises(ValueError, match="needs 6.1 kB for 6 images, but only 6.0 kB are free"):
                 build(pair, rows_in(pictures), tmp_path / "cache")
-        assert counts == [] and "6 of 6 different pictures are to be computed, 4 x 64 float32" in caplog.text
+        assert counts == [] and "6 of 6 different images are to be computed, 4 x 64 float32" in caplog.text
 
     def test_killed_builds_go_on(self, pair, pictures, tmp_path, monkeypatch):
         """`kill -9` while the fourth picture goes through the tower: three are kept, three computed."""

@@ -13,17 +13,27 @@ Every question is answered greedily, once with its images and once blind (with g
     python run_evaluate.py --model_name_or_path outputs/sft --eval_data a.json --image_folder images --output_dir out
     accelerate launch --num_processes 4 run_evaluate.py recipes/chess_demo/evaluate.yaml --dtype bfloat16
 
-With several test sets, predictions and examples.png go to one subdirectory for each. `python run_evaluate.py --help`
-lists all options.
+With several test sets, predictions and examples.png go to one subdirectory for each. If the checkpoint is a local
+directory with a model card (README.md), the scores are added to the card, unless `--update_card false`. `python
+run_evaluate.py --help` lists all options.
 """
 
 import logging
 import os
 import sys
 
-from jnana.evaluation import answer_test_set, load_questions, model_fingerprint, process_state, write_results
+from jnana.evaluation import (
+    answer_test_set,
+    card_scores,
+    find_card,
+    load_questions,
+    model_fingerprint,
+    process_state,
+    write_results,
+)
 from jnana.evaluation.arguments import EvaluationArguments
 from jnana.training.arguments import parse_arguments
+from jnana.training.cards import EvaluationResult, add_evaluation_results
 from jnana.training.loading import load_model
 from jnana.training.option_checks import check_output_dir, check_quantization, check_source
 
@@ -47,6 +57,7 @@ def main(argv: list[str]) -> None:
     check_source("model_name_or_path", args.model_name_or_path)
     check_output_dir(args.output_dir)
     check_quantization({"quantization": args.quantization or "none", "compute_dtype": args.dtype}, state.device)
+    card = find_card(args)
     questions = load_questions(args)
 
     # 3. Model
@@ -59,9 +70,12 @@ def main(argv: list[str]) -> None:
     # 4. Answers, with images and blind
     results = [answer_test_set(model, processor, args, name, test_set) for name, test_set in questions.items()]
 
-    # 5. Results
+    # 5. Results, also in the checkpoint's model card
     if state.is_main_process:
         write_results(args, results, model_fingerprint(model))
+        if card is not None:
+            add_evaluation_results(card, [EvaluationResult(**scores) for scores in card_scores(args, results)])
+            logger.info(f"Scores added to the model card: {card}")
     state.wait_for_everyone()
 
 

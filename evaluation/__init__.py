@@ -22,7 +22,7 @@ from .generation import answer_questions, model_fingerprint, process_state
 from .metrics.scoring import exact_match, normalize_answer, vqa_accuracy
 from .questions import Question, QuestionSet, load_questions
 from .report import SplitResult, write_report
-from .results import answer_test_set, write_results
+from .results import answer_test_set, card_scores, find_card, write_results
 from .summary import format_table, majority_answers, summarise, wilson_interval
 
 
@@ -42,7 +42,9 @@ __all__ = [
     "VQAAccuracy",
     "answer_questions",
     "answer_test_set",
+    "card_scores",
     "exact_match",
+    "find_card",
     "format_table",
     "load_questions",
     "majority_answers",

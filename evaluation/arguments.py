@@ -50,6 +50,10 @@ class EvaluationArguments:
     num_workers: int = field(default=2, metadata={"help": "Dataloader workers that decode images."})
     output_dir: str | None = field(default=None, metadata={"help": "results.json, report.html, predictions.jsonl ..."})
     title: str | None = field(default=None, metadata={"help": "Heading of the report; default: the model's name."})
+    update_card: bool = field(
+        default=True,
+        metadata={"help": "Add the scores to the README.md of a local checkpoint; not with max_rows, not on the Hub."},
+    )
     max_examples: int = field(default=400, metadata={"help": "Questions shown in the report for each test set."})
 
     @property

@@ -1,15 +1,20 @@
-"""Answers all test sets of a run, and writes results.json, the report and the contact sheets."""
+"""Answers the test sets of a run, writes results.json, report and contact sheets, and selects scores for the card."""
 
 import dataclasses
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
+from huggingface_hub import ModelCard
+
+from jnana.processing.data.paths import is_hub_id
 
 from .arguments import EvaluationArguments
 from .contact_sheet import write_contact_sheet
@@ -20,6 +25,8 @@ from .summary import format_table, summarise
 
 
 logger = logging.getLogger(__name__)
+
+CARD_METRICS = ("exact_match", "vqa_accuracy")
 
 
 def answer_test_set(
@@ -91,3 +98,62 @@ def write_results(args: EvaluationArguments, results: Sequence[SplitResult], fin
         folder / "report.html", results, title=title, settings=settings, max_examples=args.max_examples
     )
     logger.info(f"\nQuestions, images and answers: {report}\nAll scores: {folder / 'results.json'}")
+
+
+def find_card(args: EvaluationArguments) -> Path | None:
+    """The model card to add the scores to.
+
+    Args:
+        args (`EvaluationArguments`): The arguments of the run.
+
+    Returns:
+        `Path` or `None`: README.md of the evaluated checkpoint. `None` without `update_card`, for a Hub id, for a
+        checkpoint without a card, for a file of the Hub's cache (a link), for a card that can't be written, and if
+        `max_rows` limits the test sets.
+
+    Raises:
+        ValueError: if the metadata of the card is not valid YAML.
+    """
+    card = Path(str(args.model_name_or_path)) / "README.md"
+    if not args.update_card or not card.is_file() or card.is_symlink():
+        return None
+    if args.max_rows is not None:
+        logger.info(f"The scores will not be added to {card}, because max_rows={args.max_rows} limits the test sets")
+        return None
+    if not os.access(card, os.W_OK):
+        logger.info(f"The scores will not be added to {card}, because the file is not writable")
+        return None
+    try:
+        ModelCard.load(card)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{card} has invalid metadata; correct it, or pass --update_card false: {error}") from error
+    return card
+
+
+def card_scores(args: EvaluationArguments, results: Sequence[SplitResult]) -> list[dict[str, Any]]:
+    """The scores for the model card.
+
+    Args:
+        args (`EvaluationArguments`): The arguments of the run.
+        results (`list[SplitResult]`): One for each test set.
+
+    Returns:
+        `list[dict]`: Arguments of `jnana.training.cards.EvaluationResult`, one for each test set and metric. A local
+        test set is named by the last part of its path.
+    """
+    scores = []
+    for result in results:
+        source, overall = args.test_sets[result.name], result.summary["overall"]
+        on_hub = is_hub_id(source)
+        for metric in CARD_METRICS:
+            scores.append(
+                {
+                    "dataset": source if on_hub else Path(source).name,
+                    "split": args.eval_split if on_hub else result.name,
+                    "metric": metric,
+                    "value": overall[metric],
+                    "interval": tuple(overall[f"{metric}_interval"]),
+                    "num_questions": overall["n"],
+                }
+            )
+    return scores

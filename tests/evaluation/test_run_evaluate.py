@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from jnana import run_evaluate
+from jnana.evaluation import find_card
 from jnana.evaluation.arguments import EvaluationArguments
 from jnana.training.adapters import complete_adapter_folder
 from jnana.training.loading import load_model
@@ -94,6 +97,47 @@ def test_an_adapter_answers_as_itself(checkpoint, test_set, tmp_path):
         [record["prediction"] for record in lines(tmp_path / name / "predictions.jsonl")] for name in ("base", "tuned")
     ]
     assert answers[0] != answers[1]
+
+
+def test_scores_reach_the_card_of_a_local_checkpoint(checkpoint, test_set, tmp_path):
+    model = tmp_path / "my-model"
+    shutil.copytree(checkpoint, model)
+    without_card = call(model_name_or_path=model, eval_data=test_set, output_dir=tmp_path / "out", blind="false")
+    assert not (model / "README.md").exists()
+
+    card = "---\npipeline_tag: image-text-to-text\ntags: [jnana]\n---\n\n# My model\n\nText of its author.\n"
+    (model / "README.md").write_text(card)
+    for options in ({"update_card": "false"}, {"max_rows": 2}):
+        call(model_name_or_path=model, eval_data=test_set, output_dir=tmp_path / "none", blind="false", **options)
+        assert (model / "README.md").read_text() == card
+    call(model_name_or_path=model, eval_data=test_set, output_dir=tmp_path / "out", blind="false")
+    written = ModelCard.load(model / "README.md")
+    overall = without_card["splits"]["test"]["overall"]
+    by_metric = {result.metric_type: result for result in written.data.eval_results}
+    assert by_metric.keys() == {"exact_match", "vqa_accuracy"}
+    for metric, result in by_metric.items():
+        interval = [round(end, 4) for end in overall[f"{metric}_interval"]]
+        assert (result.dataset_type, result.dataset_split) == ("test.json", "test")
+        assert result.metric_value == round(overall[metric], 4)
+        assert result.metric_args == {"num_questions": 6, "interval_95": interval}
+    assert "Text of its author." in written.text and str(tmp_path) not in written.text
+    assert written.data.tags == ["jnana"]
+
+
+def test_no_card_is_found_on_the_hub_or_in_its_cache(tmp_path, monkeypatch):
+    (tmp_path / "someone" / "model").mkdir(parents=True)
+    card = tmp_path / "someone" / "model" / "README.md"
+    card.write_text("# Card")
+    monkeypatch.chdir(tmp_path)
+    assert find_card(EvaluationArguments(model_name_or_path="someone/model")) == Path("someone/model/README.md")
+    card.write_text("---\ntags: [jnana\n---\n# Card")
+    with pytest.raises(ValueError, match="invalid metadata; correct it, or pass --update_card false"):
+        find_card(EvaluationArguments(model_name_or_path="someone/model"))
+    (tmp_path / "blob").write_text("# Card")
+    card.unlink()
+    card.symlink_to(tmp_path / "blob")  # as the Hub's cache has it
+    assert find_card(EvaluationArguments(model_name_or_path="someone/model")) is None
+    assert find_card(EvaluationArguments(model_name_or_path="someone/other")) is None
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from jnana.chat.session import end_token_ids
 from jnana.modeling import available_device
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
+from jnana.processing.data.feature_cache import weights_digest
 
 from .questions import Question, QuestionSet
 
@@ -208,10 +209,7 @@ def _run_key(model, processor, blind: bool, max_new_tokens: int) -> str:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of a model's weights: names, shapes, dtypes, and about 4096 evenly spaced values of each weight.
-
-    It differs between trained models and takes little time; `training.feature_cache.weights_digest` hashes every
-    value.
+    """A short hash that differs between trained models. To save time it reads about 4096 values of each weight.
 
     Args:
         model (`torch.nn.Module`): Any model, adapters included.
@@ -219,15 +217,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     Returns:
         `str`: 16 hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(model, values_per_tensor=4096)[:16]
 
 
 def _record(question: Question, key: str, blind: bool, prediction=None, complete=None, error=None) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Visitor:
     def __deepcopy__(self, memo: dict) -> "Visitor":
         return Visitor(self.model, self.processor)
 
-    def start_anew(self) -> Chat:
+    def start_new_chat(self) -> Chat:
         """Start a new chat; returns the old one (`Chat`)."""
         old, self.chat = self.chat, Chat(ChatSession(self.model, self.processor))
         return old
@@ -156,7 +156,7 @@ class Assistant:
 
     def close_chat(self, visitor: Visitor) -> None:
         """Close a visitor's chat: stop its answer and free its cache. The visitor gets a new chat."""
-        chat = visitor.start_anew()
+        chat = visitor.start_new_chat()
         with self._recent_lock:
             chat.closed = True
             self._recent.pop(id(chat.session), None)

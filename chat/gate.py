@@ -127,9 +127,9 @@ def tidy_size_of(folder: Path) -> int:
     """
     total, rested = 0, time.time() - REST
     for where, folders, names in os.walk(folder):
-        on_top = where == str(folder)
+        at_top_level = where == str(folder)
         try:
-            if not (on_top or folders or names) and os.stat(where).st_mtime < rested:
+            if not (at_top_level or folders or names) and os.stat(where).st_mtime < rested:
                 os.rmdir(where)
                 continue
         except OSError:
@@ -139,7 +139,7 @@ def tidy_size_of(folder: Path) -> int:
             file = os.path.join(where, name)
             try:
                 known = os.stat(file)
-                if on_top and known.st_mtime < rested:
+                if at_top_level and known.st_mtime < rested:
                     os.remove(file)
                 else:
                     total += max(known.st_size, ENTRY)

@@ -1,4 +1,4 @@
-"""What the app is told on its command line and by the environment."""
+"""The app's arguments and environment variables."""
 
 import configparser
 import os
@@ -84,7 +84,7 @@ def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
     assert (taken["quantization"], taken["device_map"]) == ("nf4", {"": torch.device("cpu")})
     with pytest.raises(SystemExit, match="can't be loaded"):
         app.load_assistant(app.parse_arguments(given))
-    assert taken["quantization"] is None  # as the folder says
+    assert taken["quantization"] is None  # as the checkpoint says
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):
@@ -107,7 +107,7 @@ def test_uploads_go_with_the_app_and_those_of_a_killed_one_with_the_next(tmp_pat
     os.mkfifo(pipe)
     with app.upload_directory() as mine:
         assert {mine, pipe} == set(tmp_path.iterdir())
-        with app.upload_directory() as anothers:  # whose start leaves alone what belongs to a living app
+        with app.upload_directory() as anothers:  # its start does not delete the directory of a running app
             assert mine.is_dir() and anothers.is_dir()
     assert list(tmp_path.iterdir()) == [pipe]
 

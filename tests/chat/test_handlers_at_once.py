@@ -1,4 +1,4 @@
-"""Handlers of one visitor that run at the same time: a click in the middle of another's work loses nothing."""
+"""Concurrent handlers of one visitor: no handler loses the result of another."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from tests.chat.test_interface import assistant, page, png, send, unchanged  # n
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Pictures are read when `slow.go` is set; `slow.begun` says that one is waiting for it."""
+    """Images are read after `slow.go` is set; `slow.begun` is set when one waits for it."""
 
     class Slow:
         begun, go = threading.Event(), threading.Event()
@@ -36,7 +36,7 @@ def slow(monkeypatch):
 
 
 def in_background(handler, *arguments):
-    """A handler in a thread of its own; the returned function waits for what it shows."""
+    """Run a handler in a thread; the returned function waits for its result."""
     shown = []
     thread = threading.Thread(target=lambda: shown.append(handler(*arguments)))
     thread.start()
@@ -65,7 +65,7 @@ def test_each_session_has_one_visitor_from_the_start(assistant):  # noqa: F811
     asyncio.run(
         blocks.postprocess_data(functions["drop_images"], [first, gradio.skip(), gradio.skip()], holder["one"])
     )
-    holder.delete_state("one")  # as when it has been idle for too long
+    holder.delete_state("one")  # as after idle_seconds
     assert visitor("clear", "one") is not first
 
 
@@ -95,7 +95,7 @@ def test_a_picture_counts_while_it_is_taken_in_and_answered(page, assistant, png
         assert visitor.chat.image_count == 1
     with pytest.raises(Refused, match="can't be used"):
         assistant.receive(visitor.chat, __file__)
-    assert visitor.chat.image_count == 1  # what is refused does not count
+    assert visitor.chat.image_count == 1  # refused images do not count
 
 
 def test_a_picture_that_comes_after_clear_stays_away(page, assistant, png, slow):  # noqa: F811
@@ -105,7 +105,9 @@ def test_a_picture_that_comes_after_clear_stays_away(page, assistant, png, slow)
     page.clear(visitor)
     slow.go.set()
     same, row, *_ = shown()
-    assert same is visitor and row["value"] == [] == visitor.chat.waiting  # what is shown is what is sent
+    assert (
+        same is visitor and row["value"] == [] == visitor.chat.waiting
+    )  # the page shows the images that will be sent
 
 
 def test_stop_while_it_reads(page, assistant):  # noqa: F811
@@ -167,7 +169,7 @@ def test_two_clicks_ask_once(page, assistant):  # noqa: F811
             again()
     for view in stream:
         if "new tokens" in view[5]:
-            page.take("and then?", visitor)  # who sees the end may ask again
+            page.take("and then?", visitor)  # after the last view the visitor may ask again
     assert visitor.chat.queued.question == "and then?"
 
 

@@ -1,4 +1,4 @@
-"""The page's handlers: what a visitor sees, and that nothing a visitor does ends the app."""
+"""The page's handlers: the values that they show, and their behaviour after errors."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ from jnana.chat.page import GENERAL_ERROR, Page, for_visitors  # noqa: E402
 
 
 class StandInTranscriber:
-    """Speaks the Transcriber's interface; what it hears is the file's name."""
+    """Has the interface of Transcriber; the transcript is the file's name."""
 
     ready = True
 
@@ -59,7 +59,7 @@ def png(tmp_path) -> str:
 
 
 def send(page: Page, question: str, new_tokens: int, visitor, temperature: float = 0.0):
-    """As the page does it: the question is taken, then answered; the last that is shown."""
+    """Queue a question and answer it, as the page does; returns the last view."""
     visitor, *_ = page.take(question, visitor)
     return [visitor, *list(page.answer(temperature, new_tokens, visitor))[-1][1:]]
 
@@ -77,9 +77,9 @@ def test_a_chat(page, png):
     assert same is visitor and row["value"] == [] and question == "" and status.startswith("waiting")
     assert [message["role"] for message in transcript] == ["user", "user"]
     *earlier, last = page.answer(0.0, 6, visitor)
-    # what is typed meanwhile stays, and pictures are not sent again with each word
+    # the question box keeps its text, and images are not sent again with each token
     assert len(earlier) > 2 and all(unchanged(part) for view in earlier for part in (*view[1:3], view[4]))
-    assert all(view[0] is visitor for view in (*earlier, last))  # which counts as not idle
+    assert all(view[0] is visitor for view in (*earlier, last))  # resets the idle time
     transcript, status = last[3], last[5]
     assert [message["role"] for message in transcript] == ["user", "user", "assistant"]
     assert "0 of them cached" in status
@@ -115,18 +115,18 @@ def test_refusals_leave_the_chat_as_it_was(page, png, assistant):
     with pytest.raises(Refused, match="at most 2 pictures"):
         assistant.receive(visitor.chat, png)
     page.take("why?", visitor)
-    with pytest.raises(Refused, match="at most 2 pictures"):  # those that wait for their turn count as well
+    with pytest.raises(Refused, match="at most 2 pictures"):  # images of a queued question count too
         assistant.receive(visitor.chat, png)
     visitor.chat.session.model.generate, kept = lambda **_: 1 / 0, visitor.chat.session.model.generate
     try:
         seen = []
         with pytest.raises(ZeroDivisionError):
-            seen += page.answer(0.0, 6, visitor)  # what came before the error is kept
+            seen += page.answer(0.0, 6, visitor)  # the views before the error
     finally:
         visitor.chat.session.model.generate = kept
     assert (
         seen[-1][3] == [] and seen[-1][4] == "why?" and len(visitor.chat.waiting) == 2
-    )  # question and pictures are back
+    )  # question and images are restored
     assert len(send(page, "why?", 6, visitor)[3]) == 4
 
 
@@ -154,7 +154,7 @@ def test_a_question_that_waits_for_its_turn_can_be_taken_back(page, assistant, p
         page.take("why?", visitor)
     _, row, _, transcript, question, status = page.stop(visitor)
     assert (transcript, question, status, len(row["value"])) == ([], "why?", "", 1)
-    (nothing,) = page.answer(0.0, 4, visitor)  # its turn comes, and there is nothing to do
+    (nothing,) = page.answer(0.0, 4, visitor)  # nothing is queued any more
     assert all(unchanged(part) for part in nothing) and visitor.chat.session.messages == []
     send(page, "why?", 4, visitor)
     page.take_again(visitor)
@@ -165,7 +165,7 @@ def test_what_is_written_is_no_markup(page, assistant):
     visitor = assistant.new_visitor()
     shown = page.take('<img src="http://example.com/x"> a < b & c', visitor)[3]
     assert shown[0]["content"] == '&lt;img src="http://example.com/x"&gt; a &lt; b &amp; c'
-    assert page.stop(visitor)[4].startswith("<img")  # in the box it is as typed
+    assert page.stop(visitor)[4].startswith("<img")  # unescaped in the question box
 
 
 def test_a_chat_cleared_in_mid_answer_stays_cleared(page, assistant):
@@ -176,9 +176,9 @@ def test_a_chat_cleared_in_mid_answer_stays_cleared(page, assistant):
     old = visitor.chat
     page.clear(visitor)
     (last,) = stream
-    assert all(unchanged(part) for part in last)  # nothing that would bring the old chat back
+    assert all(unchanged(part) for part in last)  # nothing of the old chat is shown
     assert page.settle(visitor) == ([], "") and visitor.chat is not old
-    assert id(old.session) not in assistant._recent  # nor does its memory stay
+    assert id(old.session) not in assistant._recent  # its cache is freed too
 
 
 def test_what_goes_wrong_is_one_line_without_details(caplog):
@@ -206,14 +206,14 @@ def test_speech_fills_the_question(page, assistant):
         assert "transcribing" in page.notice("how many.wav") and page.notice(None) == ""
         heard, status = page.transcribe("how many.wav")
         assert (page.append_transcript(heard, "Tell me:"), status) == ("Tell me: how many", "")
-        assert page.append_transcript(page.transcribe(None)[0], "typed ") == "typed "  # the recording was taken away
+        assert page.append_transcript(page.transcribe(None)[0], "typed ") == "typed "  # the recording was removed
         with pytest.raises(Refused, match="No speech was heard"):
             page.transcribe("silence.wav")
         with pytest.raises(Refused, match="holds no sound"):
             page.transcribe("broken.wav")
         with pytest.raises(Refused, match="type the question") as refusal:
             page.transcribe("nobody.wav")
-        assert "/" not in str(refusal.value)  # of the server's own troubles a visitor learns no paths
+        assert "/" not in str(refusal.value)  # no paths of the server in messages to visitors
     finally:
         assistant.transcriber = None
 
@@ -223,7 +223,7 @@ def test_only_the_latest_chats_keep_their_cache(page, assistant):
     for visitor in (first, second):
         send(page, "why?", 4, visitor)
     assert first.chat.session.cached_tokens == 0 < second.chat.session.cached_tokens
-    last = send(page, "and then?", 4, first)  # read anew
+    last = send(page, "and then?", 4, first)  # processed again
     assert len(last[3]) == 4 and second.chat.session.cached_tokens == 0
 
 

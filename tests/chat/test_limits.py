@@ -1,4 +1,4 @@
-"""What strangers may send: every refusal names its limit and no path."""
+"""Limits on requests: every refusal names its limit and contains no path."""
 
 import struct
 import zlib
@@ -14,7 +14,7 @@ LIMITS = Limits(upload_megabytes=1, image_megapixels=1)
 
 
 def bomb(path: Path, width: int, height: int) -> Path:
-    """A PNG of a few hundred bytes whose header promises `width` x `height` pixels."""
+    """A PNG of a few hundred bytes whose header states `width` x `height` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -56,7 +56,7 @@ def test_files_and_questions_have_a_size(tmp_path):
     with pytest.raises(Refused, match="has 2 MB; at most 1 MB"):
         read_upload(tmp_path / "large.bin", LIMITS)
     assert check_question(" why? ", LIMITS) == "why?"
-    assert check_question("a \ud800 \U0001f600", LIMITS) == "a ? \U0001f600"  # no tokenizer or reply can hold a half
+    assert check_question("a \ud800 \U0001f600", LIMITS) == "a ? \U0001f600"  # a lone surrogate cannot be encoded
     with pytest.raises(Refused, match="4,001 characters; at most 4,000"):
         check_question("a" * 4001, LIMITS)
 

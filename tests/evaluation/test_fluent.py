@@ -1,4 +1,4 @@
-"""Keywords with the adapter on, the sentence with it off; a question without a picture never meets the adapter."""
+"""Keywords are generated with the adapter, sentences without it; questions without an image never use the adapter."""
 
 import pytest
 from PIL import Image

@@ -1,4 +1,4 @@
-"""run_evaluate.py as people call it: what it writes, what it refuses, adapters, and two processes."""
+"""run_evaluate.py with command line arguments: its files, its errors, the model card, adapters, and two processes."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_a_models_own_answers_as_truth_score_full_marks(checkpoint, test_set, tm
 def test_recipe_with_two_test_sets(checkpoint, tmp_path):
     write_test_set(tmp_path / "a")
     write_test_set(tmp_path / "b", QUESTIONS[:3])
-    for name in "ab":  # pictures elsewhere than beside the JSON file
+    for name in "ab":  # images not beside the JSON file
         (tmp_path / name / "test.json").rename(tmp_path / f"{name}.json")
     recipe = tmp_path / "evaluate.yaml"
     recipe.write_text(
@@ -168,7 +168,7 @@ def test_refused_before_the_model_is_loaded(checkpoint, test_set, tmp_path, monk
 
     monkeypatch.setattr(run_evaluate, "load_model", load)
     options = {"model_name_or_path": checkpoint, "eval_data": test_set, "output_dir": tmp_path / "out"}
-    with pytest.raises(AssertionError, match="the model was loaded"):  # without the fault it gets that far
+    with pytest.raises(AssertionError, match="the model was loaded"):  # the control: valid arguments reach the loader
         call(**options)
     options = {name: value for name, value in {**options, **changes}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
@@ -191,7 +191,7 @@ def test_two_processes_answer_as_one(checkpoint, test_set, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
-    assert done.stdout.count("95 % interval") == 1  # the table once, not once a process
+    assert done.stdout.count("95 % interval") == 1  # one table, not one for each process
     for name in ("predictions.jsonl", "predictions_blind.jsonl"):
         assert lines(two / name) == lines(one / name)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())

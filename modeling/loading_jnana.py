@@ -343,8 +343,9 @@ def hold_adapter_in_float32(model: Any, path: str, from_hub: dict[str, Any]) -> 
         from peft import load_peft_weights, set_peft_model_state_dict
     for parameter in rounded:
         parameter.data = parameter.data.float()
-    device = str(next(iter(rounded)).device)
-    set_peft_model_state_dict(model, load_peft_weights(path, device=device, **from_hub))
+    weights = load_peft_weights(path, device=str(rounded[0].device), **from_hub)
+    prefix = "base_model.model."  # of the names in a `PeftModel`, by which adapters are saved
+    set_peft_model_state_dict(model, {name.removeprefix(prefix): tensor for name, tensor in weights.items()})
 
 
 def quantized_weight_count(weight: nn.Parameter) -> int:

@@ -68,7 +68,7 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | None, ov
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """The `checkpoint-N` folders of a run, the latest first."""
+    """The `checkpoint-N` directories of a run, the latest first."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = [folder for folder in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)]
     return sorted(numbered, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)

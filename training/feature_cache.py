@@ -33,11 +33,11 @@ from jnana.processing.data.feature_cache import (
     FORMAT,
     KEY_FILE,
     FeatureCache,
+    append_file_digests,
     delete_unfinished,
     file_stamp,
     image_digest,
     key_differences,
-    note_files,
     read_key,
     weights_digest,
     write_key,
@@ -255,7 +255,7 @@ class _Builder:
             except BadSampleError as error:
                 problems.append(str(error))
         if noted and os.access(self.folder, os.W_OK):
-            note_files(self.folder, noted)
+            append_file_digests(self.folder, noted)
         merged: dict[bytes, ImageLocation] = {}
         for some in group.gather(locations):
             merged = {**some, **merged}

@@ -43,7 +43,7 @@ from .distributed import unpartitioned
 
 logger = logging.getLogger(__name__)
 
-ROWS_MULTIPLE = 64  # embeddings of such a height suit GPU kernels, and leave rows for the image token
+ROWS_MULTIPLE = 64  # of a new embedding: suits GPU kernels, and leaves rows for the image and the pad token
 
 
 def load_model(
@@ -339,10 +339,10 @@ def prepare_tokenizer(
     Args:
         args (`TextModelArguments`): What to load or train.
         documents (`Dataset` or `IterableDataset`): The corpus, with a column `text`.
-        checkpoint (`str`, *optional*): The checkpoint that is resumed; its model must know this very tokenizer.
+        checkpoint (`str`, *optional*): The checkpoint to resume from; its model must have this tokenizer.
 
     Raises:
-        ValueError: if a model is continued with a tokenizer that is not its own.
+        ValueError: if a model is continued with another tokenizer than it was trained with.
     """
     if args.train_tokenizer_vocab_size is not None:
         tokenizer = train_tokenizer((row["text"] for row in documents), args.train_tokenizer_vocab_size)
@@ -379,7 +379,11 @@ def prepare_text_model(args: TextModelArguments, tokenizer: PreTrainedTokenizerB
 
 
 def text_model_config(args: TextModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The config to build from random weights; where it names no `vocab_size`, one is derived from the tokenizer."""
+    """The config of a model with random weights; a missing `vocab_size` is derived from the tokenizer.
+
+    Raises:
+        ValueError: if the embedding has fewer rows than the tokenizer has entries.
+    """
     needed = len(tokenizer)
     if args.config_name_or_path is not None:
         config = AutoConfig.from_pretrained(args.config_name_or_path)

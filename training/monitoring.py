@@ -18,8 +18,16 @@ from PIL.Image import Image
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import IGNORED, BadSampleError, conversation_rows, load_image, with_images
-from jnana.processing.data.images import thumbnail
+from jnana.processing.data import (
+    IGNORED,
+    BadSampleError,
+    conversation_rows,
+    load_image,
+    message_text,
+    read_json_lines,
+    thumbnail_url,
+    with_images,
+)
 
 from .arguments import RunArguments
 
@@ -161,10 +169,7 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
     for row in conversation_rows(rows):
         if len(samples) == count:
             break
-        messages = [
-            {"role": m["role"], "content": [without_empty_fields(part) for part in m["content"]]}
-            for m in row["conversations"][0]
-        ]
+        messages = row["conversations"][0]
         answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
         try:
             images = [load_image(reference, source=row["source"]) for reference in row["images"]]
@@ -178,8 +183,8 @@ def samples_from_rows(rows: Iterable[dict[str, Any]], processor: JnanaProcessor,
             return_dict=True,
             return_tensors="pt",
         )
-        question = " ".join(text_of(message) for message in messages[:answer])
-        samples.append(Sample(row["source"], question.strip(), text_of(messages[answer]), dict(inputs), images))
+        question = " ".join(message_text(message) for message in messages[:answer])
+        samples.append(Sample(row["source"], question.strip(), message_text(messages[answer]), dict(inputs), images))
     return samples
 
 
@@ -198,16 +203,6 @@ def samples_from_blocks(
         truth = tokenizer.decode(ids[half : half + max_new_tokens])
         samples.append(Sample(f"validation block {number}", tokenizer.decode(ids[:half]), truth, inputs))
     return samples
-
-
-def without_empty_fields(part: dict[str, Any]) -> dict[str, Any]:
-    """A content part without the `text: None` that Arrow adds to an image part."""
-    return {key: value for key, value in part.items() if value is not None}
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text parts of a message, joined by spaces."""
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 class SamplesCallback(TrainerCallback):
@@ -234,7 +229,7 @@ class SamplesCallback(TrainerCallback):
         if state.is_world_process_zero and file.is_file():
             # The resumed run writes again what the interrupted run wrote after this checkpoint.
             resumed = state.global_step > 0
-            kept = [line for line in read_lines(file) if resumed and line["step"] <= state.global_step]
+            kept = [line for line in read_json_lines(file, "skip") if resumed and line["step"] <= state.global_step]
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
         if state.global_step == 0:
             self.write(args, state, model)
@@ -270,7 +265,7 @@ class SamplesCallback(TrainerCallback):
                 f"    generated: {text}",
             ]
         logger.info("\n".join(lines))
-        page = samples_page(self.samples, read_lines(folder / SAMPLES_FILE))
+        page = samples_page(self.samples, list(read_json_lines(folder / SAMPLES_FILE, "skip")))
         (folder / SAMPLES_PAGE).write_text(page, encoding="utf-8")
 
     @torch.no_grad()
@@ -283,25 +278,13 @@ class SamplesCallback(TrainerCallback):
         return self.decode(ids[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The entries of a JSON Lines file, without a last line that was only partly written."""
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return entries
-
-
 def samples_page(samples: list[Sample], entries: list[dict[str, Any]]) -> str:
     """An HTML page with one table a sample: its images, prompt and truth, then the text generated at each step."""
     parts = ["<!doctype html><meta charset='utf-8'><title>Samples</title>"]
     parts.append("<style>body{font:15px sans-serif;margin:2em}td{padding:.2em .8em;vertical-align:top}</style>")
     for sample in samples:
         parts.append("<h3>" + html.escape(sample.source) + "</h3>")
-        urls = [thumbnail(image, THUMBNAIL_SIDE)["url"] for image in sample.images]
-        parts += [f"<img src='{url}'>" for url in urls]
+        parts += [f"<img src='{thumbnail_url(image, THUMBNAIL_SIDE)}'>" for image in sample.images]
         parts.append(f"<p>{html.escape(sample.prompt)}<br><b>{html.escape(sample.truth)}</b></p><table>")
         for entry in entries:
             if (entry["source"], entry["prompt"]) == (sample.source, sample.prompt):

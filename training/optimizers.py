@@ -211,7 +211,7 @@ def schedule_factor(name: str, warmup_steps: int, num_steps: int) -> Callable[[i
         if name == "linear":
             return max(0.0, (num_steps - step) / decay_steps)
         if name == "cosine":
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / decay_steps)))
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / decay_steps))))
         return 1.0
 
     return factor

@@ -66,7 +66,7 @@ def check_run(
             raise ValueError(f"{name} is {value}; it must be at least {SMALLEST[name]}, or be left out")
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs, and DataParallel would separate rows from their images; start with "
+            f"one process sees {args.n_gpu} GPUs, and DataParallel would split rows from their images; start with "
             f"`accelerate launch --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
         )
     if data_args.eval_data is None:
@@ -377,11 +377,10 @@ def check_computation(
             "images and its rows alike; leave it out"
         )
     sharding = sharding_of(args)
-    if optimizer == "muon" and sharding is not None:
-        how = "FSDP cuts each matrix over the processes" if sharding == "fsdp" else "ZeRO flattens all weights"
+    if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
         raise ValueError(
-            f"optimizer is 'muon', which steps whole matrices, but {how}; start with recipes/accelerate/ddp.yaml, or "
-            "set `optimizer: stock`"
+            "optimizer is 'muon', which steps whole matrices, but DeepSpeed's ZeRO flattens all weights; start with "
+            "recipes/accelerate/fsdp2.yaml or ddp.yaml, or set `optimizer: stock`"
         )
     if quantization == "int8" and sharding == "fsdp":
         raise ValueError(
@@ -422,5 +421,5 @@ def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | Tex
 
 
 def load_model_type(name: str) -> str | None:
-    """The `model_type` in the config of a checkpoint, a folder or a Hub id."""
+    """The `model_type` in the config of a checkpoint, given by its directory or Hub id."""
     return PreTrainedConfig.get_config_dict(name)[0].get("model_type")

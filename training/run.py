@@ -123,7 +123,13 @@ def check_memory(model: nn.Module, args: TrainingArguments) -> None:
         model (`nn.Module`): With `requires_grad` set, before the Trainer wraps it.
         args (`TrainingArguments`): Device, sharding, number of processes.
     """
-    parts = training_memory(model, sharding_of(args), args.world_size)
+    sharding = sharding_of(args)
+    if sharding in (
+        "zero1",
+        "zero2",
+    ):  # hold copies of the weights in two dtypes, which depend on DeepSpeed's settings
+        return
+    parts = training_memory(model, args.world_size if sharding else 1)
     text = ", ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
     total = sum(parts.values())
     logger.info(f"memory of each process without activations, with AdamW: {text}; {size_text(total)} in all")
@@ -135,14 +141,12 @@ def check_memory(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def training_memory(model: nn.Module, sharding: str | None = None, world_size: int = 1) -> dict[str, int]:
+def training_memory(model: nn.Module, shards: int = 1) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW's state in each process; a model on the meta device is counted too.
 
     Args:
         model (`nn.Module`): With `requires_grad` set.
-        sharding (`str`, *optional*): `fsdp`, `zero1`, `zero2`, `zero3` (see `sharding_of`); default: the process
-            holds everything.
-        world_size (`int`, defaults to 1): Processes that the shards are divided over.
+        shards (`int`, defaults to 1): Processes that all three are divided over, with FSDP or ZeRO-3.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = {
@@ -150,9 +154,7 @@ def training_memory(model: nn.Module, sharding: str | None = None, world_size: i
         "gradients": sum(parameter.nbytes for parameter in trained),
         "optimizer": sum(ADAMW_BYTES * parameter.numel() for parameter in trained),
     }
-    sharded = {"fsdp": 3, "zero3": 3, "zero2": 2, "zero1": 1}.get(sharding or "", 0)  # ZeRO begins with the optimizer
-    names = list(parts)[len(parts) - sharded :]
-    return {name: num_bytes // world_size if name in names else num_bytes for name, num_bytes in parts.items()}
+    return {name: num_bytes // shards for name, num_bytes in parts.items()}
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:

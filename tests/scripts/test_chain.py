@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_utils
 
 from jnana import run_merge, run_sft
+from jnana.processing.data import read_json_lines
 from jnana.training.adapters import adapter_reference
 from jnana.training.loading import load_model
-from jnana.training.monitoring import read_lines
 from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
 
@@ -152,7 +152,7 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
 
 
 def test_samples_and_loss_curve(tuned, pretrained):
-    lines = read_lines(tuned / "samples.jsonl")
+    lines = list(read_json_lines(tuned / "samples.jsonl", "skip"))
     assert [line["step"] for line in lines] == [0, 0, 3, 3, 6, 6]
     assert lines[0]["prompt"] == "what is the top?" and lines[0]["truth"] == "white"
     page = (tuned / "samples.html").read_text()
@@ -160,7 +160,7 @@ def test_samples_and_loss_curve(tuned, pretrained):
     for folder in (tuned, pretrained):
         with Image.open(folder / "loss_curve.png") as curve:
             assert curve.size[0] > 500
-    assert len(read_lines(pretrained / "samples.jsonl")) == 3
+    assert len(list(read_json_lines(pretrained / "samples.jsonl", "skip"))) == 3
 
 
 def test_the_card_is_ours_and_private(tuned, aligned):

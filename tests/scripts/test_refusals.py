@@ -31,6 +31,10 @@ def no_model(monkeypatch):
         ({"eval_strategy": "steps"}, "eval_strategy is 'steps' but eval_data is not set"),
         ({"sample_steps": 5}, "sample_steps is 5 but eval_data is not set"),
         ({"streaming": "true", "max_steps": -1}, "streaming is true but max_steps is -1"),
+        (
+            {"train_sampling_strategy": "group_by_length", "streaming": "true"},
+            "train_sampling_strategy is 'group_by_length' but streaming is true",
+        ),
         ({"output_dir": "/proc/nowhere"}, "output_dir '/proc/nowhere' cannot be written to"),
         ({"feature_cache": "/proc/nowhere"}, "feature_cache '/proc/nowhere' cannot be written to"),
         ({"feature_cache": "c", "streaming": "true", "max_steps": 2}, "feature_cache is 'c' but streaming is true"),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from jnana import run_align, run_pretrain, run_sft
-from jnana.training.monitoring import read_lines
+from jnana.processing.data import read_json_lines
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
 from tests.scripts.launching import kill_at, launch
 
@@ -43,7 +43,7 @@ def test_kill_9_and_start_again(pretrained, data, tmp_path, capsys):
     assert "checkpoint-12 is skipped: model.safetensors is truncated" in said
     assert f"resuming from {output / 'checkpoint-8'}" in said
     assert_same_weights(output, pretrained)
-    assert [line["step"] for line in read_lines(output / "samples.jsonl")] == [0, 6, 12]
+    assert [line["step"] for line in list(read_json_lines(output / "samples.jsonl", "skip"))] == [0, 6, 12]
 
 
 def test_a_resume_that_lost_its_optimizer_would_differ(pretrained, data, tmp_path):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image
-from jnana.processing.data.images import thumbnail
+from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail_url
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -152,10 +151,11 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
 
 
 def test_a_thumbnail_is_small_and_leaves_the_image_alone():
+    def opened(image: Image.Image) -> Image.Image:
+        data = thumbnail_url(image, 100).removeprefix("data:image/jpeg;base64,")
+        return Image.open(io.BytesIO(base64.b64decode(data)))
+
     image = Image.new("RGBA", (2000, 1000), (10, 200, 30, 255))
-    found = thumbnail(image, 100)
-    assert (found["width"], found["height"]) == (100, 50) and image.size == (2000, 1000)
-    data = base64.b64decode(found["url"].removeprefix("data:image/jpeg;base64,"))
-    with Image.open(io.BytesIO(data)) as small:
-        assert small.size == (100, 50) and small.getpixel((50, 25))[1] > 150
-    assert thumbnail(Image.new("L", (20, 10)), 100)["width"] == 20  # the control: nothing is enlarged
+    small = opened(image)
+    assert small.size == (100, 50) and small.getpixel((50, 25))[1] > 150 and image.size == (2000, 1000)
+    assert opened(Image.new("L", (20, 10))).size == (20, 10)  # the control: nothing is enlarged

@@ -24,6 +24,7 @@ from jnana.chat.session import end_token_ids
 from jnana.modeling import available_device
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
 from jnana.processing.data.feature_cache import weights_digest
+from jnana.processing.data.records import read_json_lines
 
 from .questions import Question, QuestionSet
 
@@ -274,8 +275,8 @@ def _read_answers(path: str | Path | None, keys: list[str], state: PartialState)
     wanted = set(keys)
     answered = {}
     for file in [path, *sorted(path.parent.glob(f"{path.name}.part*"))]:
-        for record in _read_records(file):
-            if record["key"] in wanted and record["prediction"] is not None:
+        for record in read_json_lines(file, torn="skip"):
+            if isinstance(record, dict) and record.get("key") in wanted and record.get("prediction") is not None:
                 answered[record["key"]] = record
     state.wait_for_everyone()  # no process writes before all have read
     if state.is_main_process:
@@ -283,20 +284,6 @@ def _read_answers(path: str | Path | None, keys: list[str], state: PartialState)
         _replace_file(path, [answered[key] for key in keys if key in answered])
     state.wait_for_everyone()
     return answered
-
-
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON Lines file. A line that was cut off by a crash is skipped."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and {"key", "prediction"} <= record.keys():
-                yield record
 
 
 def _replace_file(path: str | Path, records: list[dict[str, Any]]) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jnana.processing.data import BadSampleError
-from jnana.processing.data.images import thumbnail
+from jnana.processing.data import BadSampleError, thumbnail_url
 
 from .metrics.scoring import vqa_accuracy
 from .questions import QuestionSet
@@ -132,9 +131,14 @@ def _truth(references: Sequence[str]) -> str:
 
 
 def _thumbnails(questions: QuestionSet, question) -> list[dict[str, Any]]:
-    """The images of a question as `thumbnail` gives them."""
+    """The images of a question as small JPEGs in data URLs, with their sizes in pixels."""
     try:
         images = questions.images(question)
     except BadSampleError:  # the file was removed after the question was answered
         return []
-    return [thumbnail(image, THUMBNAIL_SIDE) for image in images]
+    thumbnails = []
+    for image in images:
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        url = thumbnail_url(image, THUMBNAIL_SIDE)
+        thumbnails.append({"url": url, "width": image.width, "height": image.height})
+    return thumbnails

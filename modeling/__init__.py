@@ -21,7 +21,7 @@ from .loading_jnana import (
     read_base_reference,
     weights_fingerprint,
 )
-from .modeling_jnana import JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
+from .modeling_jnana import CACHE_NAME, JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
 
 
 AutoConfig.register("jnana", JnanaConfig, exist_ok=True)
@@ -31,6 +31,7 @@ AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, ex
 
 __all__ = [
     "BASE_REFERENCE",
+    "CACHE_NAME",
     "PROJECTOR_FIELDS",
     "RESIZING_TOWERS",
     "JnanaConfig",

@@ -95,7 +95,7 @@ class JnanaConfig(PreTrainedConfig):
     model_type = "jnana"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     # Processes gather what evaluation keeps: a batch without images has no `image_hidden_states` to gather.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     # Objects once constructed; dicts and None are made into objects by `__post_init__`.
     vision_config: PreTrainedConfig = None  # type: ignore[assignment]

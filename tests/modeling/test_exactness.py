@@ -13,6 +13,7 @@ from transformers import (
     GraniteConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
 )
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration, JnanaPreTrainedModel
@@ -246,7 +247,7 @@ def test_missing_tower_weights_are_initialised_as_the_tower_does_it(tmp_path, mo
     width = AutoConfig.from_pretrained(tmp_path / "vision").hidden_size
     assert loaded.get_parameter(name).std().item() == pytest.approx((2 * width) ** -0.5, rel=0.1)
     # Negative control: what transformers does with custom code.
-    monkeypatch.setattr(JnanaPreTrainedModel, "is_custom_code", classmethod(lambda cls: True))
+    monkeypatch.setattr(JnanaPreTrainedModel, "initialize_weights", PreTrainedModel.initialize_weights)
     loaded = JnanaForConditionalGeneration.from_pretrained(tmp_path / "pair")
     assert loaded.get_parameter(name).std().item() != pytest.approx((2 * width) ** -0.5, rel=0.1)
 

@@ -119,7 +119,7 @@ def test_a_published_adapter_names_no_folder_of_this_machine(tmp_path):
     assert adapter_reference(str(near.parent / "a"))["names"] == {"model": str(near.parent / "a" / "../align")}
     write_base_reference({"names": names, "projector_fields": {}}, adapter, published=True)
     assert "secret" not in (adapter / "jnana_base.json").read_text()
-    with pytest.raises(ValueError, match="was trained on vision_model 'clip', which is no folder here"):
+    with pytest.raises(ValueError, match="was trained on vision_model 'clip', which is not a directory here"):
         adapter_reference(str(adapter))
     write_base_reference({"names": names, "projector_fields": {}}, adapter)  # the control
     assert adapter_reference(str(adapter))["names"]["text_model"] == "gpt2"

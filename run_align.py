@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: only the projector trains
-    model = apply_stage(prepare_model(model_args, processor), "align")
+    model = apply_stage(prepare_model(model_args, processor), "align", packing=data_args.packing)
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
     attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 

@@ -90,7 +90,8 @@ def main(argv: list[str]) -> None:
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
-    model = apply_stage(prepare_model(model_args, processor, quantization, training_args.device), "sft", lora_args)
+    model = prepare_model(model_args, processor, quantization, training_args.device)
+    model = apply_stage(model, "sft", lora_args, data_args.packing)
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
     attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 

@@ -45,7 +45,9 @@ class PartCount:
     total: int = 0
 
 
-def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None) -> nn.Module:
+def apply_stage(
+    model: nn.Module, stage: str, lora: LoraArguments | None = None, packing: str = "none"
+) -> nn.Module:
     """Freeze and unfreeze the parts of `model` as the table says, and print what trains.
 
     Args:
@@ -54,6 +56,7 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
             with a trainable adapter, which is then continued.
         stage (`str`): `pretrain`, `align` or `sft`.
         lora (`LoraArguments`, *optional*): With `lora_r > 0` the language model gets an adapter and is itself frozen.
+        packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`; warns about dropout.
 
     Returns:
         `nn.Module`: the model, or the `PeftModel` around it. What trains is float32, whatever the rest is.
@@ -80,7 +83,34 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None)
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW's small steps vanish in bfloat16's 8 bits
     logger.info(describe_parameters(model, stage))
+    dropout = active_dropout(model)
+    if dropout:
+        stated = ", ".join(f"{part} {probability:g}" for part, probability in sorted(dropout.items()))
+        if packing == "none":
+            logger.info(f"dropout: {stated}")
+        else:
+            logger.warning(
+                f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a prefix "
+                "then share its noise, so packed rows do not train exactly what separate rows train. Set the dropout "
+                "fields of the language model's config.json (Phi-2: `resid_pdrop`) and `lora_dropout` to 0, or set "
+                "packing: none"
+            )
     return model
+
+
+def active_dropout(model: nn.Module) -> dict[str, float]:
+    """The largest dropout probability in each part of the model that has dropout in training. Frozen parts have none;
+    the one of LoRA counts as `lora`."""
+    was_training = model.training
+    model.train()
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        probability = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if module.training and isinstance(probability, float) and probability > 0:
+            part = "lora" if "lora_dropout" in name else part_of(name)
+            found[part] = max(found.get(part, 0.0), probability)
+    model.train(was_training)
+    return found
 
 
 def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:

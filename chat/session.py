@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from jnana.modeling import CACHE_NAME
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import load_image
 
@@ -261,7 +262,7 @@ class ChatSession:
             turn.finish_reason = "context" if short_of_room else "length"
         self.last_turn = turn
         if self.keep_cache:
-            self._cache = output.past_key_values
+            self._cache = output[CACHE_NAME]
             self._held = self._keys(sequence, pictures)[: self._cache.get_seq_length()]
         else:
             self._forget()
@@ -305,7 +306,7 @@ class ChatSession:
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "past_key_values": self._cache,
+            CACHE_NAME: self._cache,
         }
         per_image = self.processor.num_image_tokens(*self.processor.image_height_and_width())
         unread = pictures[ids[:kept].count(self.processor.image_token_id) // per_image :]

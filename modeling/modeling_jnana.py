@@ -178,18 +178,22 @@ class JnanaGenerationMixin(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> dict[str, Any]:
         """
         As `GenerationMixin.prepare_inputs_for_generation`, which passes images with the first step only. Phi-3
         processes the whole sequence again, images included, when it passes the length at which its rotary embedding
         changes (LongRoPE).
         """
         text_config, cache = self.config.text_config, kwargs.get(CACHE_NAME)
-        if text_config.model_type == "phi3" and cache is not None and kwargs.get("inputs_embeds") is None:
+        if text_config.model_type == "phi3" and cache is not None and inputs_embeds is None:
             limit = text_config.original_max_position_embeddings
             if input_ids.shape[1] > limit and 0 < cache.get_seq_length() <= limit:
                 kwargs |= {"next_sequence_length": None, CACHE_NAME: None, "is_first_iteration": True}
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 class JnanaImageMixin:

@@ -1,8 +1,7 @@
-"""The model: an image encoder, a projector and a causal language model. Torch modules and configs only, no file
-formats.
+"""The model: an image encoder, a projector and a causal language model.
 
-Importing it registers Jnana with transformers' Auto classes in this process; saved folders carry their own code
-instead.
+Importing this package registers Jnana with transformers' Auto classes in this process. A saved checkpoint contains a
+copy of the `*_jnana.py` files, and registers nothing.
 """
 
 if __name__ != "jnana.modeling":  # a second copy of every class would be registered

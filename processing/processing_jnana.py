@@ -69,7 +69,7 @@ class JnanaChatMixin(ProcessorMixin):
         **kwargs,
     ) -> Any:
         """
-        Render one chat or a batch of chats; as `ProcessorMixin.apply_chat_template`, with three promises.
+        Render one chat or a batch of chats; as `ProcessorMixin.apply_chat_template`, with three guarantees.
 
         * Text in messages that spells a control token (`<image>`, `<|endoftext|>`) stays text, with and without
           `tokenize` (`sanitize_control_tokens` is always on). A string rendered with `tokenize=False` carries an
@@ -77,13 +77,13 @@ class JnanaChatMixin(ProcessorMixin):
         * The token ids of a chat rendered with `add_generation_prompt=True` are an exact prefix of those of the same
           chat with its answer.
         * With `return_assistant_tokens_mask=True`, `assistant_masks` is 1 on the tokens of `{% generation %}` blocks
-          and only there. Special tokens are those the template writes; none are added.
+          and only there. The only special tokens are those that the template writes.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): messages, `content` a string or a list of parts; an
                 image part holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`; an audio
                 part, a path under `path` or samples under `audio`.
-            transcriber (`Any`, *optional*): puts words in the place of audio parts; see [`transcribe_chat`].
+            transcriber (`Any`, *optional*): replaces audio parts by their transcripts; see [`transcribe_chat`].
             processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with
                 `padding="max_length"`), `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the
                 image processor's options.
@@ -94,8 +94,8 @@ class JnanaChatMixin(ProcessorMixin):
             in reading order (absent without images), and `assistant_masks`.
 
         Raises:
-            ValueError: if truncation is asked for (it could cut image tokens), images and placeholders differ in
-                number, `chat_template` is not Jinja (a template's name), or a recording has no transcriber.
+            ValueError: if `truncation` is set (it could cut image tokens), images and placeholders differ in number,
+                `chat_template` is not Jinja (but the name of a template), or a recording has no transcriber.
         """
         template = self._find_template(chat_template)
         if "{" not in template:  # Jinja would render every chat as this same text
@@ -117,7 +117,7 @@ class JnanaChatMixin(ProcessorMixin):
         texts = self._render(
             conversations,
             template,
-            mark=tokenize,  # at inference too, so that past answers have the tokens of training
+            mark=tokenize,  # at inference too, so that earlier answers are tokenised as in training
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,

@@ -45,9 +45,7 @@ class PartCount:
     total: int = 0
 
 
-def apply_stage(
-    model: nn.Module, stage: str, lora: LoraArguments | None = None, packing: str = "none"
-) -> nn.Module:
+def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None, packing: str = "none") -> nn.Module:
     """Freeze and unfreeze the parts of `model` as the table says, and print what trains.
 
     Args:
@@ -90,10 +88,10 @@ def apply_stage(
             logger.info(f"dropout: {stated}")
         else:
             logger.warning(
-                f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a prefix "
-                "then share its noise, so packed rows do not train exactly what separate rows train. Set the dropout "
-                "fields of the language model's config.json (Phi-2: `resid_pdrop`) and `lora_dropout` to 0, or set "
-                "packing: none"
+                f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a "
+                "prefix then share its noise, so packed rows do not train exactly what separate rows train. Set the "
+                "dropout fields of the language model's config.json (Phi-2: `resid_pdrop`) and `lora_dropout` to 0, "
+                "or set packing: none"
             )
     return model
 

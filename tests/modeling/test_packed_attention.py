@@ -64,11 +64,11 @@ def test_eager_attention_and_checkpointing_change_nothing(models, family):
     model = models(family, "eager")
     assert difference(loss_and_gradients(model, batches("shared_image")), alone) < EXACT
     model = models(family).train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     try:
         assert difference(loss_and_gradients(model, batches("shared_image")), alone) < EXACT
     finally:
-        model.activation_checkpointing_disable()
+        model.gradient_checkpointing_disable()
         model.eval()
 
 

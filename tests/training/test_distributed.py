@@ -111,7 +111,7 @@ def test_one_process_alone():
 
 
 class TestUnpartitioned:
-    """Whether transformers sees ZeRO-3 while a model is made; what then happens is in tests/scripts/test_sharded.py."""
+    """Whether transformers sees ZeRO-3 while a model is built; tests/scripts/test_sharded.py tests the training after it."""
 
     class Plugin:
         def __init__(self, zero3_init_flag: bool):

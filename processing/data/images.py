@@ -113,7 +113,7 @@ def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
         raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
 
 
-def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:
+def thumbnail_url(image: Image.Image, side: int) -> str:
     """
     A small copy of an image as a JPEG in a data URL, for an HTML page that loads no other file.
 
@@ -122,14 +122,13 @@ def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:
         side (`int`): length of the longer side in pixels; smaller images keep their size.
 
     Returns:
-        `dict`: `url` (`data:image/jpeg;base64,...`), `width` and `height` (pixels).
+        `str`: `data:image/jpeg;base64,...`.
     """
     small = image.convert("RGB")
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _no_reference(source: str) -> BadSampleError:

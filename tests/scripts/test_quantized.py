@@ -165,7 +165,7 @@ def test_the_chat_takes_every_kind_of_folder(quantized, aligned, folder, quantiz
     assert processor.decode(output, skip_special_tokens=True).strip() == answer
     assert largest_difference(session, reread(session)) < 1e-5
     without = ChatSession(load_model(str(aligned))[0], processor)  # the control: no adapter
-    without.messages, without._pictures = session.messages, session._pictures
+    without.messages, without._images = session.messages, session._images
     assert largest_difference(session, reread(without)) > 1e-3
 
 

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: only the projector trains
-    model = apply_stage(prepare_model(model_args, processor, training_args), "align")
+    model = apply_stage(prepare_model(model_args, processor, training_args), "align", packing=data_args.packing)
 
     # 6. Trainer
     collator = prepare_collator(data_args, model_args, training_args, model, processor, [train_rows, eval_rows])

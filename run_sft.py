@@ -83,7 +83,8 @@ def main(argv: list[str]) -> None:
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
-    model = apply_stage(prepare_model(model_args, processor, training_args, quantization), "sft", lora_args)
+    model = prepare_model(model_args, processor, training_args, quantization)
+    model = apply_stage(model, "sft", lora_args, data_args.packing)
 
     # 6. Trainer
     collator = prepare_collator(data_args, model_args, training_args, model, processor, [train_rows, eval_rows])

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from jnana.modeling import CACHE_NAME
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import load_image
 
@@ -273,7 +274,7 @@ class ChatSession:
             turn.finish_reason = "context" if context_limited else "length"
         self.last_turn = turn
         if self.keep_cache:
-            self._cache = output.past_key_values
+            self._cache = output[CACHE_NAME]
             self._cached_keys = self._keys(sequence, images)[: self._cache.get_seq_length()]
         else:
             self._forget()
@@ -317,7 +318,7 @@ class ChatSession:
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "past_key_values": self._cache,
+            CACHE_NAME: self._cache,
         }
         per_image = self.processor.num_image_tokens(*self.processor.image_height_and_width())
         new_images = images[ids[:kept].count(self.processor.image_token_id) // per_image :]

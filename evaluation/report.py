@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jnana.processing.data import BadSampleError, thumbnail_url
+from jnana.processing.data import BadSampleError, thumbnail
 
 from .metrics.scoring import vqa_accuracy
 from .questions import QuestionSet
@@ -136,9 +136,4 @@ def _thumbnails(questions: QuestionSet, question) -> list[dict[str, Any]]:
         images = questions.images(question)
     except BadSampleError:  # the file was removed after the question was answered
         return []
-    thumbnails = []
-    for image in images:
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        url = thumbnail_url(image, THUMBNAIL_SIDE)
-        thumbnails.append({"url": url, "width": image.width, "height": image.height})
-    return thumbnails
+    return [thumbnail(image, THUMBNAIL_SIDE) for image in images]

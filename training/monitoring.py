@@ -25,7 +25,7 @@ from jnana.processing.data import (
     load_image,
     message_text,
     read_json_lines,
-    thumbnail_url,
+    thumbnail,
     with_images,
 )
 
@@ -284,7 +284,9 @@ def samples_page(samples: list[Sample], entries: list[dict[str, Any]]) -> str:
     parts.append("<style>body{font:15px sans-serif;margin:2em}td{padding:.2em .8em;vertical-align:top}</style>")
     for sample in samples:
         parts.append("<h3>" + html.escape(sample.source) + "</h3>")
-        parts += [f"<img src='{thumbnail_url(image, THUMBNAIL_SIDE)}'>" for image in sample.images]
+        for image in sample.images:
+            small = thumbnail(image, THUMBNAIL_SIDE)
+            parts.append(f"<img src='{small['url']}' width='{small['width']}' height='{small['height']}'>")
         parts.append(f"<p>{html.escape(sample.prompt)}<br><b>{html.escape(sample.truth)}</b></p><table>")
         for entry in entries:
             if (entry["source"], entry["prompt"]) == (sample.source, sample.prompt):

@@ -170,11 +170,11 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
     if not list(Path(source).glob("*.safetensors")):
         raise ValueError(
             f"{checkpoint} is the end of this run, but {source} holds sharded weights only, which training alone can "
-            "read; a larger max_steps or num_train_epochs goes on from it"
+            "read; a larger max_steps or num_train_epochs continues from it"
         )
     logger.info(
         f"{checkpoint} is the end of this run: nothing is trained, its files are copied to {trainer.args.output_dir} "
-        "(a larger max_steps or num_train_epochs goes on from it)"
+        "(a larger max_steps or num_train_epochs continues from it)"
     )
     trainer.state = state
     if trainer.args.should_save:

@@ -113,7 +113,7 @@ def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
         raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
 
 
-def thumbnail_url(image: Image.Image, side: int) -> str:
+def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:
     """
     A small copy of an image as a JPEG in a data URL, for an HTML page that loads no other file.
 
@@ -122,13 +122,14 @@ def thumbnail_url(image: Image.Image, side: int) -> str:
         side (`int`): length of the longer side in pixels; smaller images keep their size.
 
     Returns:
-        `str`: `data:image/jpeg;base64,...`.
+        `dict`: `url` (`data:image/jpeg;base64,...`), `width` and `height` (pixels).
     """
     small = image.convert("RGB")
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
 
 
 def _no_reference(source: str) -> BadSampleError:

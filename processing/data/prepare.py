@@ -111,8 +111,9 @@ def prepare(
     if isinstance(rows, IterableDataset):
         if options.packing == "none":
             return flatten_conversations(rows)
-        limits = {"max_row_tokens": options.max_row_tokens, "max_length": options.max_length}
-        return packed_stream(rows, processor, share=share, **limits)
+        return packed_stream(
+            rows, processor, share=share, max_row_tokens=options.max_row_tokens, max_length=options.max_length
+        )
     report = check(
         rows,
         processor,

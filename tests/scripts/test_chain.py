@@ -127,7 +127,7 @@ def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
     reference = json.loads((tmp_path / "sft" / "jnana_base.json").read_text())
     reference["names"]["model"] = "/gone/align"
     (tmp_path / "sft" / "jnana_base.json").write_text(json.dumps(reference))
-    with pytest.raises(ValueError, match="trained on model '/gone/align', which is no folder here"):
+    with pytest.raises(ValueError, match="trained on model '/gone/align', which is not a directory here"):
         load_model(str(tmp_path / "sft"))
 
 
@@ -140,7 +140,7 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
     try:
         for quantization in ("none", "nf4"):
             load_model(str(tmp_path / "sft"), quantization=quantization)
-        said_before = "may answer nonsense" in caplog.text
+        said_before = "answers may be wrong" in caplog.text
         weights = load_file(tmp_path / "align" / "model.safetensors")
         name = "model.language_model.layers.0.mlp.fc1.weight"
         save_file({**weights, name: weights[name] * 1.01}, tmp_path / "align" / "model.safetensors", {"format": "pt"})
@@ -148,7 +148,7 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert not said_before
-    assert re.search("was trained on model '.*align' with other weights .* may answer nonsense", caplog.text)
+    assert re.search("the weights of model '.*align' have changed .* answers may be wrong", caplog.text)
 
 
 def test_samples_and_loss_curve(tuned, pretrained):

@@ -1,4 +1,4 @@
-"""Bad input: each is refused before a model is loaded, with field, value and remedy in the message."""
+"""Bad input raises an error before a model is loaded, with field, value and remedy in the message."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ def test_merging_what_is_no_adapter(aligned, tmp_path):
 
 
 def test_many_gpus_in_one_process(no_model, data, vision, pretrained, tmp_path, monkeypatch):
-    """DataParallel would cut `pixel_values` and `input_ids` at different rows."""
+    """DataParallel would split `pixel_values` and `input_ids` at different rows."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match="one process sees 2 GPUs, .* `accelerate launch --num_processes 2`"):
         run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path))
@@ -191,11 +191,11 @@ def test_a_vocabulary_larger_than_the_embedding(data, tmp_path):
 
 
 class TestForeignTokenizer:
-    """A language model joined or continued under a vocabulary that is not its own, both named."""
+    """A language model joined or continued with another vocabulary than its own; the error names both."""
 
     @pytest.fixture
     def foreign(self, tmp_path):
-        """The same number of entries, two of them swapped: nothing else would notice."""
+        """The same number of entries, two of them swapped, which no other check would notice."""
         folder = save_tiny_text(tmp_path / "foreign")
         content = json.loads((folder / "tokenizer.json").read_text())
         vocabulary = content["model"]["vocab"]
@@ -217,7 +217,7 @@ class TestForeignTokenizer:
             run_align.main(arguments)
 
     def test_its_own_tokenizer_from_elsewhere_is_taken(self, data, vision, pretrained, tmp_path):
-        """The control: the same vocabulary in another folder is no stranger."""
+        """The control: the same vocabulary in another directory is accepted."""
         AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "copy")
         changes = {"tokenizer_name_or_path": tmp_path / "copy", "max_steps": 1, "save_strategy": "no"}
         run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "out", **changes))
@@ -245,7 +245,7 @@ class TestForeignTokenizer:
 
 
 class TestBadSamples:
-    """The whole list of problems before training, or skipped and listed."""
+    """Either one error with all problems before training, or the rows are skipped and listed."""
 
     @pytest.fixture
     def spoilt(self, data, tmp_path):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the last complete one."""
+"""A run resumes from its last complete checkpoint."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from jnana.training.checkpoints import checkpoint_problem, checkpoint_to_resume,
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with checkpoints at steps 2, 4 and 10 (10 sorts before 2 as text)."""
+    """A run's directory with checkpoints at steps 2, 4 and 10 (10 sorts before 2 as text)."""
     for step in (2, 4, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -58,7 +58,7 @@ def test_shards_are_all_needed(run):
 
 
 def test_sharded_checkpoints(run):
-    """FSDP's files, FSDP's folders, DeepSpeed's folder: each whole, then with one thing missing."""
+    """FSDP's files, FSDP's directories, DeepSpeed's directory: each complete, then with one part missing."""
     folder = run / "checkpoint-10"
     (folder / "optimizer.pt").rename(folder / "optimizer.bin")
     assert checkpoint_problem(folder) is None

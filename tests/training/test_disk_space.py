@@ -67,7 +67,7 @@ def test_no_optimizer_keeps_more_than_adamw(kind, optimizer, optim, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
-def test_it_is_what_lies_on_the_disk(kind, tmp_path):
+def test_the_estimate_is_the_size_on_disk(kind, tmp_path):
     trainer = trainer_of(tmp_path, model_of(kind))
     take_a_step(trainer)
     trainer.save_model()
@@ -99,7 +99,7 @@ def free(tmp_path, monkeypatch):
     return lambda size: monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size))
 
 
-def test_refused_and_warned(tmp_path, free, caplog):
+def test_raises_or_warns(tmp_path, free, caplog):
     caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
     trainer = trainer_of(tmp_path, model_of("whole"))
     weights = weights_size(trainer)
@@ -125,7 +125,7 @@ def test_refused_and_warned(tmp_path, free, caplog):
     assert not caplog.records
 
 
-def test_what_was_cut_off_is_written_over(tmp_path, free, caplog):
+def test_broken_checkpoints_are_overwritten(tmp_path, free, caplog):
     caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
     trainer = trainer_of(tmp_path, model_of("whole"))
     weights = weights_size(trainer)
@@ -144,7 +144,7 @@ def test_what_was_cut_off_is_written_over(tmp_path, free, caplog):
         check_disk_space(weights_only)
 
 
-def test_final_weights_are_written_over(tmp_path, free):
+def test_final_weights_are_overwritten(tmp_path, free):
     trainer = trainer_of(tmp_path, model_of("whole"), save_strategy="no")
     free(10)
     with pytest.raises(ValueError, match=r"10 bytes free, but needs at least .* for the final weights"):
@@ -153,7 +153,7 @@ def test_final_weights_are_written_over(tmp_path, free):
     check_disk_space(trainer)
 
 
-def test_merged_model_is_warned_of(tmp_path, free, caplog):
+def test_the_merged_model_counts_in_the_warning(tmp_path, free, caplog):
     caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
     trainer = trainer_of(tmp_path, model_of("adapter"))
     merged = trainer.model.merge_and_unload()

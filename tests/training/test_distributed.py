@@ -111,7 +111,7 @@ def test_one_process_alone():
 
 
 class TestUnpartitioned:
-    """Whether transformers sees ZeRO-3 while a model is made; tests/scripts/test_sharded.py covers what follows."""
+    """Whether transformers sees ZeRO-3 while a model is built; tests/scripts/test_sharded.py tests the training."""
 
     class Plugin:
         def __init__(self, zero3_init_flag: bool):

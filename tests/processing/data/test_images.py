@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail_url
+from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -152,8 +152,10 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
 
 def test_a_thumbnail_is_small_and_leaves_the_image_alone():
     def opened(image: Image.Image) -> Image.Image:
-        data = thumbnail_url(image, 100).removeprefix("data:image/jpeg;base64,")
-        return Image.open(io.BytesIO(base64.b64decode(data)))
+        made = thumbnail(image, 100)
+        small = Image.open(io.BytesIO(base64.b64decode(made["url"].removeprefix("data:image/jpeg;base64,"))))
+        assert small.size == (made["width"], made["height"])
+        return small
 
     image = Image.new("RGBA", (2000, 1000), (10, 200, 30, 255))
     small = opened(image)

@@ -232,7 +232,7 @@ def test_merging_with_a_build_that_knows_cuda(tuned, tmp_path, monkeypatch):
     """`pip install torch` gives such a build on machines without a GPU too; the merge is computed on the CPU."""
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
-    monkeypatch.setitem(torch.accelerator.current_accelerator.__globals__, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert torch.accelerator.current_accelerator() == torch.device("cuda")  # the control
     merge_adapter(str(tuned), tmp_path)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, tuned / "merged"))

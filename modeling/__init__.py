@@ -1,8 +1,7 @@
-"""The model: an image encoder, a projector and a causal language model. Torch modules and configs only, no file
-formats.
+"""The model: an image encoder, a projector and a causal language model.
 
-Importing it registers Jnana with transformers' Auto classes in this process; saved folders carry their own code
-instead.
+Importing this package registers Jnana with transformers' Auto classes in this process. A saved checkpoint contains a
+copy of the `*_jnana.py` files, and registers nothing.
 """
 
 if __name__ != "jnana.modeling":  # a second copy of every class would be registered
@@ -27,7 +26,7 @@ from .loading_jnana import (
     read_base_reference,
     weights_fingerprint,
 )
-from .modeling_jnana import JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
+from .modeling_jnana import CACHE_NAME, JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
 
 
 AutoConfig.register("jnana", JnanaConfig, exist_ok=True)
@@ -38,6 +37,7 @@ AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, ex
 __all__ = [
     "BASE_REFERENCE",
     "BASE_REFERENCE_FORMAT",
+    "CACHE_NAME",
     "HUB_ARGUMENTS",
     "PROJECTOR_FIELDS",
     "REPOSITORY_ARGUMENTS",

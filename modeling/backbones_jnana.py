@@ -1,9 +1,8 @@
-"""The two models that Jnana joins: which ones it can hold exactly, how they are built, how they are loaded.
+"""The two backbones, image encoder and language model: which are supported, how they are built, loaded and joined.
 
-"Exactly" is a promise: without an image, the logits are the bare language model's, bit for bit. So a language model
-family is accepted only when its head is known to be one Linear layer over the last hidden states, and the table says
-whether that layer has a bias (Phi's has; stock LLaVA drops it). Every other family is refused by name when the model
-is built.
+Without an image, the logits must equal those of the bare language model bit for bit. So a language model family is
+supported only if its head is known to be one Linear layer over the last hidden states. The table below says whether
+that layer has a bias (Phi's has one; stock LLaVA drops it). Building a model of any other family raises an error.
 """
 
 import copy
@@ -22,9 +21,17 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import UNQUANTIZED_MODULES, UNQUANTIZED_TEXT_MODULES, take_quantization
+from .loading_jnana import NOT_QUANTIZED, NOT_QUANTIZED_TEXT, adopt_quantization
 from .projector_jnana import build_projector
 
+
+try:
+    # Releases that have this function (not 5.20) also let a model return selected hidden states by their indices.
+    from transformers.utils.output_capturing import select_hidden_states  # noqa: F401
+
+    SELECTS_HIDDEN_STATES = True
+except ImportError:
+    SELECTS_HIDDEN_STATES = False
 
 # Whether the family's head, one Linear layer, has a bias.
 HEAD_HAS_BIAS = {
@@ -37,7 +44,7 @@ HEAD_HAS_BIAS = {
     "qwen3": False,
 }
 
-# Config fields by which other families change logits after the Linear layer, with the value that leaves them alone.
+# Config fields by which other families change logits after the Linear layer, with the value that changes nothing.
 LOGIT_CHANGES = {
     "final_logit_softcapping": None,
     "lm_head_multiplier": 1.0,
@@ -48,7 +55,7 @@ LOGIT_CHANGES = {
 
 def check_text_family(text_config: PreTrainedConfig) -> None:
     """
-    Refuse a language model whose head cannot be held exactly.
+    Raise unless the head of the language model can be reproduced exactly.
 
     Args:
         text_config (`PreTrainedConfig`): The language model's config.
@@ -69,7 +76,7 @@ def check_text_family(text_config: PreTrainedConfig) -> None:
     else:
         return
     raise ValueError(
-        f"`text_config.model_type` is {family!r}, which Jnana cannot hold exactly: {reason}, so its text-only logits "
+        f"`text_config.model_type` is {family!r}, which Jnana does not support: {reason}, so its text-only logits "
         f"would differ from the bare model's. Choose a language model of one of these families: "
         f"{', '.join(HEAD_HAS_BIAS)}."
     )
@@ -86,7 +93,7 @@ def build_head(text_config: PreTrainedConfig) -> nn.Linear:
         `torch.nn.Linear`: Maps `(..., hidden_size)` to `(..., vocab_size)`.
 
     Raises:
-        ValueError: If the family is not one that can be held exactly.
+        ValueError: If the family is not supported.
     """
     check_text_family(text_config)
     bias = HEAD_HAS_BIAS[text_config.model_type]
@@ -96,7 +103,9 @@ def build_head(text_config: PreTrainedConfig) -> nn.Linear:
 def build_vision_tower(config: JnanaConfig) -> PreTrainedModel:
     """The image encoder with random weights: for `pooled` CLIP the one that ends in CLIP's projection."""
     if _needs_clip_projection(config):
-        return CLIPVisionModelWithProjection._from_config(config.vision_config)
+        tower = CLIPVisionModelWithProjection(config.vision_config)
+        dtype = config.vision_config.dtype
+        return tower if dtype is None else tower.to(dtype)
     return AutoModel.from_config(config.vision_config)
 
 
@@ -106,11 +115,11 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
 
     Args:
         name (`str`): Hub id or folder.
-        config ([`JnanaConfig`]): Says which part is read; see [`build_vision_tower`].
+        config ([`JnanaConfig`]): Its fields decide which part is loaded; see [`build_vision_tower`].
         **kwargs: For `from_pretrained` (`dtype`, `revision`, `cache_dir`, ...).
 
     Returns:
-        `PreTrainedModel`: The tower, holding the checkpoint's weights and nothing random on which its features depend.
+        `PreTrainedModel`: The tower, with the checkpoint's weights wherever its features depend on them.
 
     Raises:
         ValueError: If the checkpoint lacks some of the weights on which the selected features depend.
@@ -119,7 +128,7 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
     vision_config = copy.deepcopy(config.vision_config)
     tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
     _refuse_remote(name, tower)
-    if info["missing_keys"]:  # some ViT checkpoints come without the pooler that AutoModel adds; nothing reads it
+    if info["missing_keys"]:  # some ViT checkpoints lack the pooler that AutoModel adds, which is not used here
         _refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
     return tower
 
@@ -133,7 +142,7 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: For `from_pretrained` (`config`, `dtype`, `revision`, `cache_dir`, ...).
 
     Returns:
-        `PreTrainedModel`: The language model, holding the checkpoint's weights and nothing random.
+        `PreTrainedModel`: The language model, all its weights from the checkpoint.
 
     Raises:
         ValueError: If the checkpoint lacks some of the model's weights.
@@ -155,12 +164,12 @@ def join_pretrained(
     text_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The work behind [`JnanaForConditionalGeneration.from_vision_text_pretrained`]; `model_class` is that class."""
-    vision, text = str(vision), str(text)  # errors quote them
+    """See [`JnanaForConditionalGeneration.from_vision_text_pretrained`]; `model_class` is that class."""
+    vision, text = str(vision), str(text)  # error messages quote them
     quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
     quantized = {}
-    if quantization is not None:  # the language model's own, so its names are those of a bare one
-        quantization.llm_int8_skip_modules = list(UNQUANTIZED_TEXT_MODULES)
+    if quantization is not None:  # the language model is loaded alone, so module names are those of a bare one
+        quantization.llm_int8_skip_modules = list(NOT_QUANTIZED_TEXT)
         quantized = {"quantization_config": quantization}
     placed = {"device_map": kwargs.pop("device_map")} if "device_map" in kwargs else {}
     names = {field.name for field in fields(JnanaConfig)}
@@ -188,7 +197,7 @@ def join_pretrained(
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [config.image_token_id]
     if quantization is not None:
-        take_quantization(model, language_model, list(UNQUANTIZED_MODULES))
+        adopt_quantization(model, language_model, list(NOT_QUANTIZED))
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model.eval()
@@ -203,14 +212,14 @@ def select_image_features(
     **kwargs: Any,
 ) -> tuple[Any, torch.Tensor]:
     """
-    Run the tower and pick what the projector reads.
+    Run the tower and select the features for the projector.
 
     Args:
         tower (`PreTrainedModel`): The image encoder.
         pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The images.
-        layers (`int` or `list[int]`): Hidden states to read; several are joined along their width.
+        layers (`int` or `list[int]`): Hidden states to select; several are concatenated along their width.
         strategy (`str`): `"default"`, `"full"` or `"pooled"`.
-        num_prefix_tokens (`int`): How many vectors `"default"` drops from the front.
+        num_prefix_tokens (`int`): How many leading vectors `"default"` drops.
 
     Returns:
         `tuple`: The tower's own output, and features of shape `(num_images, num_image_tokens, vision_feature_size)`.
@@ -221,7 +230,8 @@ def select_image_features(
         pooled = outputs["image_embeds"] if "image_embeds" in outputs else outputs["pooler_output"]
         return outputs, pooled.unsqueeze(1)  # => [num_images, 1, width]
     layers = [layers] if isinstance(layers, int) else list(layers)
-    kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers  # only these are kept
+    # Where possible only the selected ones: those of all layers of a ViT-L/14-336 are 30 MB an image in bfloat16.
+    kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or (layers if SELECTS_HIDDEN_STATES else True)
     outputs = tower(pixel_values, return_dict=True, **kwargs)
     start = num_prefix_tokens if strategy == "default" else 0
     features = [outputs.hidden_states[layer][:, start:] for layer in layers]
@@ -236,11 +246,11 @@ def image_shape(config: JnanaConfig) -> tuple[int, int, int, int]:
 def find_unused_parameters(tower: PreTrainedModel, config: JnanaConfig) -> list[str]:
     """
     Parameters of the tower on which the selected features do not depend: CLIP's `post_layernorm`, layers behind the
-    selected one. Asked of autograd itself, on the meta device, where shapes alone tell what depends on what.
+    selected one. Found by differentiating the features on the meta device, which computes shapes and no values.
 
     Args:
         tower (`PreTrainedModel`): The image encoder.
-        config ([`JnanaConfig`]): Says which features are selected.
+        config ([`JnanaConfig`]): Its fields decide which features are selected.
 
     Returns:
         `list[str]`: Names as in `tower.named_parameters()`.
@@ -277,20 +287,20 @@ def _needs_clip_projection(config: JnanaConfig) -> bool:
 
 
 def _refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
-    """A frozen backbone with random weights in it raises no error and never learns; so it must not be made."""
+    """Raise if weights are missing: a frozen backbone with random weights would train without any error, and fail."""
     if missing_keys:
         shown = ", ".join(sorted(missing_keys)[:3])
         raise ValueError(
-            f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model that is asked of it "
+            f"The {part} checkpoint {name!r} lacks {len(missing_keys)} weights of the model to load from it "
             f"({shown}, ...). For `vision_feature_select_strategy: pooled` it must hold CLIP's projection: a full "
             "CLIP or a `CLIPVisionModelWithProjection`."
         )
 
 
 def _refuse_remote(name: str, model: PreTrainedModel) -> None:
-    """What code from a checkpoint computes is not known to be what transformers' model of that family computes."""
+    """Raise if the checkpoint's own code was used: it may compute something else than transformers' model does."""
     if not type(model).__module__.startswith("transformers."):
         raise ValueError(
-            f"{name!r} was loaded by its own code ({type(model).__module__}), but a saved pair builds it from "
-            "transformers. Leave out `trust_remote_code`, if transformers knows the family."
+            f"{name!r} was loaded by its own code ({type(model).__module__}), but a saved Jnana checkpoint builds it "
+            "from transformers. Leave out `trust_remote_code`, if transformers knows the family."
         )

@@ -1,8 +1,7 @@
 """The configuration of a Jnana model: an image encoder, a causal language model and the projector that joins them.
 
-This file holds facts and arithmetic only (how many tokens an image takes, which fields fit together), so that configs
-can be read, written and counted without building a model. It is copied into every saved checkpoint, hence it imports
-nothing but transformers.
+This file contains only the fields, their checks and the number of tokens of an image, so that configs can be read and
+written without building a model. It is copied into every saved checkpoint, so it imports only transformers.
 """
 
 import copy
@@ -14,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 PROJECTOR_TYPES = ("linear", "mlp", "resblock")
 SELECT_STRATEGIES = ("default", "full", "pooled")
 
-# The fields that shape the projector and what it reads; with the two backbones they define a fresh pair.
+# The fields that define the projector and its inputs. With the two backbones they define a model before training.
 PROJECTOR_FIELDS = (
     "projector_type",
     "projector_hidden_act",
@@ -25,8 +24,8 @@ PROJECTOR_FIELDS = (
     "vision_feature_select_strategy",
 )
 
-# Vectors that stand before the patches in a tower's output (CLS), by model type. Registers are counted by
-# `num_register_tokens`, which the configs of the towers that have them carry.
+# Vectors before the patches in a tower's output (CLS), by model type. Registers are counted separately, by
+# `num_register_tokens` in the configs of the towers that have them.
 TOWER_CLS_TOKENS = {
     "clip_vision_model": 1,
     "dinov2": 1,
@@ -36,11 +35,11 @@ TOWER_CLS_TOKENS = {
     "vit": 1,
 }
 
-# Towers that interpolate their position embedding to whatever size comes: DINOv2's config says 518 pixels, its image
+# Towers that interpolate their position embedding to the size of the image: DINOv2's config has 518 pixels, its image
 # processor gives 224.
 RESIZING_TOWERS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
-# Where the Auto classes find the code in a saved folder; files lie flat there.
+# Where the Auto classes find the code in a saved checkpoint, which has no subdirectories.
 AUTO_MAP = {
     "AutoConfig": "configuration_jnana.JnanaConfig",
     "AutoModel": "modeling_jnana.JnanaModel",
@@ -59,7 +58,7 @@ class JnanaConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `PhiConfig`):
             The causal language model.
         image_token_id (`int`, *optional*, defaults to 50295):
-            The token that marks the place of one image vector. The default is the first free row of Phi-2's embedding.
+            The token that is replaced by one image vector. The default is the first free row of Phi-2's embedding.
         projector_type (`str`, *optional*, defaults to `"mlp"`):
             `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5) or `"resblock"` (Linear, then residual blocks).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
@@ -77,8 +76,8 @@ class JnanaConfig(PreTrainedConfig):
             `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image
             embedding, one vector an image; CLIP's is the projected one).
         image_size (`int`, *optional*):
-            Side in pixels of the images that enter the tower, where that is not `vision_config.image_size`: DINOv2's
-            image processor gives 224, its config says 518. Only for towers that interpolate their positions.
+            Side in pixels of the images that enter the tower, if it differs from `vision_config.image_size`: DINOv2's
+            image processor gives 224, its config has 518. Only for towers that interpolate their position embedding.
         image_seq_length (`int`, *optional*):
             Tokens an image takes. Derived from the tower; when given it must agree.
         num_prefix_tokens (`int`, *optional*):
@@ -86,16 +85,16 @@ class JnanaConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Follows `text_config` when that ties them.
         tokenizer_fingerprint (`str`, *optional*):
-            Which tokenizer the language model was trained with; written and read by the training code only.
+            Digest of the tokenizer that the language model was trained with; used by the training code only.
 
     Raises:
-        ValueError: If a field has a value that no model can be built from; the message names field, value and remedy.
+        ValueError: If no model can be built from the value of a field; the message names field, value and remedy.
     """
 
     model_type = "jnana"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    # Processes gather what evaluation keeps: a batch without images has no `image_hidden_states` to gather.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    # The Trainer gathers the other outputs of all processes; a batch without images has no `image_hidden_states`.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     # Objects once constructed; dicts and None are made into objects by `__post_init__`.
     vision_config: PreTrainedConfig = None  # type: ignore[assignment]
@@ -135,8 +134,8 @@ class JnanaConfig(PreTrainedConfig):
         **fields: Any,
     ) -> "JnanaConfig":
         """
-        The config of a pair of backbones. A full `CLIPConfig` or `SiglipConfig` gives its vision part, with the width
-        of its projection; the language model's `tokenizer_fingerprint` is carried over where it has one.
+        The config of a model made from two backbones. Of a full `CLIPConfig` or `SiglipConfig` the vision part is
+        used, with the width of its projection. The language model's `tokenizer_fingerprint` is copied if it has one.
 
         Args:
             vision_config (`PreTrainedConfig`): Config of the image encoder's checkpoint.
@@ -144,7 +143,7 @@ class JnanaConfig(PreTrainedConfig):
             **fields: Any field of [`JnanaConfig`].
 
         Returns:
-            `JnanaConfig`: A config that shares nothing with the two given ones.
+            `JnanaConfig`: A config that shares no object with the two given ones.
         """
         vision_part = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
         if vision_config.model_type == "clip":
@@ -186,7 +185,7 @@ class JnanaConfig(PreTrainedConfig):
         return self.vision_config.hidden_size * num_layers
 
     def _check_choices(self) -> None:
-        """Raise `ValueError` on a value that no model can be built from."""
+        """Raise `ValueError` on a value from which no model can be built."""
         for field, choices in (
             ("projector_type", PROJECTOR_TYPES),
             ("vision_feature_select_strategy", SELECT_STRATEGIES),
@@ -220,8 +219,8 @@ class JnanaConfig(PreTrainedConfig):
 
     def check_image_seq_length(self) -> None:
         """
-        Compare `image_seq_length` with what the tower gives. Separate from construction, because `from_pretrained`
-        sets overridden fields one by one afterwards.
+        Compare `image_seq_length` with the number of vectors that the tower gives. Called by the model and not at
+        construction, because `from_pretrained` sets overridden fields one by one after it.
 
         Raises:
             ValueError: If they differ.
@@ -235,8 +234,8 @@ class JnanaConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        # Complete for every Auto class, whichever object is being saved, and free of the "user/repo--" that loading
-        # from the Hub puts in front: the folder carries its own code.
+        # The whole map, whichever of the classes is being saved, without the prefix "user/repo--" that loading from
+        # the Hub adds: the checkpoint contains the code.
         self.auto_map = {**getattr(self, "auto_map", {}), **AUTO_MAP}
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -252,7 +251,10 @@ def _sub_config(value: dict | PreTrainedConfig | None, field: str, default_type:
     fields = dict(value or {})
     model_type = fields.pop("model_type", default_type)
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"`{field}.model_type` is {model_type!r}, which this version of transformers does not know.")
+        raise ValueError(
+            f"`{field}.model_type` is {model_type!r}, which the installed transformers does not know; install a newer "
+            "release of it."
+        )
     return CONFIG_MAPPING[model_type](**fields)
 
 

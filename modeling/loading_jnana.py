@@ -1,9 +1,9 @@
-"""Adapter folders: what they rest on, and how to put the two together again.
+"""Loading: the base of an adapter, and quantised language models.
 
-run_sft writes beside an adapter `jnana_base.json`: the checkpoint, or the pair of backbones, that it was trained on,
-and whether that base was held in 4 or 8 bits. This file reads it, so that
-`AutoModelForImageTextToText.from_pretrained(adapter_folder, trust_remote_code=True)` gives the whole model wherever
-its base can be found. It travels with every checkpoint.
+run_sft saves `jnana_base.json` beside an adapter. It names the checkpoint, or the two backbones, that the adapter was
+trained on, and the precision of that base. With it
+`AutoModelForImageTextToText.from_pretrained(adapter_directory, trust_remote_code=True)` gives the whole model wherever
+the base can be found. This file is copied into every saved checkpoint.
 """
 
 import hashlib
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig
-from transformers.utils import cached_file, is_bitsandbytes_available, is_peft_available, logging
+from transformers.utils import (
+    EntryNotFoundError,
+    cached_file,
+    is_bitsandbytes_available,
+    is_peft_available,
+    logging,
+)
 
 from .configuration_jnana import PROJECTOR_FIELDS, JnanaConfig
 
@@ -25,12 +31,12 @@ logger = logging.get_logger(__name__)
 BASE_REFERENCE = "jnana_base.json"
 BASE_REFERENCE_FORMAT = 1  # the `format` of the files written now; files without the field are older and are read too
 
-# Modules that are never quantised. transformers matches these names from the start of a module's full name.
-UNQUANTIZED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# Modules that are never quantised. transformers matches these from the start of a module's full name.
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
-UNQUANTIZED_TEXT_MODULES = ["lm_head", "embed_out"]
+NOT_QUANTIZED_TEXT = ["lm_head", "embed_out"]
 
-# Arguments of `from_pretrained` that say where downloaded files are kept; they hold for an adapter's base too.
+# Arguments of `from_pretrained` about access to files. Given for an adapter, they are also used for its base.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 # Arguments that select one folder of one repository; they hold for the adapter only.
 REPOSITORY_ARGUMENTS = ("revision", "subfolder")
@@ -52,12 +58,12 @@ def available_device() -> torch.device:
 
 def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | None = None) -> BitsAndBytesConfig | None:
     """
-    bitsandbytes' configuration for a Jnana model: the language model's linear layers, and nothing else.
+    The bitsandbytes configuration of a Jnana model: only linear layers of the language model are quantised.
 
     Args:
         settings (`dict`): `quantization` (`"none"`, `"nf4"` or `"int8"`), and for nf4 `double_quantization` (`bool`),
             `compute_dtype` and `storage_dtype` (names of dtypes).
-        dtype (`str` or `torch.dtype`, *optional*): Compute dtype where `settings` names none.
+        dtype (`str` or `torch.dtype`, *optional*): Compute dtype if `settings` has none.
 
     Returns:
         `BitsAndBytesConfig` or `None`: `None` for `"none"`.
@@ -70,11 +76,11 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
         return None
     if not is_bitsandbytes_available():
         raise ImportError(
-            f"quantization is {method!r}, which needs bitsandbytes, and that is not installed: "
+            f"quantization is {method!r}, which needs bitsandbytes, but bitsandbytes is not installed: "
             "`pip install bitsandbytes`. Without it only `quantization: none` (16 or 32 bits a weight) is possible."
         )
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
     compute_dtype = settings.get("compute_dtype") or dtype or "float32"
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -82,7 +88,7 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
         bnb_4bit_use_double_quant=settings.get("double_quantization", True),
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=settings.get("storage_dtype", "uint8"),
-        llm_int8_skip_modules=list(UNQUANTIZED_MODULES),
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
 
 
@@ -105,14 +111,15 @@ def disable_packed_kernel(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def take_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
+def adopt_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
     """
-    Let a pair know that its language model was loaded in 4 or 8 bits: Trainer, PEFT and `dequantize` ask the whole.
+    Copy the quantisation attributes of a language model of 4 or 8 bits to the model that contains it, because Trainer,
+    PEFT and `dequantize` read them there.
 
     Args:
-        model (`PreTrainedModel`): The pair.
+        model (`PreTrainedModel`): The model that contains `language_model`; changed in place.
         language_model (`PreTrainedModel`): As `from_pretrained` loaded it, quantised.
-        skip_modules (`list[str]`): What is not quantised, by its name in the pair.
+        skip_modules (`list[str]`): Names, in `model`, of the modules that are not quantised.
     """
     disable_packed_kernel(language_model)
     quantizer = language_model.hf_quantizer
@@ -130,10 +137,11 @@ def take_quantization(model: Any, language_model: Any, skip_modules: list[str]) 
 
 def grow_embeddings(model: Any, rows: int) -> None:
     """
-    Give the embedding at least `rows` rows; a larger one (Phi-2: 51,200 for 50,295 tokens) is left as it is.
+    Give the embedding at least `rows` rows; a larger one (Phi-2: 51,200 for 50,295 tokens) is left unchanged.
 
-    New rows are the mean of the old ones, so that an adapter's base can be built again exactly. Only the image token's
-    is longer by a sixteenth: given embeddings alone, the model finds the images' places by that row.
+    New rows are the mean of the old ones, so that the base of an adapter can be built again exactly. The row of the
+    image token is scaled by 17/16, which makes it unique: given `inputs_embeds` without ids, the model finds the image
+    tokens by that row.
 
     Args:
         model ([`JnanaForConditionalGeneration`]): Changed in place.
@@ -157,33 +165,33 @@ def grow_embeddings(model: Any, rows: int) -> None:
 
 def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any] | None:
     """
-    What the adapter in `path` was trained on.
+    Read `jnana_base.json`, which names the base that the adapter in `path` was trained on.
 
     Args:
-        path (`str` or `Path`): Folder or Hub id.
+        path (`str` or `Path`): Directory or Hub id.
         **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... as for `from_pretrained`.
 
     Returns:
-        `dict` or `None`: `names` (`model`, or `vision_model` and `text_model`; local ones as folders that exist),
-        `projector_fields`, `quantization` (settings of [`quantization_config`]) and `dtype`. `None` where `path` holds
-        no `jnana_base.json`, hence no adapter of run_sft.
+        `dict` or `None`: `names` (`model`, or `vision_model` and `text_model`; local ones as existing directories),
+        `projector_fields`, `quantization` (settings of [`quantization_config`]) and `dtype`. `None` if `path` has no
+        `jnana_base.json`, hence is not an adapter of run_sft.
 
     Raises:
-        ValueError: If the base is a folder that is not there any more, or the file has a newer format.
+        ValueError: If the base was a directory that does not exist any more, or the file has a newer format.
     """
-    file = cached_file(str(path), BASE_REFERENCE, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    file = _find_file(path, BASE_REFERENCE, **hub_arguments)
     if file is None:
         return None
-    reference = json.loads(Path(file).read_text(encoding="utf-8"))
+    reference = json.loads(file.read_text(encoding="utf-8"))
     written_as = reference.pop("format", BASE_REFERENCE_FORMAT)
     if written_as > BASE_REFERENCE_FORMAT:
         raise ValueError(
             f"{BASE_REFERENCE} of the adapter {str(path)!r} has format {written_as}, and this version of jnana reads "
-            f"formats up to {BASE_REFERENCE_FORMAT}: update jnana, or load the folder with `trust_remote_code=True`"
+            f"formats up to {BASE_REFERENCE_FORMAT}: update jnana, or load the directory with `trust_remote_code=True`"
         )
     names, published = reference["names"], reference.pop("base_model_id", None)
     folder = Path(path) / (hub_arguments.get("subfolder") or "")
-    for key, relative_path in reference.pop("relative_paths").items():  # local folders; other names are Hub ids
+    for key, relative_path in reference.pop("relative_paths").items():  # local bases; the other names are Hub ids
         beside = folder / relative_path
         if relative_path and beside.is_dir():
             names[key] = str(beside)
@@ -191,40 +199,57 @@ def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any
             names[key] = published
         elif not Path(names[key]).is_dir():
             raise ValueError(
-                f"the adapter {str(path)!r} was trained on {key} {names[key]!r}, which is no folder here; bring it "
-                f"back, or correct {BASE_REFERENCE} in the adapter's folder"
+                f"the adapter {str(path)!r} was trained on {key} {names[key]!r}, which is not a directory here; bring "
+                f"it back, or correct {BASE_REFERENCE} in the directory of the adapter"
             )
     return {"quantization": {"quantization": "none"}, "dtype": None, **reference}
 
 
+def _find_file(path: str | Path, file: str, subfolder: str = "", **hub_arguments: Any) -> Path | None:
+    """The local path of a file of a directory or a Hub repository, `None` if it has no such file."""
+    if Path(path).is_dir():
+        local = Path(path) / subfolder / file
+        return local if local.is_file() else None
+    try:
+        return Path(cached_file(str(path), file, subfolder=subfolder, **hub_arguments))
+    except OSError as error:
+        # The repository is there without the file. cached_file() raises that directly, and from EntryNotFoundError if
+        # the file is not in the cache and the Hub can't be asked.
+        if isinstance(error.__cause__, EntryNotFoundError) or (error.__cause__ is None and error.errno is None):
+            return None
+        raise
+
+
 def weights_fingerprint(name: str | Path, **hub_arguments: Any) -> str | None:
     """
-    A digest of a checkpoint's weights as they are stored, hence the same in whatever dtype or bits they are then held.
+    A digest of a checkpoint's weights as they are stored, independent of the precision they are loaded in.
 
     Args:
-        name (`str` or `Path`): Folder or Hub id.
+        name (`str` or `Path`): Directory or Hub id.
         **hub_arguments: `token`, `cache_dir`, ... as for `from_pretrained`.
 
     Returns:
-        `str` or `None`: Of the files' lengths and 1,024 blocks out of each (4 MB at most). `None` without safetensors.
+        `str` or `None`: Digest of the lengths of the files and of 1,024 blocks of each (4 MB at most). `None` if there
+        are no safetensors files, or they can't be reached.
     """
 
-    def find(file: str) -> str | None:
-        reasons = ("missing_entries", "connection_errors", "gated_repo")
-        quiet = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
-        return cached_file(str(name), file, **quiet, **hub_arguments)
+    def find(file: str) -> Path | None:
+        try:
+            return _find_file(name, file, **hub_arguments)
+        except OSError:  # no connection, no access: without a digest nothing is compared
+            return None
 
     names = ["model.safetensors"]
     index = find("model.safetensors.index.json")
     if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     digest = hashlib.sha256()
     for file in map(find, names):
         if file is None:
             return None
-        size = Path(file).stat().st_size
+        size = file.stat().st_size
         digest.update(f"{size} ".encode())
-        with Path(file).open("rb") as stream:
+        with file.open("rb") as stream:
             for start in range(0, size, max(size // 1024, 4096)):
                 stream.seek(start)
                 digest.update(stream.read(4096))
@@ -232,30 +257,30 @@ def weights_fingerprint(name: str | Path, **hub_arguments: Any) -> str | None:
 
 
 def check_base(reference: dict[str, Any], **hub_arguments: Any) -> None:
-    """Warn where a base does not hold the weights that the adapter was trained on: its answers would be nonsense."""
+    """Warn if a base does not have the weights that the adapter was trained on: its answers would be wrong."""
     for key, trained_on in reference.get("fingerprints", {}).items():
         name = reference["names"][key]
         if weights_fingerprint(name, **hub_arguments) not in (trained_on, None):
             logger.warning(
-                f"the adapter was trained on {key} {name!r} with other weights than are there now, and may answer "
-                f"nonsense: bring the old ones back, or name the right base in {BASE_REFERENCE}. (The same weights "
-                "saved anew, in other files or another dtype, are harmless.)"
+                f"the weights of {key} {name!r} have changed since the adapter was trained on them, so its answers "
+                f"may be wrong: restore the old weights, or name the right base in {BASE_REFERENCE}. (The same "
+                "weights saved again, in other files or another dtype, also cause this warning; it is then harmless.)"
             )
 
 
 def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, **kwargs: Any) -> Any:
     """
-    The model that an adapter was trained on, without the adapter.
+    Load the model that an adapter was trained on, without the adapter.
 
     Args:
         model_class (`type`): [`JnanaForConditionalGeneration`].
-        reference (`dict`): As [`read_base_reference`] gives it.
-        config ([`JnanaConfig`]): The one in the adapter's folder.
-        **kwargs: For `from_pretrained`. Where they name no `dtype` or `quantization_config`, the base is held as it
-            was while the adapter was trained; `quantization_config=None` asks for full precision.
+        reference (`dict`): The return value of [`read_base_reference`].
+        config ([`JnanaConfig`]): The config in the directory of the adapter.
+        **kwargs: For `from_pretrained`. Without `dtype` or `quantization_config` the base gets the precision that it
+            had while the adapter was trained; `quantization_config=None` asks for full precision.
 
     Returns:
-        [`JnanaForConditionalGeneration`]: The base, its projector in float32, in which the adapter's is trained.
+        [`JnanaForConditionalGeneration`]: The base; its projector in float32, the dtype in which it is trained.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None or name == "quantization_config"}
     kwargs.setdefault("dtype", reference["dtype"] or "auto")
@@ -274,7 +299,7 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
         fields |= {"image_token_id": config.image_token_id, "image_size": config.image_size}
         model = model_class.from_vision_text_pretrained(names["vision_model"], names["text_model"], **fields, **kwargs)
         for part in (model.config.vision_config, model.config.text_config):
-            part._name_or_path = ""  # it would be written into config.json, and a folder of this machine be published
+            part.name_or_path = ""  # saved in config.json, it would publish the name of a directory of this machine
         model.config.tokenizer_fingerprint = config.tokenizer_fingerprint
         grow_embeddings(model, config.text_config.vocab_size)
     model.model.multi_modal_projector.float()
@@ -313,15 +338,15 @@ def load_adapter_base(
 
 def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """
-    The work behind [`JnanaForConditionalGeneration.from_pretrained`] for an adapter's folder: base, adapter and
-    trained projector as one model.
+    See [`JnanaForConditionalGeneration.from_pretrained`], for the directory of an adapter: base, adapter and trained
+    projector as one model.
     """
     kwargs = dict(kwargs)
     with_info = kwargs.pop("output_loading_info", False)
     model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
     info = model.load_adapter(path, adapter_kwargs=from_hub)
     if info.missing_keys:
-        raise ValueError(f"the adapter {path!r} lacks weights: {sorted(info.missing_keys)[:3]}, ...; write it again")
+        raise ValueError(f"the adapter {path!r} lacks weights: {sorted(info.missing_keys)[:3]}, ...; save it again")
     hold_adapter_in_float32(model, path, from_hub)
     model.eval()
     return (model, info.to_dict()) if with_info else model
@@ -349,7 +374,7 @@ def hold_adapter_in_float32(model: Any, path: str, from_hub: dict[str, Any]) -> 
 
 
 def quantized_weight_count(weight: nn.Parameter) -> int:
-    """`int`: How many numbers a weight stands for; bitsandbytes packs two of 4 bits into a byte."""
+    """`int`: How many numbers a weight holds; bitsandbytes packs two of 4 bits into a byte."""
     state = getattr(weight, "quant_state", None)
     if state is not None:
         return state.shape.numel()

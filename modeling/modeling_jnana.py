@@ -1,20 +1,23 @@
-"""Jnana: an image encoder, a projector and a causal language model behind one `forward`.
+"""The Jnana model: an image encoder, a projector and a causal language model with one `forward`.
 
-The ladder is transformers' own (config -> PreTrainedModel -> Model -> ForConditionalGeneration) and names are those of
-its LLaVA, so that Trainer, pipelines, TRL and servers find what they look for. No class here inherits from LLaVA:
-transformers renames weights by class name and model type, and a checkpoint must hold the names the model has in
-memory.
+The class hierarchy follows transformers (config -> PreTrainedModel -> Model -> ForConditionalGeneration) and the names
+follow its LLaVA, so that Trainer, pipelines, TRL and inference servers find what they expect. No class here inherits
+from a LLaVA class: transformers renames weights by class name and model type, and the names in a checkpoint must equal
+the names in memory.
+
+Runs unchanged on transformers 5.20 and every later 5.x release. [`CACHE_NAME`] covers the one renaming among them.
 """
 
-from dataclasses import dataclass
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -39,41 +42,54 @@ from .packed_attention_jnana import check_packed_inputs, create_packed_mask
 from .projector_jnana import build_projector
 
 
-@dataclass
-class JnanaModelOutputWithPast(BaseModelOutputWithPast):
+CACHE_NAMES = ("past_key_values", "cache")
+# The name that the installed transformers gives the cache of keys and values, in the inputs of `forward` and in every
+# output: `past_key_values` up to 5.23, `cache` from 5.24 on. `forward` and `generate` take both names on all versions.
+_OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE_NAME = next(name for name in CACHE_NAMES if name in _OUTPUT_FIELDS)
+
+
+class _ImageOutputs:
+    """The attribute `image_outputs`, which the outputs of multimodal models have from transformers 5.24 on."""
+
+    image_hidden_states: torch.Tensor | None
+
+    @property
+    def image_outputs(self) -> BaseModelOutputWithPooling | None:
+        """`BaseModelOutputWithPooling` or `None`: `image_hidden_states` as `pooler_output`."""
+        if self.image_hidden_states is None:
+            return None
+        return BaseModelOutputWithPooling(pooler_output=self.image_hidden_states)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass
+class JnanaModelOutputWithPast(_ImageOutputs, BaseModelOutputWithPast):
     r"""
-    Outputs of [`JnanaModel`]: those of a language model, and
+    Outputs of [`JnanaModel`]: those of a language model (`last_hidden_state`, the cache under [`CACHE_NAME`],
+    `hidden_states`, `attentions`), and
 
     image_hidden_states (`torch.FloatTensor` of shape `(num_images * num_image_tokens, hidden_size)`, *optional*):
-        The projected image features that took the places of the image tokens.
+        The projected image features that replaced the embeddings of the image tokens.
     """
 
     image_hidden_states: torch.Tensor | None = None
 
 
-@dataclass
-class JnanaCausalLMOutputWithPast(ModelOutput):
+@dataclasses.dataclass
+class JnanaCausalLMOutputWithPast(_ImageOutputs, CausalLMOutputWithPast):
     r"""
-    Outputs of [`JnanaForConditionalGeneration`].
+    Outputs of [`JnanaForConditionalGeneration`]: those of a causal language model (`loss`, `logits`, the cache under
+    [`CACHE_NAME`], `hidden_states`, `attentions`), and
 
-    loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Next-token cross-entropy, when labels are given.
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-    past_key_values (`Cache`, *optional*): Keys and values of what has been read.
-    hidden_states, attentions (`tuple`, *optional*): The language model's, when asked for.
     image_hidden_states (`torch.FloatTensor` of shape `(num_images * num_image_tokens, hidden_size)`, *optional*):
-        Projected image features.
+        The projected image features that replaced the embeddings of the image tokens.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
 class JnanaPreTrainedModel(PreTrainedModel):
-    """What [`JnanaModel`] and [`JnanaForConditionalGeneration`] share."""
+    """Loading, saving and weight initialisation of [`JnanaModel`] and [`JnanaForConditionalGeneration`]."""
 
     config: JnanaConfig
     config_class = JnanaConfig
@@ -81,7 +97,7 @@ class JnanaPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -89,16 +105,11 @@ class JnanaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def is_custom_code(cls) -> bool:
-        # For custom code transformers skips the `_init_weights` of every module without parameters of its own, so that
-        # weights of CLIP's attention and MLP that a checkpoint lacks would silently start from torch's defaults.
-        return False
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`, and an adapter's folder as run_sft writes it gives the whole model: its
-        base, held as it was in training (`quantization_config=None`: in full precision), with the adapter on it.
+        As `PreTrainedModel.from_pretrained`. A directory in which run_sft saved an adapter gives the whole model: the
+        base, in the precision it had in training (`quantization_config=None` asks for full precision), with the
+        adapter loaded into it.
         """
         path = pretrained_model_name_or_path
         if path is not None and cls.can_generate():
@@ -111,88 +122,89 @@ class JnanaPreTrainedModel(PreTrainedModel):
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
-    def __init_subclass__(cls, **kwargs):
-        """
-        FSDP2 makes a model an instance of a class that it derives on the spot, in a module of torch. It keeps our name
-        and module here: by them transformers finds the code and the `auto_map` that a checkpoint is saved with.
-        """
-        super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("torch."):
-            ours = next(base for base in cls.__mro__[1:] if issubclass(base, JnanaPreTrainedModel))
-            cls.__module__, cls.__name__, cls.__qualname__ = ours.__module__, ours.__name__, ours.__qualname__
-
     def post_init(self):
-        """As `PreTrainedModel.post_init`; `_no_split_modules` then names only classes that this model holds."""
+        """As `PreTrainedModel.post_init`; then `_no_split_modules` names only classes that this model contains."""
         super().post_init()
-        # CLIP's list names its text half too, and accelerate's FSDP refuses a class it does not find
-        held = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = held.intersection(self._no_split_modules or ())
+        # CLIP also lists the layer of its text encoder, and accelerate's FSDP raises on a class that it can't find.
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = classes.intersection(self._no_split_modules or ())
+
+    def initialize_weights(self):
+        """
+        As `PreTrainedModel.initialize_weights`, each backbone first. Called on a custom model like this one,
+        transformers leaves out modules without parameters of their own, and CLIP initialises the weights of its
+        attention and MLP in the `_init_weights` of such modules. Called on the backbone itself it leaves out none.
+        """
+        for child in self.children():
+            if isinstance(child, PreTrainedModel):
+                child.initialize_weights()
+        super().initialize_weights()
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process: bool = True, *, save_original_format=False, **kwargs
     ):
         """
         As `PreTrainedModel.save_pretrained`, but weights keep the names they have in memory: transformers would
-        otherwise write the towers under their legacy names, which the Trainer's resume
-        (`load_state_dict(strict=False)`) misses.
+        otherwise write the backbones under their legacy names, which the Trainer's resume
+        (`load_state_dict(strict=False)`) does not find.
         """
-        super().save_pretrained(save_directory, is_main_process, save_original_format=save_original_format, **kwargs)
+        # FSDP2 (`fully_shard`) changes the class of a model to one that it derives from it inside torch. transformers
+        # copies the file that defines the class of the model, so the model gets its own class back while it is saved.
+        current_class = type(self)
+        self.__class__ = next(base for base in current_class.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(
+                save_directory, is_main_process, save_original_format=save_original_format, **kwargs
+            )
+        finally:
+            self.__class__ = current_class
 
 
 class JnanaGenerationMixin(GenerationMixin):
-    """transformers' generation, with precomputed image features and Phi-3's change of rotary embedding."""
+    """transformers' generation, with precomputed image features and the change of Phi-3's rotary embedding."""
 
     config: JnanaConfig
     model: Any
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """
-        As `GenerationMixin.generate`; images are encoded once, before the first token. Takes `image_features` as
-        [`JnanaModel.forward`] does.
+        As `GenerationMixin.generate`. Images are encoded once, before the first token. Takes `image_features` as
+        [`JnanaModel.forward`] does, and the cache as `past_key_values` or `cache`.
         """
+        for name in set(CACHE_NAMES) - {CACHE_NAME}:
+            if name in kwargs:
+                kwargs[CACHE_NAME] = kwargs.pop(name)
         kwargs.pop("mm_token_type_ids", None)  # some processors add them; image tokens are known by their id
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
         image_features = kwargs.pop("image_features", None)
         if image_features is not None:
-            # `mm_encoder_outputs` is what generation repeats for beams and leaves out once the cache is filled.
+            # generate() repeats `mm_encoder_outputs` for beams, and drops it once the cache is filled.
             with torch.no_grad():
                 projected = self.model.project_vision_features(image_features)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         """
-        As `GenerationMixin.prepare_inputs_for_generation`, which passes images with the first step only. Phi-3 reads
-        all anew when it passes the length at which its rotary embedding changes (LongRoPE), images included.
+        As `GenerationMixin.prepare_inputs_for_generation`, which passes images with the first step only. Phi-3
+        processes the whole sequence again, images included, when it passes the length at which its rotary embedding
+        changes (LongRoPE).
         """
-        text_config = self.config.text_config
-        if text_config.model_type == "phi3" and past_key_values and inputs_embeds is None:
+        text_config, cache = self.config.text_config, kwargs.get(CACHE_NAME)
+        if text_config.model_type == "phi3" and cache is not None and inputs_embeds is None:
             limit = text_config.original_max_position_embeddings
-            if input_ids.shape[1] > limit and 0 < past_key_values.get_seq_length() <= limit:
-                next_sequence_length, past_key_values, is_first_iteration = None, None, True
+            if input_ids.shape[1] > limit and 0 < cache.get_seq_length() <= limit:
+                kwargs |= {"next_sequence_length": None, CACHE_NAME: None, "is_first_iteration": True}
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
 
 class JnanaImageMixin:
-    """How [`JnanaModel`] reads images with its vision tower and projector."""
+    """The part of [`JnanaModel`] that turns images into vectors: vision tower, selected features, projector."""
 
     config: JnanaConfig
     vision_tower: PreTrainedModel
@@ -207,11 +219,11 @@ class JnanaImageMixin:
         **kwargs: Any,
     ) -> tuple[Any, torch.Tensor]:
         """
-        What the projector reads. A tower without any trainable parameter runs without building a graph.
+        The inputs of the projector. A tower without any trainable parameter runs without building a graph.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The images of the
-                whole batch, in the order in which its rows name them.
+                whole batch, in the order of their image tokens.
             vision_feature_layer (`int` or `list[int]`, *optional*): Instead of the config's.
             vision_feature_select_strategy (`str`, *optional*): Instead of the config's.
 
@@ -240,7 +252,7 @@ class JnanaImageMixin:
 
     def project_vision_features(self, image_features: torch.Tensor) -> list[torch.Tensor]:
         """
-        Carry vision features into the language model's embedding space.
+        Map vision features into the language model's embedding space.
 
         Args:
             image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, vision_feature_size)`): As
@@ -259,7 +271,7 @@ class JnanaImageMixin:
                 f"{width}), as `get_vision_features` gives them with this config's `vision_feature_layer` and "
                 "`vision_feature_select_strategy`."
             )
-        # PEFT keeps the frozen original beside the copy that trains, and 4-bit weights are of no float dtype.
+        # PEFT keeps the frozen original beside the copy that trains, and 4-bit weights have an integer dtype.
         weights = [weight for weight in self.multi_modal_projector.parameters() if weight.is_floating_point()]
         weight = next((weight for weight in weights if weight.requires_grad), weights[0])
         return list(self.multi_modal_projector(image_features.to(weight.device, weight.dtype)))
@@ -273,7 +285,7 @@ class JnanaImageMixin:
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Image features as the language model reads them; arguments as in [`~JnanaModel.get_vision_features`].
+        Image features in the language model's embedding space; arguments as in [`~JnanaModel.get_vision_features`].
 
         Returns:
             `BaseModelOutputWithPooling`: The tower's output, with in `pooler_output` a list of one tensor of shape
@@ -293,7 +305,7 @@ class JnanaImageMixin:
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
         """
-        The places that image features take; found from embeddings where ids are not given.
+        The positions of image tokens; found from the embeddings where ids are not given.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
@@ -325,7 +337,7 @@ class JnanaImageMixin:
         """
         return [f"vision_tower.{name}" for name in find_unused_parameters(self.vision_tower, self.config)]
 
-    def _read_images(
+    def _project_images(
         self,
         pixel_values: torch.Tensor | None,
         image_features: torch.Tensor | None,
@@ -333,7 +345,7 @@ class JnanaImageMixin:
         vision_feature_layer: int | list[int] | None,
         vision_feature_select_strategy: str | None,
     ) -> torch.Tensor | None:
-        """Projected features of shape `(num_image_vectors, hidden_size)`, from whichever way images were given."""
+        """Projected features of shape `(num_image_vectors, hidden_size)`, from any of the three kinds of input."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(value is not None for value in (pixel_values, image_features, encoded)) > 1:
             raise ValueError(
@@ -348,14 +360,14 @@ class JnanaImageMixin:
         # A list of (tokens, hidden_size) or a tensor (images, tokens, hidden_size).
         return None if encoded is None else torch.cat(list(encoded.pooler_output))  # type: ignore[arg-type]
 
-    def _show_images(self, vectors: torch.Tensor | None, image_indices: torch.Tensor) -> torch.Tensor:
+    def _select_images(self, vectors: torch.Tensor | None, image_indices: torch.Tensor) -> torch.Tensor:
         """Vectors `(num_images * num_image_tokens, hidden_size)` of the images that `image_indices` names."""
         size = self.config.num_image_tokens
         num_images = 0 if vectors is None else len(vectors) // size
         if vectors is None or image_indices.ndim != 1:
             raise ValueError(
                 f"`image_indices` has shape {tuple(image_indices.shape)} for {num_images} images; give one number for "
-                "each place of an image, together with the images."
+                f"each run of {size} image tokens, together with the images."
             )
         torch_compilable_check(
             (image_indices >= 0).all() & (image_indices < num_images).all(),
@@ -372,24 +384,46 @@ class JnanaImageMixin:
                 f"The text has {int(num_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), but "
                 f"the images give {num_vectors} vectors, {size} an image ({num_vectors // size} images). Let the "
                 "processor write the image tokens, pass every image that the text names, and load model and processor "
-                "from one folder."
+                "from one directory."
             ),
         )
 
-    def _others_may_read_images(self, past_key_values: Cache | None) -> bool:
-        """Whether other processes may be reading images now: several run, and this is no step of generation."""
+    def _must_encode_blank_image(self, has_labels: bool, cache: Cache | None) -> bool:
+        """
+        Whether a batch without images has to run the tower and the projector all the same, because other processes run
+        them and wait for this one: DDP for the gradients of their parameters, FSDP and ZeRO-3 for their shards.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
-        return past_key_values is None or past_key_values.get_seq_length() == 0
+        if torch.distributed.get_world_size() < 2:
+            return False
+        if has_labels and torch.is_grad_enabled():
+            return True
+        prefill = cache is None or cache.get_seq_length() == 0  # a later step of generation has no images anywhere
+        return prefill and self._has_sharded_parameters()
 
-    def _touch_image_path(self, device: torch.device, stored: bool) -> torch.Tensor:
+    def _has_sharded_parameters(self) -> bool:
+        """Whether FSDP or ZeRO-3 keeps the parameters of this model in shards that the processes must gather."""
+        if is_deepspeed_zero3_enabled():
+            return True
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # only where torch has `distributed`
+
+        return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())
+
+    def _encode_blank_image(self, device: torch.device, from_features: bool) -> torch.Tensor:
         """
-        Run tower and projector on a black image, or the projector alone on features of zeros (`stored`: the processes
-        read stored features); returns a zero that depends on them. When several processes compute together and one has
-        a batch without images, its parameters must take part all the same: DDP waits for their gradients, FSDP and
-        ZeRO-3 for their shards, in evaluation too, and in the order in which the other processes ask: images first.
+        Run tower and projector on a black image, or the projector alone on features of zeros.
+
+        Called before the language model, because the other processes encode their images before it too.
+
+        Args:
+            device (`torch.device`): Device of the inputs.
+            from_features (`bool`): Whether the processes get precomputed features, so that none runs the tower.
+
+        Returns:
+            `torch.FloatTensor` of shape `()`: A zero that depends on every parameter used.
         """
-        if stored:
+        if from_features:
             size = (1, self.config.num_image_tokens, self.config.vision_feature_size)
             return 0.0 * self.project_vision_features(torch.zeros(size, device=device))[0].sum()
         black = torch.zeros(image_shape(self.config), device=device, dtype=self.vision_tower.dtype)
@@ -398,7 +432,7 @@ class JnanaImageMixin:
 
 class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
     """
-    The pair without a language modeling head.
+    Vision tower, projector and language model without its head. [`JnanaImageMixin`] has the part about images.
 
     Args:
         config ([`JnanaConfig`]): The configuration.
@@ -418,6 +452,18 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def train(self, mode: bool = True):
+        """
+        As `torch.nn.Module.train`, but a frozen backbone runs without dropout: dropout regularises weights that train,
+        and only adds noise to those that don't. A backbone counts as frozen when none of its own weights trains; the
+        weights that PEFT adds beside them may, and keep their own dropout (`lora_dropout`). Freeze before the call.
+        """
+        super().train(mode)
+        if mode:
+            for backbone in (self.vision_tower, self.language_model):
+                _stop_dropout_if_frozen(backbone)
+        return self
+
     @can_return_tuple
     def forward(  # type: ignore[misc]
         self,
@@ -434,6 +480,8 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
         image_indices: torch.LongTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        has_labels: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | JnanaModelOutputWithPast:
         """
@@ -442,57 +490,63 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
                 `config.num_image_tokens` image tokens for each image.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): The images
                 of all rows one after the other. Rows may have none, one or many.
+            past_key_values, cache (`Cache`, *optional*): Keys and values of earlier tokens, under either of the two
+                names that transformers 5 has used for them.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Instead of `input_ids`.
             image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, vision_feature_size)`,
-                *optional*): Instead of `pixel_values`: features before the projector, computed earlier. Of a batch
-                without images: none (`num_images` 0), where other processes may have some.
+                *optional*): Instead of `pixel_values`: features before the projector, computed earlier. A batch
+                without images gives 0 of them (`num_images` 0), where other processes may have some.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what
                 [`~JnanaModel.get_image_features`] returned.
-            image_indices (`torch.LongTensor` of shape `(num_image_places,)`, *optional*): The image that each place
-                shows, a place being `config.num_image_tokens` image tokens, in reading order. An image may be shown
+            image_indices (`torch.LongTensor` of shape `(num_image_runs,)`, *optional*): For each run of
+                `config.num_image_tokens` image tokens, in reading order, the index of its image. An image may be used
                 many times and is encoded once. By default one image after the other.
             segment_ids, branch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): For
                 packed rows, with `position_ids` and without `attention_mask`: see `packed_attention_jnana.py`.
+            has_labels (`bool`, *optional*, defaults to `False`): Whether a loss will be computed from the outputs. A
+                batch without images then runs the tower on a black image, if several processes train together.
 
         Raises:
-            ValueError: If images are given in two ways, or their number doesn't fit that of the image tokens; if the
-                inputs of packed rows are incomplete, or the attention implementation can't follow their mask.
+            ValueError: If images or the cache are given under two names, or the number of images differs from that of
+                the image tokens; if the inputs of packed rows are incomplete; if the attention implementation does not
+                support the mask of packed rows, or overflows (Phi in float16 with eager attention).
         """
+        cache = _one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        # No images, and those of other processes are stored features: what `FeatureCache` gives a batch of text alone.
-        stored = image_features is not None and image_features.shape[0] == 0
-        image_hidden_states = self._read_images(
+        # 0 features: this batch has no images, and the other processes read precomputed features of theirs.
+        no_features = image_features is not None and image_features.shape[0] == 0
+        image_hidden_states = self._project_images(
             pixel_values,
-            None if stored else image_features,
+            None if no_features else image_features,
             mm_encoder_outputs,
             vision_feature_layer,
             vision_feature_select_strategy,
         )
         if image_indices is not None:
-            image_hidden_states = self._show_images(image_hidden_states, image_indices)
-        nothing = None
-        if image_hidden_states is None and self._others_may_read_images(past_key_values):
+            image_hidden_states = self._select_images(image_hidden_states, image_indices)
+        zero = None
+        if image_hidden_states is None and self._must_encode_blank_image(has_labels, cache):
             given = inputs_embeds if input_ids is None else input_ids
-            nothing = self._touch_image_path(given.device, stored)  # type: ignore[union-attr]  # one of them is given
+            zero = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
             if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
                 self._check_counts(image_mask, 0)
             # The image token needs no row in the embedding: its vector is never used.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-        assert inputs_embeds is not None  # for mypy; the first check has seen to it
+        assert inputs_embeds is not None  # for mypy; checked at the top
         if image_hidden_states is not None:
             image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_hidden_states)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
-        elif nothing is not None:
-            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds.dtype)
+        elif zero is not None:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds.dtype)
 
         if segment_ids is not None or branch_ids is not None:
             shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
-            check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, past_key_values, shape)
+            check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, cache, shape)
             attention_mask = create_packed_mask(
                 self.language_model.config,
                 inputs_embeds,
@@ -501,31 +555,77 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
                 position_ids,  # type: ignore[arg-type]
             )
             kwargs["use_cache"] = False  # type: ignore[typeddict-unknown-key]
+        _check_float16_attention(self.language_model.config, inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return JnanaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+
+def _check_float16_attention(text_config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> None:
+    """
+    Raise `ValueError` for Phi in float16 with eager attention. The products of Phi-2's queries and keys exceed the
+    largest float16 number, 65,504. sdpa, flex and flash attention compute them in float32; eager attention does not.
+    """
+    # Not public, but the name by which transformers documents that custom models look up their registered attention.
+    if text_config.model_type != "phi" or text_config._attn_implementation != "eager":
+        return
+    device = inputs_embeds.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else inputs_embeds.dtype
+    if dtype == torch.float16:
+        raise ValueError(
+            "`attn_implementation` is 'eager', which computes the attention scores of Phi in float16, where they "
+            "overflow. Load the model with `attn_implementation='sdpa'`, or use bfloat16 or float32."
+        )
+
+
+def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, given under one of the names that transformers 5 has used for it."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("The cache is given twice; give only one of `past_key_values` and `cache`.")
+    return cache if past_key_values is None else past_key_values
+
+
+def _own_modules(module: nn.Module):
+    """`module` and all below it, without what PEFT puts beside a layer (it keeps the layer itself as `base_layer`)."""
+    adapted = hasattr(module, "base_layer")
+    if not adapted:
+        yield module
+    for name, child in module.named_children():
+        if not adapted or name == "base_layer":
+            yield from _own_modules(child)
+
+
+def _stop_dropout_if_frozen(backbone: nn.Module) -> None:
+    """Put a backbone without trainable weights of its own into evaluation mode, but for gradient checkpointing."""
+    modules = list(_own_modules(backbone))
+    if any(parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)):
+        return
+    for module in modules:
+        # A decoder layer is checkpointed in training mode only. Its dropout is in the modules that it contains.
+        module.training = isinstance(module, GradientCheckpointingLayer)
 
 
 class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
     """
-    The pair with the language model's own head.
+    Vision tower, projector and language model with the language model's own head.
 
     Args:
         config ([`JnanaConfig`]): The configuration.
 
     Raises:
-        ValueError: If the language model is of a family whose head can't be held exactly.
+        ValueError: If the head of the language model's family can't be reproduced exactly.
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -539,7 +639,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
-        # An image token in an answer would ask for an image in the next turn.
+        # An image token in an answer would need an image in the next turn.
         self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
 
@@ -556,7 +656,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         **kwargs: Any,
     ) -> "JnanaForConditionalGeneration":
         """
-        Join two checkpoints by a fresh projector.
+        Join two checkpoints with a freshly initialised projector.
 
         Args:
             vision (`str`): Hub id or folder of an image encoder, alone or inside a full CLIP or SigLIP.
@@ -572,7 +672,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             [`JnanaForConditionalGeneration`]: In evaluation mode, with exactly the two checkpoints' weights.
 
         Raises:
-            ValueError: If the language model's family is refused, or a checkpoint lacks weights.
+            ValueError: If the language model's family is not supported, or a checkpoint lacks weights.
         """
         return join_pretrained(
             cls, vision, text, dtype, attn_implementation, vision_kwargs or {}, text_kwargs or {}, kwargs
@@ -615,6 +715,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         image_indices: torch.LongTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | JnanaCausalLMOutputWithPast:
         """
@@ -622,13 +723,13 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens to predict,
-                -100 where nothing is; position i holds the token of position i.
+                -100 at unsupervised positions; position i holds the token of position i.
             shift_labels (`torch.LongTensor`, *optional*): Instead of `labels`: position i holds the token that
                 position i must predict. Shaped as the logits without their last dimension.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Positions to compute logits for: the
                 last n (0 for all), or indices, or a boolean mask `(batch_size, sequence_length)`. With a mask the
-                logits are `(num_kept, vocab_size)`, and `labels` and `shift_labels` are of the whole rows as always:
-                with the mask of the places that have a label, loss and gradients are those of all logits.
+                logits are `(num_kept, vocab_size)`, while `labels` and `shift_labels` still cover the whole rows. With
+                the mask of the labelled positions, loss and gradients equal those of all logits.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -636,6 +737,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -644,6 +746,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             image_indices=image_indices,
             segment_ids=segment_ids,
             branch_ids=branch_ids,
+            has_labels=labels is not None or shift_labels is not None,
             **kwargs,
         )
         if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
@@ -651,7 +754,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
                 shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)  # type: ignore[assignment]
             if shift_labels is not None and shift_labels.shape == logits_to_keep.shape:
                 shift_labels = shift_labels[logits_to_keep]  # type: ignore[assignment]
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
@@ -664,14 +767,25 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         return JnanaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+
+def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states to compute logits for; see `logits_to_keep` in [`JnanaForConditionalGeneration.forward`]."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 1:  # indices, the same for every row
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]  # => [num_kept, hidden_size]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)  # indices of each row
 
 
 JnanaModel.register_for_auto_class("AutoModel")
 JnanaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["JnanaForConditionalGeneration", "JnanaModel", "JnanaPreTrainedModel"]
+__all__ = ["CACHE_NAME", "JnanaForConditionalGeneration", "JnanaModel", "JnanaPreTrainedModel"]

@@ -1,8 +1,8 @@
 """The projector: the only part of a Jnana model that starts from random weights.
 
-It carries the image encoder's features into the language model's embedding space. Three forms, one for each kind of
-system the field has built: a plain Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled),
-and a Linear followed by residual blocks (jnana, visualize_this).
+It maps the features of the image encoder into the embedding space of the language model. There are three kinds: one
+Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled), and a Linear followed by residual
+blocks (jnana, visualize_this).
 """
 
 import torch
@@ -82,7 +82,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 
 def build_projector(config: JnanaConfig) -> nn.Module:
     """
-    The projector that `config.projector_type` names.
+    Build the projector of type `config.projector_type`.
 
     Args:
         config ([`JnanaConfig`]): Its widths are `config.vision_feature_size` and `config.text_config.hidden_size`.

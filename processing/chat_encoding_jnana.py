@@ -1,17 +1,17 @@
-"""From a rendered chat to token ids, piece by piece.
+"""Tokenises a rendered chat piece by piece.
 
-A chat is cut into pieces before it is tokenised, at two kinds of places, and each piece is tokenised on its own:
+A chat is split at two kinds of positions, and each piece is tokenised separately:
 
-* where an answer starts and ends. No token then reaches over the border between prompt and answer, whatever the
-  tokenizer, so a prompt made for generation is an exact token prefix of the training row, and the mask of answer
-  tokens needs no character offsets. (Byte-pair merging over that border is the classic silent error: the model is
-  asked to go on from a token it never saw end there.)
-* inside every piece of the user's text that spells a control token, such as `<image>` or `<|endoftext|>`. What is left
-  on either side is ordinary text to the tokenizer: the model reads the same characters, and no control token.
+* where an answer starts and ends. No token then crosses the border between prompt and answer, whatever the tokenizer.
+  A prompt made for generation is an exact token prefix of the training row, and the mask of answer tokens needs no
+  character offsets. (If byte-pair merging crosses that border, the model has to continue after a token that never
+  ended there in training. No error is raised.)
+* inside each passage of a message that spells a control token, such as `<image>` or `<|endoftext|>`. Both halves are
+  ordinary text to the tokenizer: the model reads the same characters, and no control token.
 
-The cuts are marked by three private-use characters, removed from people's text beforehand. Spoken parts of a chat are
-replaced by their words before all this (`transcribe_chat`). This file is copied beside `processing_jnana.py` into
-every shared checkpoint.
+The positions are marked by three private-use characters, which are removed from messages beforehand. Before that, the
+recordings in a chat are replaced by their transcripts (`transcribe_chat`). This file is copied beside
+`processing_jnana.py` into every saved checkpoint.
 """
 
 import re
@@ -26,7 +26,7 @@ ANSWER_START = "\U0010fa01"
 ANSWER_END = "\U0010fa02"
 MARKS = re.compile(f"([{BREAK}{ANSWER_START}{ANSWER_END}])")
 
-# transformers marks passages with two characters of its own: in people's text they would hide a placeholder from it
+# transformers marks passages with two characters of its own. In a message they would hide a placeholder from it.
 FOREIGN_MARKS = re.compile(f"[{BREAK}{ANSWER_START}{ANSWER_END}\U000f0000\U000f0001]")
 
 
@@ -53,20 +53,20 @@ class ChatEncoder:
         # Runs of spaces, which Phi-2's tokenizer has as added tokens, and added words are ordinary text
         control = [token.content for token in added.values() if token.special or not _is_word(token.content)]
         self.pattern = _control_pattern(tuple({t: None for t in (*control, *extra_tokens) if len(t) > 1}))
-        # A control token of one character can't be broken in two: it is left out of people's text
+        # A control token of one character can't be broken in two, so it is removed from messages
         self.single = [token.content for token in added.values() if token.special and len(token.content) == 1]
 
     def neutralise(self, value: Any) -> Any:
         """
-        Break every control token in people's text, so that it is tokenised as the plain text it is.
+        Break every control token in messages, so that it is tokenised as plain text.
 
         Args:
             value (`Any`): a string, or a list or dict (conversations, messages, tools) of them.
 
         Returns:
-            `Any`: a copy with a break after the first character of each control token, names of fields included (a
-            tool's arguments are anyone's text). Adjacent text parts of one message are joined first, so that two parts
-            can't spell a token together.
+            `Any`: a copy with a break after the first character of each control token, also in the keys of dicts (the
+            arguments of a tool may have any name). Adjacent text parts of one message are joined first, so that two
+            parts can't spell a token together.
         """
         if isinstance(value, str):
             return self._neutralise_text(value)
@@ -140,10 +140,10 @@ class ChatEncoder:
 
 def transcribe_chat(chat: list[dict], transcriber: Any) -> list[dict]:
     """
-    A chat whose recordings, `{"type": "audio", ...}` parts, are replaced by what is said in them.
+    Replace the recordings of a chat, its `{"type": "audio", ...}` parts, by their transcripts.
 
-    The words of a recording stand where it stood, a space between them and the text beside them; one without speech is
-    left out.
+    A transcript takes the position of its recording, separated by a space from the text beside it. A recording without
+    speech is removed.
 
     Args:
         chat (`list[dict]`): messages. An audio part holds a file's path under `path`, or under `audio` a path, samples
@@ -152,11 +152,11 @@ def transcribe_chat(chat: list[dict], transcriber: Any) -> list[dict]:
             returns something with a `text`: a `Transcriber` of the package `processing`, for one.
 
     Returns:
-        `list[dict]`: the chat itself if nothing in it is spoken, else a copy.
+        `list[dict]`: the chat itself if it has no recordings, else a copy.
 
     Raises:
-        ValueError: if a recording is there and no transcriber, a part holds no local recording, or a message without
-            text has recordings without speech alone.
+        ValueError: if there are recordings but no transcriber, a part has no local recording, or no text and no speech
+            is left in a message.
     """
     contents = [message.get("content") for message in chat]
     if not any(_is_audio(part) for content in contents if isinstance(content, list) for part in content):
@@ -192,7 +192,7 @@ def _in_words(parts: list[dict], transcriber: Any) -> list[dict]:
         words.append(part)
         after_speech = spoken
     if silent and not any(part.get("type") == "text" and (part.get("text") or "").strip() for part in words):
-        raise ValueError("No speech was heard in the recording, and no question is typed beside it.")
+        raise ValueError("No speech was heard in the recording, and the message has no text. Type the question.")
     return words
 
 
@@ -213,7 +213,7 @@ def _is_word(token: str) -> bool:
 
 
 def mark_answers(text: str, spans: list[tuple[int, int]]) -> str:
-    """Put marks around the answers of a rendered chat, at the character `spans` of its `{% generation %}` blocks."""
+    """Mark the answers of a rendered chat, at the character `spans` of its `{% generation %}` blocks."""
     pieces, last = [], 0
     for start, end in spans:  # an answer to be continued ends with the text
         pieces += [text[last:start], ANSWER_START, text[start:end], ANSWER_END]
@@ -225,18 +225,17 @@ def measure_sequence(
     ids: list[int], mask: list[int], image_token_id: int, tokens_per_image: int = 1
 ) -> tuple[int, int | None, int]:
     """
-    What decides whether a sequence fits.
+    The numbers that decide whether a sequence fits into a row.
 
     Args:
         ids (`list[int]`): token ids.
         mask (`list[int]`): 1 on answer tokens.
         image_token_id (`int`): the image token.
-        tokens_per_image (`int`, *optional*, defaults to 1): places that each image token in `ids` will take.
+        tokens_per_image (`int`, *optional*, defaults to 1): how many tokens will replace each image token in `ids`.
 
     Returns:
-        `tuple[int, int | None, int]`: the length; the position of the first supervised token, `None` if there is none
-            (the
-        first token of a sequence is never supervised); the position behind the last image token, 0 without images.
+        `tuple[int, int | None, int]`: the length; the position of the first supervised token, `None` without one (the
+        first token of a sequence is never supervised); the position after the last image token, 0 without images.
     """
     more = tokens_per_image - 1
     length = len(ids) + more * ids.count(image_token_id)

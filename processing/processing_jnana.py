@@ -1,12 +1,12 @@
 """JnanaProcessor: image processor, tokenizer and chat template in one object, saved and shared with the model.
 
-It turns chats about images into model inputs. Built on `ProcessorMixin`'s own hooks, so a raw
-`processor(images=..., text=...)` behaves as LLaVA's does; `apply_chat_template` tokenises by itself, because what
-people wrote must never become a control token and an answer's first token must never merge with the prompt's last (see
+It turns chats about images into model inputs. A call `processor(images=..., text=...)` goes through `ProcessorMixin`
+and gives what LLaVA's processor gives. `apply_chat_template` tokenises by itself, because text that a user wrote must
+never become a control token, and the first token of an answer must never merge with the last one of the prompt (see
 `chat_encoding_jnana.py`).
 
-These files are copied into every shared checkpoint and loaded there without this package: they import transformers and
-one another, nothing else.
+This file is copied into every saved checkpoint and loaded from there without this package. It imports transformers and
+its neighbour only, uses their public interface only, and runs unchanged on transformers 5.20 and every later 5.x.
 """
 
 import re
@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.processing_utils import MultiModalData
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_sequence, transcribe_chat
@@ -32,9 +33,17 @@ from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_seque
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+# Keyword arguments for the tokenizer and the image processor. `apply_chat_template` also takes them outside
+# `processor_kwargs`; every other keyword argument is a variable of the template.
+TEXT_OPTIONS = frozenset(TextKwargs.__annotations__)
+PROCESSOR_OPTIONS = TEXT_OPTIONS | frozenset(ImagesKwargs.__annotations__) | {"images", "text_kwargs", "images_kwargs"}
+
+# Keys under which an image part of a message may hold its image, in the order of preference.
+IMAGE_KEYS = ("image", "url", "path", "base64")
+
 
 class JnanaChatMixin(ProcessorMixin):
-    """How [`JnanaProcessor`] reads chats."""
+    """The part of [`JnanaProcessor`] that turns chats into model inputs."""
 
     image_token: str
     image_token_id: int
@@ -60,7 +69,7 @@ class JnanaChatMixin(ProcessorMixin):
         **kwargs,
     ) -> Any:
         """
-        Render one chat or a batch of chats; as `ProcessorMixin.apply_chat_template`, with three promises.
+        Render one chat or a batch of chats; as `ProcessorMixin.apply_chat_template`, with three guarantees.
 
         * Text in messages that spells a control token (`<image>`, `<|endoftext|>`) stays text, with and without
           `tokenize` (`sanitize_control_tokens` is always on). A string rendered with `tokenize=False` carries an
@@ -68,13 +77,13 @@ class JnanaChatMixin(ProcessorMixin):
         * The token ids of a chat rendered with `add_generation_prompt=True` are an exact prefix of those of the same
           chat with its answer.
         * With `return_assistant_tokens_mask=True`, `assistant_masks` is 1 on the tokens of `{% generation %}` blocks
-          and only there. Special tokens are those the template writes; none are added.
+          and only there. The only special tokens are those that the template writes.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): messages, `content` a string or a list of parts; an
                 image part holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`; an audio
                 part, a path under `path` or samples under `audio`.
-            transcriber (`Any`, *optional*): puts words in the place of audio parts; see [`transcribe_chat`].
+            transcriber (`Any`, *optional*): replaces audio parts by their transcripts; see [`transcribe_chat`].
             processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with
                 `padding="max_length"`), `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the
                 image processor's options.
@@ -85,25 +94,30 @@ class JnanaChatMixin(ProcessorMixin):
             in reading order (absent without images), and `assistant_masks`.
 
         Raises:
-            ValueError: if truncation is asked for (it could cut image tokens), images and placeholders differ in
-                number, `chat_template` is not Jinja (a template's name), or a recording has no transcriber.
+            ValueError: if `truncation` is set (it could cut image tokens), images and placeholders differ in number,
+                `chat_template` is not Jinja (but the name of a template), or a recording has no transcriber.
         """
-        template = self._resolve_chat_template(chat_template)
-        if "{" not in template:  # Jinja would answer with this very word, whatever the chat
+        template = self._find_template(chat_template)
+        if "{" not in template:  # Jinja would render every chat as this same text
             raise ValueError(
                 f"chat_template={template!r} is not a Jinja template. Give the template's text: "
                 "`read_chat_template(name)` reads that of a shipped one."
             )
-        call_kwargs = self._prepare_processor_kwargs(
-            template, dict(processor_kwargs or {}), kwargs, add_generation_prompt, bool(continue_final_message), False
-        )
-        conversations, is_batched = self._normalize_conversations(conversation)
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "`continue_final_message` and `add_generation_prompt` contradict each other: the first continues the "
+                "last message, the second starts a new one. Give one of them."
+            )
+        call_kwargs = {**(processor_kwargs or {}), **{k: v for k, v in kwargs.items() if k in PROCESSOR_OPTIONS}}
+        kwargs = {name: value for name, value in kwargs.items() if name not in PROCESSOR_OPTIONS}
+        is_batched = isinstance(conversation[0], (list, tuple))
+        conversations = [_normalise_chat(chat) for chat in (conversation if is_batched else [conversation])]
         conversations = [transcribe_chat(chat, transcriber) for chat in conversations]
-        images = self._multimodal_inputs_from_conversations(conversations, {})[0] if tokenize else []
+        images = [image for chat in conversations for image in _images_of(chat)] if tokenize else []
         texts = self._render(
             conversations,
             template,
-            mark=tokenize,  # at inference too, so that past answers have the tokens of training
+            mark=tokenize,  # at inference too, so that earlier answers are tokenised as in training
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
@@ -154,14 +168,14 @@ class JnanaChatMixin(ProcessorMixin):
         Returns:
             `tuple[list[list[int]], list[list[int]]]`: token ids, and for each id 1 inside an answer and 0 elsewhere.
         """
-        template = self._resolve_chat_template(None)
+        template = self._find_template(None)
         texts = self._render(conversations, template, mark=True, add_generation_prompt=add_generation_prompt)
         all_ids, masks = self._encoder().encode(texts)
         size = self.tokens_per_image if expand else 1
         if size > 1:
-            places = [[size if token == self.image_token_id else 1 for token in ids] for ids in all_ids]
-            all_ids = [_repeat(ids, times) for ids, times in zip(all_ids, places, strict=True)]
-            masks = [_repeat(mask, times) for mask, times in zip(masks, places, strict=True)]
+            counts = [[size if token == self.image_token_id else 1 for token in ids] for ids in all_ids]
+            all_ids = [_repeat(ids, times) for ids, times in zip(all_ids, counts, strict=True)]
+            masks = [_repeat(mask, times) for mask, times in zip(masks, counts, strict=True)]
         return all_ids, masks
 
     def encode_chat(self, conversation: list[dict], add_generation_prompt: bool = True) -> list[int]:
@@ -177,10 +191,20 @@ class JnanaChatMixin(ProcessorMixin):
         """
         return self.encode_chats([conversation], expand=True, add_generation_prompt=add_generation_prompt)[0][0]
 
+    def count_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
+        """
+        The number of image tokens of one image.
+
+        Args:
+            image_size (`tuple[int, int]`, *optional*): (height, width) of the image in pixels, before it is processed.
+                The image processor resizes every image to one size, so the number does not depend on it.
+        """
+        return self.num_image_tokens(*self.image_height_and_width())
+
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens that stand for one image (`int`)."""
-        return self.num_image_tokens(*self.image_height_and_width())
+        """The number of image tokens of any image (`int`)."""
+        return self.count_image_tokens()
 
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, (self.image_token,))
@@ -188,7 +212,7 @@ class JnanaChatMixin(ProcessorMixin):
     def _render(
         self, conversations: list, template: str, *, mark: bool, tools: Any = None, documents: Any = None, **kwargs
     ) -> list[str]:
-        """Chats as text, control tokens in people's words broken; with `mark`, answers marked for the encoder."""
+        """Chats as text, control tokens in messages broken; with `mark`, answers marked for the encoder."""
         encoder = self._encoder()
         rendered: Any = render_jinja_template(
             conversations=encoder.neutralise(conversations),
@@ -200,6 +224,34 @@ class JnanaChatMixin(ProcessorMixin):
         )
         texts, spans = rendered
         return [mark_answers(text, span) for text, span in zip(texts, spans, strict=True)] if spans else texts
+
+    def _find_template(self, chat_template: str | None) -> str:
+        """The text of the given template, which may be a name where the processor has several, or its own one."""
+        own = self.chat_template
+        templates = own if isinstance(own, dict) else {"default": own}
+        template = templates.get("default" if chat_template is None else chat_template, chat_template)
+        if template is None:
+            raise ValueError(
+                f"chat_template=None, and the processor has no default one (it has {own!r}). Give a template's text, "
+                "or build the processor with `chat_template=`."
+            )
+        return template
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """
+        Raise `ValueError` unless there is an input, and a text has as many placeholders as there are images. (From
+        transformers 5.22 on `ProcessorMixin` also counts.)
+        """
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            num_placeholders = sum(sample.count(self.image_token) for sample in texts)
+            num_images = 0 if images is None else len(make_flat_list_of_images(images))
+            if num_placeholders != num_images:
+                raise ValueError(
+                    f"The text has {num_placeholders} {self.image_token!r}, but the number of images passed is "
+                    f"{num_images or 'zero: no images were passed'}. Pass one image for each, in reading order."
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     @staticmethod
     def _flatten_images(images) -> list | None:
@@ -214,17 +266,16 @@ class JnanaChatMixin(ProcessorMixin):
         """Marked texts and their images -> model inputs, and the mask of answer tokens (lists, padded alike)."""
         images = None if images is None else self.image_processor.fetch_images(images)
         self.validate_inputs(images=images, text=texts)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        text_kwargs = merged["text_kwargs"]
+        text_kwargs, images_kwargs = _split_kwargs(kwargs)
         if text_kwargs.get("truncation"):
             raise ValueError("truncation=True could cut image tokens. Shorten the chat instead.")
 
         processed, replacements = {}, []
         if images is not None:
-            processed, replacements = self._process_images(images, **merged["images_kwargs"])
+            processed = self.image_processor(images, **images_kwargs)
+            replacements = [self.replace_image_token(processed, index) for index in range(len(images))]
         texts, _ = self.get_text_with_replacements(texts, replacements)
         ids, masks = self._encoder().encode(texts)
-        self._check_special_mm_tokens(texts, BatchFeature({"input_ids": ids}), modalities=["image"])
 
         pad_names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
         pad_kwargs = {"padding": False, **{k: text_kwargs[k] for k in pad_names if k in text_kwargs}}
@@ -233,9 +284,48 @@ class JnanaChatMixin(ProcessorMixin):
         for row, mask in enumerate(masks):
             padding = [0] * (len(text_inputs["input_ids"][row]) - len(mask))
             masks[row] = padding + mask if left else mask + padding
-        if text_kwargs.get("return_mm_token_type_ids", merged.get("return_mm_token_type_ids")):
+        if text_kwargs.get("return_mm_token_type_ids"):
             text_inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(text_inputs["input_ids"])
         return BatchFeature({**text_inputs, **processed}, tensor_type=text_kwargs.get("return_tensors")), masks
+
+
+def _split_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of a processor -> those for the tokenizer, those for the image processor."""
+    kwargs = dict(kwargs)
+    text_kwargs, images_kwargs = dict(kwargs.pop("text_kwargs", {})), dict(kwargs.pop("images_kwargs", {}))
+    for name, value in {**kwargs.pop("common_kwargs", {}), **kwargs}.items():
+        if name in TEXT_OPTIONS:
+            text_kwargs[name] = value
+        if name not in TEXT_OPTIONS or name == "return_tensors":
+            images_kwargs[name] = value
+    return text_kwargs, images_kwargs
+
+
+def _normalise_chat(chat: list[dict]) -> list[dict]:
+    """A copy of a chat without keys whose value is None, OpenAI's `image_url` parts written as `image` parts."""
+
+    def part(content: Any) -> Any:
+        if not (isinstance(content, dict) and content.get("type") == "image_url" and "image_url" in content):
+            return content
+        image_url = content["image_url"]
+        return {"type": "image", "url": image_url.get("url", "") if isinstance(image_url, dict) else image_url}
+
+    messages = [{name: value for name, value in message.items() if value is not None} for message in chat]
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            message["content"] = [part(content) for content in message["content"]]
+    return messages
+
+
+def _images_of(chat: list[dict]) -> list:
+    """The images that a chat's image parts hold, in reading order."""
+    parts = [part for message in chat if isinstance(message.get("content"), list) for part in message["content"]]
+    found = [
+        [part[key] for key in IMAGE_KEYS if part.get(key) is not None][:1]
+        for part in parts
+        if isinstance(part, dict) and part.get("type") == "image"
+    ]
+    return [image for images in found for image in images]
 
 
 def _repeat(values: list[int], times: list[int]) -> list[int]:
@@ -412,9 +502,7 @@ class JnanaProcessor(JnanaChatMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        num_tokens = self.num_image_tokens(
-            *self.image_height_and_width(**self._merge_kwargs(**kwargs)["images_kwargs"])
-        )
+        num_tokens = self.num_image_tokens(*self.image_height_and_width(**_split_kwargs(kwargs)[1]))
         return MultiModalData(
             num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )

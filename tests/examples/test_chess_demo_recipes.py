@@ -1,4 +1,4 @@
-"""The demo's recipes and its runner: known options only, and a table that says what the results say."""
+"""The demo's recipes and its runner: known options only, and a table that shows the results."""
 
 import json
 import subprocess

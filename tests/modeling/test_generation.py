@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from jnana.modeling import JnanaForConditionalGeneration
+from jnana.modeling import CACHE_NAME, JnanaForConditionalGeneration
 from tests.modeling.pairs import FAMILIES, IMAGE, join, pictures, text_ids, with_images
 
 
@@ -54,7 +56,10 @@ def test_static_cache_equals_dynamic(tmp_path, family):
 
 
 def test_chunked_prefill_equals_one_prefill(model):
+    """Releases before 5.23 can't split images between chunks, so that a text is used there."""
     ids, images = with_images(text_ids(), NUM_TOKENS), pictures(2)
+    if Version(transformers.__version__) < Version("5.23"):
+        ids, images = text_ids(), None
     assert torch.equal(generate(model, ids, images, prefill_chunk_size=3), generate(model, ids, images))
 
 
@@ -151,8 +156,8 @@ def test_images_are_encoded_once(model):
 
 def test_no_pixels_once_the_cache_is_filled(model):
     ids, images = with_images(text_ids(), NUM_TOKENS), pictures(2)
-    cache = model(ids, pixel_values=images, use_cache=True).past_key_values
-    kwargs = {"past_key_values": cache, "pixel_values": images, "use_cache": True, "next_sequence_length": 1}
+    cache = model(ids, pixel_values=images, use_cache=True)[CACHE_NAME]
+    kwargs = {CACHE_NAME: cache, "pixel_values": images, "use_cache": True, "next_sequence_length": 1}
     assert "pixel_values" not in model.prepare_inputs_for_generation(ids, **kwargs)
     assert "pixel_values" in model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
 
@@ -169,7 +174,7 @@ def test_next_turn_goes_on_from_the_cache(model):
     )
     second = torch.cat([out.sequences, text_ids(1, 5, seed=8)], dim=1)
     expected = generate(model, second, images)
-    assert torch.equal(generate(model, second, past_key_values=out.past_key_values), expected)
+    assert torch.equal(generate(model, second, past_key_values=out[CACHE_NAME]), expected)
 
 
 def test_an_image_token_is_never_generated(model):

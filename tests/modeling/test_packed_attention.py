@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from jnana.modeling import modeling_jnana
+from jnana.modeling import CACHE_NAME, modeling_jnana
 from jnana.modeling.packed_attention_jnana import create_packed_mask
 from tests.modeling.packed import batch, batches, conversations, difference, loss_and_gradients
 from tests.modeling.pairs import FAMILIES, join, pictures
@@ -38,7 +39,7 @@ def test_every_layout_trains_the_same(models, family):
     model = models(family)
     alone = loss_and_gradients(model, batches("single"))
     assert len(alone[1]) > 40
-    for how in ("padded", "rows", "shared_image", "blocks", "one tree a batch"):
+    for how in ("padded", "rows", "shared_image", "blocks", "one group per batch"):
         assert difference(loss_and_gradients(model, batches(how)), alone) < EXACT, how
 
 
@@ -63,12 +64,27 @@ def test_eager_attention_and_checkpointing_change_nothing(models, family):
     model = models(family, "eager")
     assert difference(loss_and_gradients(model, batches("shared_image")), alone) < EXACT
     model = models(family).train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     try:
         assert difference(loss_and_gradients(model, batches("shared_image")), alone) < EXACT
     finally:
-        model.activation_checkpointing_disable()
+        model.gradient_checkpointing_disable()
         model.eval()
+
+
+@pytest.mark.parametrize("how", ["frozen", "lora", "full"])
+def test_dropout_of_a_frozen_language_model_changes_nothing(tmp_path, how):
+    """In training mode, Phi-2's `resid_pdrop` of 0.1 in the config. Trained in full (the control), rows differ."""
+    model = join(tmp_path, text_changes={"resid_pdrop": 0.1})
+    if how != "full":
+        model.model.language_model.requires_grad_(False)
+    if how == "lora":
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules=r".*language_model.*\.(q_proj|fc1)")
+        model = get_peft_model(model, config)
+    model.train()
+    alone = loss_and_gradients(model, batches("single"))
+    found = difference(loss_and_gradients(model, batches("shared_image")), alone)
+    assert (found < EXACT) == (how != "full") and found < 1e3
 
 
 def test_features_instead_of_pixels(models):
@@ -180,15 +196,17 @@ def test_incomplete_or_contradicting_inputs_are_refused(models):
         model(**{**inputs, "branch_ids": inputs["branch_ids"][:, :3]})
     with pytest.raises(ValueError, match="`attention_mask` or `segment_ids`, not both"):
         model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
-    cache = model(input_ids=torch.tensor([[5, 6]]), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="leave out `past_key_values`"):
+    cache = model(input_ids=torch.tensor([[5, 6]]), use_cache=True)[CACHE_NAME]
+    with pytest.raises(ValueError, match="leave out the cache"):
         model(**inputs, past_key_values=cache)
 
 
 def test_attention_that_cannot_follow_the_mask_is_refused(models, monkeypatch):
     model = models("phi")
     monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(ValueError, match="'flash_attention_2' cannot follow.*sdpa, flex_attention, eager.*packing: n"):
+    with pytest.raises(
+        ValueError, match="'flash_attention_2' does not support.*sdpa, flex_attention, eager.*packing: n"
+    ):
         model(**batches("shared_image")[0])
 
 

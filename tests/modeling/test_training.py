@@ -1,5 +1,6 @@
 """What training needs of the model: graphs, gradients, checkpointing, precisions, attention kernels, processes."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.modeling import CACHE_NAME, JnanaConfig, JnanaForConditionalGeneration
 from tests.modeling.pairs import IMAGE, join, pictures, text_ids, with_images
 from tests.tiny import VOCAB_ROWS, tiny_text_config, tiny_vision_config
 
@@ -122,6 +123,44 @@ def test_bfloat16(tmp_path):
     assert abs(loss.item() - exact(**batch()).loss.item()) < 0.1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert abs(exact(**batch()).loss.item() - loss.item()) < 0.1
+
+
+def _with_large_scores(model):
+    """
+    Adds the same 131,072, twice the largest float16 number, to all products of queries and keys: one dimension beyond
+    the rotary half of each head becomes the constant 256 and 512. The softmax cancels it.
+    """
+    last = slice(model.config.text_config.hidden_size // model.config.text_config.num_attention_heads - 1, None, 16)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            for projection, constant in ((layer.self_attn.q_proj, 256.0), (layer.self_attn.k_proj, 512.0)):
+                projection.weight[last] = 0.0
+                projection.bias[last] = constant
+    return model
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_phis_attention_scores_do_not_overflow_in_float16(tmp_path, autocast):
+    model = _with_large_scores(join(tmp_path))
+    assert model.model.language_model.layers[0].self_attn.head_dim == 16
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = model(**inputs).logits
+        if not autocast:
+            model.half()
+        for kernel in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(kernel)
+            with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+                logits = model(**inputs).logits.float()
+            assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+        model.set_attn_implementation("eager")
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            with pytest.raises(ValueError, match="'eager'.*Phi in float16.*attn_implementation='sdpa'"):
+                model(**inputs)
+            # Negative control: eager attention does overflow.
+            embeds = model.get_input_embeddings()(text_ids(2))
+            assert not model.model.language_model(inputs_embeds=embeds).last_hidden_state.isfinite().all()
+        assert model.float()(**inputs).logits.isfinite().all()  # in float32 eager attention is allowed
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp", "resblock"])
@@ -259,61 +298,157 @@ def test_compiles_as_one_graph(tmp_path):
         )
 
 
-def test_a_process_without_images_in_its_batch_takes_part(tmp_path, monkeypatch):
+def _in_two_processes(folder, function) -> list:
+    """What `function(rank)` returns in each of two processes of one gloo group."""
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def work(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}", rank=rank, world_size=2)
+        try:
+            queue.put((rank, function(rank)))
+        finally:
+            torch.distributed.destroy_process_group()
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [result for _, result in sorted(queue.get() for _ in processes)]
+
+
+def test_a_process_without_images_in_its_batch_takes_part(tmp_path):
     """DDP without a search for unused parameters: a batch of text only must still give the projector its gradient."""
     model = freeze_all_but_projector(join(tmp_path))
     for parameter in model.lm_head.parameters():
         parameter.requires_grad_(True)
     text = {"input_ids": text_ids(2), "labels": text_ids(2)}
-    alone = model(**text).loss
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
+    alone = model(**text).loss.item()
+
+    def train(rank: int) -> tuple[float, bool, str]:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         for _ in range(3):
             loss = wrapped(**text).loss
             loss.backward()
-        assert torch.equal(loss, alone)
         gradients = [p.grad for p in model.model.multi_modal_projector.parameters()]
-        assert all(gradient is not None and not gradient.any() for gradient in gradients)
+        zero = all(gradient is not None and not gradient.any() for gradient in gradients)
         # Negative control: without it, DDP stops at the second batch.
-        monkeypatch.setattr(type(model.model), "_touch_image_path", lambda self, *given: None)
-        with pytest.raises(RuntimeError, match="finished reduction"):
+        type(model.model)._encode_blank_image = lambda self, *given: torch.zeros(())
+        try:
             for _ in range(3):
                 wrapped(**text).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+        except RuntimeError as error:
+            return loss.item(), zero, str(error)
+        return loss.item(), zero, "no error"
+
+    for loss, zero, error in _in_two_processes(tmp_path / "rendezvous", train):
+        assert loss == alone and zero and "finished reduction" in error
 
 
-def test_when_a_process_without_images_keeps_up_with_others(tmp_path, monkeypatch):
-    """In evaluation and where generation begins, as in training; alone never. Logits stay what they are."""
+def test_when_a_batch_without_images_runs_the_tower(tmp_path):
+    """
+    Only where other processes wait for it: several processes in a training step, or sharded parameters. A server that
+    runs one forward over a single token, without a cache and with `torch.distributed` initialised, encodes nothing.
+    """
     model = join(tmp_path).eval()
     text, none = text_ids(2), torch.empty(0, model.config.num_image_tokens, model.config.vision_feature_size)
     ran = []
     for part in ("vision_tower", "multi_modal_projector"):
         getattr(model.model, part).register_forward_hook(lambda *given, part=part: ran.append(part))
 
-    def run(**given) -> tuple[torch.Tensor, list[str]]:
+    def parts(run, *args, **given) -> list[str]:
         ran.clear()
+        run(*args, **given)
+        return list(ran)
+
+    def generate() -> None:
+        model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=1)
+
+    def calls() -> dict[str, list[str]]:
+        found = {
+            "train": parts(model, text, labels=text),
+            "features": parts(model, text, labels=text, image_features=none),
+        }
         with torch.no_grad():
-            return model(text, **given).logits, list(ran)
+            found |= {"one token": parts(model, text[:, :1]), "evaluate": parts(model, text, labels=text)}
+            found |= {"generate": parts(generate)}
+        return found
 
-    def generate() -> tuple[torch.Tensor, list[str]]:
-        ran.clear()
-        ids = model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=1)
-        return ids, list(ran)
+    def sharded(rank: int) -> tuple[dict, dict, bool]:
+        plain = calls()
+        with torch.no_grad():
+            logits = model(text).logits
+        torch.distributed.fsdp.fully_shard(model.model.vision_tower.encoder.layers[0])
+        with torch.no_grad():
+            same = torch.equal(model(text).logits, logits)
+        return plain, calls(), same
 
-    logits, ids = run()[0], generate()[0]
-    assert run()[1] == run(image_features=none)[1] == generate()[1] == []
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        for found, wanted, parts in (
-            (run(), logits, ["vision_tower", "multi_modal_projector"]),
-            (run(image_features=none), logits, ["multi_modal_projector"]),
-            (generate(), ids, ["vision_tower", "multi_modal_projector"]),  # once, for the first of its steps
-        ):
-            assert torch.equal(found[0], wanted) and found[1] == parts
-    finally:
-        torch.distributed.destroy_process_group()
+    nothing = {"train": [], "features": [], "one token": [], "evaluate": [], "generate": []}
+    assert calls() == nothing
+    both, projector = ["vision_tower", "multi_modal_projector"], ["multi_modal_projector"]
+    for plain, shards, same in _in_two_processes(tmp_path / "rendezvous", sharded):
+        assert plain == {**nothing, "train": both, "features": projector}
+        # in generation once, for the first of its steps
+        assert shards == {**dict.fromkeys(nothing, both), "features": projector}
+        assert same
+
+
+def test_the_cache_and_image_outputs_have_both_names(tmp_path):
+    model = join(tmp_path)
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        cache = getattr(output, CACHE_NAME)
+        assert torch.equal(output.image_outputs.pooler_output, output.image_hidden_states)
+        next_ids = torch.full((2, 1), 7)
+        expected = model(torch.cat([inputs["input_ids"], next_ids], 1), pixel_values=inputs["pixel_values"]).logits
+        for name in ("past_key_values", "cache"):
+            logits = model(next_ids, **{name: copy.deepcopy(cache)}).logits
+            torch.testing.assert_close(logits, expected[:, -1:], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(model(next_ids).logits, expected[:, -1:], atol=1e-3)  # negative control
+    with pytest.raises(ValueError, match="only one of `past_key_values` and `cache`"):
+        model(next_ids, past_key_values=cache, cache=cache)
+    longer = torch.cat([inputs["input_ids"], next_ids], 1)
+    answers = [
+        model.generate(longer, **{name: copy.deepcopy(cache)}, max_new_tokens=3, do_sample=False, pad_token_id=1)
+        for name in ("past_key_values", "cache")
+    ]
+    assert torch.equal(*answers)
+
+
+def _dropout_modules_in_training(model) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0}
+
+
+def test_a_frozen_language_model_runs_without_dropout(tmp_path):
+    """Also beside LoRA weights, which keep their own dropout, and under gradient checkpointing."""
+    model = freeze_all_but_projector(join(tmp_path, text_changes={"resid_pdrop": 0.1, "attention_dropout": 0.1}))
+    assert not _dropout_modules_in_training(model)
+    model.gradient_checkpointing_enable()
+    inputs = batch()
+    assert torch.equal(model(**inputs).loss, model(**inputs).loss)
+    calls = []
+    model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(**inputs).loss.backward()
+    assert len(calls) == 2  # still checkpointed
+    model.model.language_model.requires_grad_(True)  # negative control: trained, so regularised
+    model.train()
+    assert len(_dropout_modules_in_training(model)) > 0 and not torch.equal(model(**inputs).loss, model(**inputs).loss)
+
+
+def test_frozen_layers_under_lora_run_without_dropout(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = join(tmp_path, text_changes={"resid_pdrop": 0.1, "attention_dropout": 0.1})
+    config = peft.LoraConfig(r=2, lora_dropout=0.2, target_modules=r".*language_model.*\.q_proj")
+    adapted = peft.get_peft_model(model, config).train()
+    active = _dropout_modules_in_training(adapted)
+    assert len(active) == 2 and all(".lora_dropout." in name for name in active)
+    for parameter in model.model.language_model.layers[0].mlp.parameters():  # negative control
+        parameter.requires_grad_(True)
+    adapted.train()
+    assert any("resid_dropout" in name for name in _dropout_modules_in_training(adapted))
 
 
 def test_is_what_the_ecosystem_looks_for(tmp_path):

@@ -42,10 +42,10 @@ def use_deepspeed() -> None:
 
 def watch_imageless() -> None:
     """Print a line whenever this process has a batch without an image."""
-    original = JnanaModel._touch_image_path
+    original = JnanaModel._encode_blank_image
 
     def touch(self, *given):
         print("a batch without an image" if self.training else "evaluated without an image")
         return original(self, *given)
 
-    JnanaModel._touch_image_path = touch
+    JnanaModel._encode_blank_image = touch

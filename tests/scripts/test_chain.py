@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_utils
 
 from jnana import run_merge, run_sft
+from jnana.processing.data import read_json_lines
 from jnana.training.adapters import adapter_reference
-from jnana.training.callbacks import read_lines
 from jnana.training.loading import load_model
 from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
@@ -101,7 +101,7 @@ def test_the_disk_is_full_for_the_merged_model(aligned, tuned, data, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(modeling_utils, "safe_save_file", full)  # PEFT has its own
-        with pytest.raises(OSError, match="no room .* The adapter is whole; make room, and run: python") as caught:
+        with pytest.raises(OSError, match="no room .* The adapter is complete; make room, and run: python") as caught:
             run_sft.main(sft_options(data, aligned, output_dir=folder, merge_adapter="true"))
     _, script, *arguments = shlex.split(str(caught.value).partition("and run: ")[2])
     assert script == "run_merge.py" and not list(folder.glob("merged/*.safetensors"))
@@ -127,7 +127,7 @@ def test_an_adapter_moves_with_its_base(aligned, tuned, data, tmp_path):
     reference = json.loads((tmp_path / "sft" / "jnana_base.json").read_text())
     reference["names"]["model"] = "/gone/align"
     (tmp_path / "sft" / "jnana_base.json").write_text(json.dumps(reference))
-    with pytest.raises(ValueError, match="trained on model '/gone/align', which is no folder here"):
+    with pytest.raises(ValueError, match="trained on model '/gone/align', which is not a directory here"):
         load_model(str(tmp_path / "sft"))
 
 
@@ -140,7 +140,7 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
     try:
         for quantization in ("none", "nf4"):
             load_model(str(tmp_path / "sft"), quantization=quantization)
-        said_before = "may answer nonsense" in caplog.text
+        said_before = "answers may be wrong" in caplog.text
         weights = load_file(tmp_path / "align" / "model.safetensors")
         name = "model.language_model.layers.0.mlp.fc1.weight"
         save_file({**weights, name: weights[name] * 1.01}, tmp_path / "align" / "model.safetensors", {"format": "pt"})
@@ -148,11 +148,11 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert not said_before
-    assert re.search("was trained on model '.*align' with other weights .* may answer nonsense", caplog.text)
+    assert re.search("the weights of model '.*align' have changed .* answers may be wrong", caplog.text)
 
 
 def test_samples_and_loss_curve(tuned, pretrained):
-    lines = read_lines(tuned / "samples.jsonl")
+    lines = list(read_json_lines(tuned / "samples.jsonl", "skip"))
     assert [line["step"] for line in lines] == [0, 0, 3, 3, 6, 6]
     assert lines[0]["prompt"] == "what is the top?" and lines[0]["truth"] == "white"
     page = (tuned / "samples.html").read_text()
@@ -160,7 +160,7 @@ def test_samples_and_loss_curve(tuned, pretrained):
     for folder in (tuned, pretrained):
         with Image.open(folder / "loss_curve.png") as curve:
             assert curve.size[0] > 500
-    assert len(read_lines(pretrained / "samples.jsonl")) == 3
+    assert len(list(read_json_lines(pretrained / "samples.jsonl", "skip"))) == 3
 
 
 def test_the_card_is_ours_and_private(tuned, aligned):

@@ -165,7 +165,7 @@ def test_the_chat_takes_every_kind_of_folder(quantized, aligned, folder, quantiz
     assert processor.decode(output, skip_special_tokens=True).strip() == answer
     assert largest_difference(session, reread(session)) < 1e-5
     without = ChatSession(load_model(str(aligned))[0], processor)  # the control: no adapter
-    without.messages, without._pictures = session.messages, session._pictures
+    without.messages, without._images = session.messages, session._images
     assert largest_difference(session, reread(without)) > 1e-3
 
 
@@ -221,7 +221,7 @@ def test_evaluating_an_adapter_on_its_4_bits_and_off_them(quantized, data, tmp_p
 
 
 def test_evaluation_says_before_loading_that_bitsandbytes_is_missing(quantized, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.option_checks.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr(run_evaluate, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "output_dir": tmp_path}
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes"):

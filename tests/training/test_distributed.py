@@ -30,8 +30,7 @@ def run_two(function, folder, timeout: int = 120) -> list[str]:
 
 
 def _child(function, folder, rank: int) -> None:
-    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(variables | {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"})
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=2))
     PartialState(cpu=True)
@@ -112,7 +111,7 @@ def test_one_process_alone():
 
 
 class TestUnpartitioned:
-    """Whether transformers sees ZeRO-3 while a model is made; tests/scripts/test_sharded.py trains such models."""
+    """Whether transformers sees ZeRO-3 while a model is built; tests/scripts/test_sharded.py tests the training."""
 
     class Plugin:
         def __init__(self, zero3_init_flag: bool):

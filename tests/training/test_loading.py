@@ -119,10 +119,32 @@ def test_a_published_adapter_names_no_folder_of_this_machine(tmp_path):
     assert adapter_reference(str(near.parent / "a"))["names"] == {"model": str(near.parent / "a" / "../align")}
     write_base_reference({"names": names, "projector_fields": {}}, adapter, published=True)
     assert "secret" not in (adapter / "jnana_base.json").read_text()
-    with pytest.raises(ValueError, match="was trained on vision_model 'clip', which is no folder here"):
+    with pytest.raises(ValueError, match="was trained on vision_model 'clip', which is not a directory here"):
         adapter_reference(str(adapter))
     write_base_reference({"names": names, "projector_fields": {}}, adapter)  # the control
     assert adapter_reference(str(adapter))["names"]["text_model"] == "gpt2"
+
+
+def test_an_adapter_in_a_subfolder(vision, tmp_path):
+    model, _ = build(vision, str(save_tiny_text(tmp_path / "phi")))
+    model.save_pretrained(tmp_path / "base")
+    adapted = apply_stage(model, "sft", LoraArguments(lora_r=2, lora_target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+    directory = tmp_path / "runs" / "sft"
+    adapted.save_pretrained(directory)
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    write_base_reference({"names": {"model": str(tmp_path / "base")}, "projector_fields": {}}, directory)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        loaded = JnanaForConditionalGeneration.from_pretrained(tmp_path / "runs", subfolder="sft")
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-6, rtol=1e-5)
+        base = JnanaForConditionalGeneration.from_pretrained(tmp_path / "base")
+        assert not torch.allclose(base(ids).logits, expected, atol=1e-3)  # negative control
 
 
 def test_nothing_saved_names_the_backbones_folders(vision, tmp_path):

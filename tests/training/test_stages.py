@@ -1,6 +1,7 @@
 """Exactly which tensors change in each stage, and where LoRA may go."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from transformers import AutoModelForCausalLM
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.training.arguments import LoraArguments
-from jnana.training.stages import STAGES, apply_stage, count_parameters, describe_parameters, part_of, resolve_targets
+from jnana.training.stages import (
+    STAGES,
+    active_dropout,
+    apply_stage,
+    count_parameters,
+    describe_parameters,
+    part_of,
+    resolve_targets,
+)
 from tests.tiny import tiny_text_config, tiny_vision_config
 
 
@@ -137,3 +146,35 @@ def test_the_untrained_copy_of_the_projector_does_not_count():
 def test_unknown_stage():
     with pytest.raises(ValueError, match="stage 'finetune' is unknown; it must be one of"):
         apply_stage(copy.deepcopy(pair()), "finetune")
+
+
+@pytest.mark.parametrize("dropout", [None, 0.05])
+def test_lora_and_its_dropout_are_logged_once(dropout, caplog):
+    lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_dropout=dropout)
+    with caplog.at_level(logging.INFO, "jnana.training.stages"):
+        model = apply_stage(pair(), "sft", lora)
+    (line,) = [record.message for record in caplog.records if "dropout" in record.message]
+    assert line.startswith(f"LoRA of rank 2, alpha 4, dropout {dropout or 0}")
+    assert ("packed and separate rows" in line) == (dropout is not None)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "jnana.training.stages"):
+        apply_stage(model, "sft")  # a further round on the same adapter
+    assert line in caplog.text
+
+
+def test_dropout_of_what_trains_is_stated_and_packing_warned_about(caplog):
+    """Phi-2's config has `resid_pdrop` 0.1. A frozen language model, also under LoRA, has none in training."""
+    model = pair()
+    for module in model.model.language_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    with caplog.at_level("INFO"):
+        apply_stage(copy.deepcopy(model), "align", packing="shared_image")
+        apply_stage(copy.deepcopy(model), "sft", LORA, packing="shared_image")
+    assert "dropout" not in caplog.text
+    full = apply_stage(copy.deepcopy(model), "sft", packing="shared_image")
+    assert "packing is 'shared_image', and dropout is on in what trains (language_model 0.1)" in caplog.text
+    assert active_dropout(full) == {"language_model": 0.1}
+    lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj", "fc1"], lora_dropout=0.05)
+    adapted = apply_stage(copy.deepcopy(model), "sft", lora, packing="shared_image")
+    assert "what trains (lora 0.05)" in caplog.text and active_dropout(adapted) == {"lora": 0.05}

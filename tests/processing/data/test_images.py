@@ -1,5 +1,6 @@
 """Images as people have them: turned, transparent, 16-bit, broken, absurd."""
 
+import base64
 import io
 import struct
 import zipfile
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image
+from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -147,3 +148,16 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
     assert load_image(f"zip://0.png::{tmp_path / 'a.zip'}").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(BadSampleError, match="r1: image .* can't be read"):
         load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")
+
+
+def test_a_thumbnail_is_small_and_leaves_the_image_alone():
+    def opened(image: Image.Image) -> Image.Image:
+        made = thumbnail(image, 100)
+        small = Image.open(io.BytesIO(base64.b64decode(made["url"].removeprefix("data:image/jpeg;base64,"))))
+        assert small.size == (made["width"], made["height"])
+        return small
+
+    image = Image.new("RGBA", (2000, 1000), (10, 200, 30, 255))
+    small = opened(image)
+    assert small.size == (100, 50) and small.getpixel((50, 25))[1] > 150 and image.size == (2000, 1000)
+    assert opened(Image.new("L", (20, 10))).size == (20, 10)  # the control: nothing is enlarged

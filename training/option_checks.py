@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import CONFIG_MAPPING, PreTrainedConfig, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, is_bitsandbytes_available, is_liger_kernel_available
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data.feature_cache import KEY_FILE
+from jnana.processing.data.paths import names_local_path
 
+from .adapters import is_adapter
 from .arguments import (
     DataArguments,
     LoraArguments,
@@ -22,42 +24,46 @@ from .arguments import (
     TextDataArguments,
     TextModelArguments,
 )
+from .attention import check_attention
 from .distributed import sharding_of
 from .stages import adapter_targets
 
 
-FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow", ".gz"}
+# The smallest value of options that count something.
+SMALLEST = {
+    "max_length": 2,
+    "block_size": 2,
+    "max_row_tokens": 2,
+    "max_image_pixels": 1,
+    "max_train_rows": 1,
+    "max_eval_rows": 1,
+    "sample_count": 1,
+    "sample_max_new_tokens": 1,
+    "sample_steps": 0,
+}
 
 
-def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArguments, run_args: RunArguments) -> None:
+def check_run(
+    args: TrainingArguments,
+    model_args: ModelArguments | TextModelArguments,
+    data_args: DataArguments | TextDataArguments,
+    run_args: RunArguments,
+) -> None:
     """Check every path and every pair of options that must agree.
 
     Raises:
         ValueError: naming the field, its value and the remedy.
     """
+    if isinstance(model_args, ModelArguments):
+        check_model_arguments(model_args)
+    else:
+        check_text_arguments(model_args)
+    check_models(model_args)
     check_output_dir(args.output_dir)
-    if data_args.train_data is None:
-        raise ValueError("train_data is not set; give a file, a folder or a Hub data set")
-    check_source("train_data", data_args.train_data)
-    if data_args.eval_data is not None:
-        check_source("eval_data", data_args.eval_data)
-    if isinstance(data_args, DataArguments):
-        for name in ("image_folder", "eval_image_folder"):
-            folder = getattr(data_args, name)
-            if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"{name} {folder!r} is not a folder; give the folder that holds the images")
-        if args.label_smoothing_factor != 0:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}, but the Trainer would smooth each token's "
-                "own label instead of the next token's, as it does not know this model; leave it out"
-            )
-        check_feature_cache(data_args)
-    least = {"max_length": 2, "block_size": 2, "max_image_pixels": 1, "max_train_rows": 1, "max_eval_rows": 1}
-    least |= {"max_row_tokens": 2}
-    least |= {"sample_count": 1, "sample_max_new_tokens": 1, "sample_steps": 0}
+    check_data(args, data_args)
     for name, value in {**vars(data_args), **vars(run_args)}.items():
-        if name in least and value is not None and value < least[name]:
-            raise ValueError(f"{name} is {value}; it must be at least {least[name]}, or be left out")
+        if name in SMALLEST and value is not None and value < SMALLEST[name]:
+            raise ValueError(f"{name} is {value}; it must be at least {SMALLEST[name]}, or be left out")
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, and DataParallel would split rows from their images; start with "
@@ -70,16 +76,49 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
             )
         if run_args.sample_steps > 0:
             raise ValueError(f"sample_steps is {run_args.sample_steps} but eval_data is not set; give it, or 0")
+    if isinstance(data_args, DataArguments):
+        check_attention(model_args.attn_implementation, data_args.packing)
+        if args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but the Trainer would smooth each token's "
+                "own label instead of the next token's, because it does not know this model; leave it out"
+            )
+
+
+def check_data(args: TrainingArguments, data_args: DataArguments | TextDataArguments) -> None:
+    """Check the paths of the data, and the options that a stream needs.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+    if data_args.train_data is None:
+        raise ValueError("train_data is not set; give a file, a directory or a Hub data set")
+    check_source("train_data", data_args.train_data)
+    if data_args.eval_data is not None:
+        check_source("eval_data", data_args.eval_data)
+    if isinstance(data_args, DataArguments):
+        for name in ("image_folder", "eval_image_folder"):
+            folder = getattr(data_args, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise ValueError(f"{name} {folder!r} is not a directory; give the directory that holds the images")
+        check_feature_cache(data_args)
+    if not data_args.streaming:
+        return
     if isinstance(data_args, DataArguments) and data_args.packing != "none":
         longest = data_args.max_length
-        if data_args.streaming and (longest is None or longest > data_args.max_row_tokens):
+        if longest is None or longest > data_args.max_row_tokens:
             raise ValueError(
                 f"a stream is packed into rows of max_row_tokens {data_args.max_row_tokens} before all of it is "
                 f"measured, but max_length is {longest}; give max_length, at most max_row_tokens"
             )
-    if data_args.streaming and args.max_steps <= 0:
+    if args.max_steps <= 0:
         raise ValueError(
             f"streaming is true but max_steps is {args.max_steps}; a stream has no length, so give max_steps"
+        )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"train_sampling_strategy is {args.train_sampling_strategy!r} but streaming is true; the lengths of a "
+            "stream are not known, so leave one of them out"
         )
 
 
@@ -87,13 +126,13 @@ def check_feature_cache(args: DataArguments) -> None:
     """Check the options of the feature cache.
 
     Raises:
-        ValueError: if it can't be made, or options contradict each other.
+        ValueError: if its directory can't be written to, or options contradict each other.
     """
     if args.feature_cache is None:
         if args.feature_cache_dtype is not None:
             raise ValueError(
-                f"feature_cache_dtype is {args.feature_cache_dtype!r} but feature_cache is not set; give a folder, or "
-                "leave both out"
+                f"feature_cache_dtype is {args.feature_cache_dtype!r} but feature_cache is not set; give a directory, "
+                "or leave both out"
             )
         return
     if args.streaming:
@@ -103,26 +142,80 @@ def check_feature_cache(args: DataArguments) -> None:
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"feature_cache is {args.feature_cache!r}, but ZeRO-3 cuts the tower's weights over the processes as it "
-            "loads them, so that none can compute features; train with recipes/accelerate/fsdp2.yaml or zero2.yaml, "
-            "or leave it out"
+            f"feature_cache is {args.feature_cache!r}, but ZeRO-3 partitions the tower's weights over the processes "
+            "while it loads them, so no process can compute features; train with recipes/accelerate/fsdp2.yaml or "
+            "zero2.yaml, or leave it out"
         )
     folder = Path(args.feature_cache)
-    if not (folder / KEY_FILE).is_file():  # a finished one may be read-only
+    if not (folder / KEY_FILE).is_file():  # a finished cache may be read-only
         check_output_dir(args.feature_cache, "feature_cache")
 
 
 def check_models(args: ModelArguments | TextModelArguments) -> None:
-    """Refuse models that look like folders and are none; the others may be Hub ids."""
+    """Check that models which are given as paths exist; other names may be Hub ids."""
     names = ("model_name_or_path", "vision_model", "text_model", "config_name_or_path", "tokenizer_name_or_path")
     for name in names:
         value = vars(args).get(name)
         if value is not None:
-            check_source(name, value, "give a folder or a Hub id; the recipes' earlier stages write such folders")
+            check_source(
+                name, value, "give a directory or a Hub id; the earlier stages of a recipe write such directories"
+            )
+
+
+def check_model_arguments(args: ModelArguments) -> None:
+    """Check that either a checkpoint or two backbones are named.
+
+    Raises:
+        ValueError: naming the fields, their values and the remedy.
+    """
+    pair = (args.vision_model, args.text_model)
+    if args.model_name_or_path is not None and any(pair):
+        raise ValueError(
+            f"model_name_or_path ({args.model_name_or_path!r}) and vision_model/text_model {pair} exclude each other; "
+            "give the checkpoint to continue, or the two backbones to join"
+        )
+    if args.model_name_or_path is None and not all(pair):
+        raise ValueError(
+            f"vision_model is {args.vision_model!r} and text_model is {args.text_model!r}; give both, or a Jnana "
+            "checkpoint as model_name_or_path"
+        )
+
+
+def check_text_arguments(args: TextModelArguments) -> None:
+    """Check that one model is named, and one tokenizer where the model brings none.
+
+    Raises:
+        ValueError: naming the fields and the remedy.
+    """
+    models = ("model_name_or_path", "config_name_or_path", "text_config")
+    given = [name for name in models if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"of {', '.join(models)} exactly one must be set, but {len(given)} are set: {given}")
+    if args.train_tokenizer_vocab_size is not None and args.tokenizer_name_or_path is not None:
+        raise ValueError(
+            f"tokenizer_name_or_path ({args.tokenizer_name_or_path!r}) and train_tokenizer_vocab_size "
+            f"({args.train_tokenizer_vocab_size}) exclude each other; take a tokenizer, or train one"
+        )
+    if args.model_name_or_path is not None and args.train_tokenizer_vocab_size is not None:
+        raise ValueError(
+            f"train_tokenizer_vocab_size is {args.train_tokenizer_vocab_size}, but {args.model_name_or_path!r} has a "
+            "tokenizer and was trained with it; leave it out"
+        )
+    if args.text_config is not None and args.text_config_fields.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"text_config: model_type is {args.text_config_fields.get('model_type')!r}; give one that transformers "
+            "knows, such as phi or gpt_neox"
+        )
+    if args.text_config is not None and not (args.tokenizer_name_or_path or args.train_tokenizer_vocab_size):
+        raise ValueError("text_config needs a tokenizer: set tokenizer_name_or_path or train_tokenizer_vocab_size")
 
 
 def check_output_dir(folder: str, name: str = "output_dir") -> None:
-    """Create the folder and write a file in it."""
+    """Create the directory and write a file in it.
+
+    Raises:
+        ValueError: naming the option and the directory.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -131,12 +224,28 @@ def check_output_dir(folder: str, name: str = "output_dir") -> None:
         raise ValueError(f"{name} {folder!r} cannot be written to ({error.strerror}); choose another") from error
 
 
-def check_source(name: str, source: str, remedy: str = "give a file, a folder or a Hub data set") -> None:
-    """Refuse what looks like a path and does not exist; anything else may be a Hub id."""
-    path = Path(source)
-    looks_local = path.is_absolute() or source.startswith(".") or path.suffix in FILE_SUFFIXES or len(path.parts) > 2
-    if looks_local and not path.exists() and not any(mark in source for mark in "*?["):
+def check_source(name: str, source: str, remedy: str = "give a file, a directory or a Hub data set") -> None:
+    """Check that a name which can only be a local path exists; other names may be Hub ids.
+
+    Raises:
+        ValueError: naming the option, the path and the remedy.
+    """
+    is_pattern = any(mark in source for mark in "*?[")
+    if names_local_path(source) and not Path(source).exists() and not is_pattern:
         raise ValueError(f"{name} {source!r} does not exist; {remedy}")
+
+
+def check_no_adapter(args: ModelArguments) -> None:
+    """Check that run_align starts from backbones or a full checkpoint.
+
+    Raises:
+        ValueError: if `model_name_or_path` is an adapter.
+    """
+    if args.model_name_or_path is not None and is_adapter(args.model_name_or_path):
+        raise ValueError(
+            f"model_name_or_path {args.model_name_or_path!r} is an adapter; align from a full checkpoint "
+            "(run_sft writes one with merge_adapter: true)"
+        )
 
 
 def check_lora(args: LoraArguments, adapter: str | None) -> None:
@@ -144,11 +253,10 @@ def check_lora(args: LoraArguments, adapter: str | None) -> None:
 
     Args:
         args (`LoraArguments`): The options.
-        adapter (`str`, *optional*): The adapter folder or Hub id that is continued, if one is.
+        adapter (`str`, *optional*): Directory or Hub id of the adapter that is continued, if one is.
 
     Raises:
-        ValueError: if an option contradicts the adapter to continue, or `merge_adapter` or `quantization` are asked of
-            a run without one.
+        ValueError: if an option contradicts the adapter to continue, or needs an adapter and there is none.
     """
     if args.lora_r < 0 or not 0 <= (args.lora_dropout or 0) < 1:
         raise ValueError(
@@ -169,7 +277,7 @@ def check_lora(args: LoraArguments, adapter: str | None) -> None:
 
 
 def check_same_adapter(args: LoraArguments, adapter: str) -> None:
-    """Refuse options that are given and are not those of the adapter to continue: an adapter keeps its shape for life.
+    """Check that given options are those of the adapter to continue, whose shape can't be changed.
 
     Raises:
         ValueError: naming the option, both values and the remedy.
@@ -313,5 +421,5 @@ def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | Tex
 
 
 def load_model_type(name: str) -> str | None:
-    """The `model_type` in the config of a checkpoint, a folder or a Hub id."""
+    """The `model_type` in the config of a checkpoint, given by its directory or Hub id."""
     return PreTrainedConfig.get_config_dict(name)[0].get("model_type")

@@ -7,8 +7,8 @@ import pytest
 from transformers import TrainingArguments
 
 from jnana.training.arguments import ModelArguments, TextModelArguments, parse_arguments
-from jnana.training.checks import check_computation
 from jnana.training.distributed import sharding_of
+from jnana.training.option_checks import check_computation
 
 
 PAIR = ModelArguments(vision_model="clip", text_model="phi")
@@ -109,7 +109,7 @@ class TestLiger:
             check_computation(arguments(tmp_path, use_liger_kernel=True), PAIR, "stock")
 
     def test_that_is_not_installed(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("jnana.training.checks.is_liger_kernel_available", lambda: False)
+        monkeypatch.setattr("jnana.training.option_checks.is_liger_kernel_available", lambda: False)
         model_args = TextModelArguments(text_config='{"model_type": "llama"}')
         with pytest.raises(ValueError, match="liger-kernel is not installed: `pip install liger-kernel`"):
             check_computation(arguments(tmp_path, use_liger_kernel=True), model_args, "stock")
@@ -121,7 +121,7 @@ class TestLiger:
         for name in ("liger_kernel", "liger_kernel.transformers"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, table.__name__, table)
-        monkeypatch.setattr("jnana.training.checks.is_liger_kernel_available", lambda: True)
+        monkeypatch.setattr("jnana.training.option_checks.is_liger_kernel_available", lambda: True)
         args = arguments(tmp_path, use_liger_kernel=True)
         check_computation(args, TextModelArguments(text_config='{"model_type": "llama"}'), "stock")
         with pytest.raises(ValueError, match="Liger has no kernels for model_type 'phi'; leave it out"):

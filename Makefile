@@ -13,7 +13,7 @@ INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/pro
 	tests/evaluation/test_generation.py tests/chat/test_session.py tests/scripts/test_chain.py
 TEST_SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-lowest test-newest update-newest bench quality style clean
+.PHONY: demo test test-lowest test-newest update-newest bench quality links style clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/chess_demo/run_demo.py $(ARGS)
@@ -35,27 +35,35 @@ update-newest:
 bench: $(VENV)/.installed-dev
 	$(TEST_SETTINGS) $(BIN)/python -m benchmarks.train_throughput $(ARGS)
 
-quality: $(VENV)/.installed-dev
+quality: $(VENV)/.installed-dev links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python .ci/file_names.py
+	cd .package && ../$(BIN)/mypy --config-file ../pyproject.toml -p jnana
+
+# The package as it installs, made of links: type checkers and editors do not run `jnana/__init__.py`, which finds the
+# folders beside it.
+links:
+	rm -rf .package/jnana && mkdir -p .package/jnana
+	cd .package/jnana && ln -s ../../jnana/*.py ../../jnana/py.typed ../../modeling ../../processing ../../training ../../evaluation ../../chat . \
+		&& ln -s ../../run_*.py ../../app.py .
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest .package *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-# The demo needs the package alone; everything else also needs what tests, style checks and the app use.
-$(VENV)/.installed: EXTRAS =
+# The demo needs what training needs; everything else also needs what tests, style checks and the app use.
+$(VENV)/.installed: EXTRAS = [train]
 $(VENV)/.installed-dev: EXTRAS = [app,dev]
-$(VENV)/.installed $(VENV)/.installed-dev: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
 	touch $@
 
-.venv-%/.installed: setup.cfg pyproject.toml constraints-%.txt
+.venv-%/.installed: setup.cfg setup.py pyproject.toml constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev]"
 	touch $@

@@ -27,6 +27,7 @@ import torch
 from jnana.chat.assistant import Assistant
 from jnana.chat.interface import EXAMPLES, build_interface, launch_options
 from jnana.chat.limits import Limits
+from jnana.modeling import available_device
 from jnana.processing.speech import Transcriber
 from jnana.training.loading import load_model
 
@@ -108,7 +109,7 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     if not arguments.examples_folder.is_dir():
         raise SystemExit(f"--examples_folder {arguments.examples_folder} is no folder.")
     path = find_model(arguments.model_name_or_path)
-    device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
+    device = arguments.device or str(available_device())
     try:
         # straight to its device: a quantised model cannot be moved afterwards
         model, processor = load_model(

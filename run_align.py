@@ -22,8 +22,9 @@ from jnana.training.arguments import DataArguments, ModelArguments, RunArguments
 from jnana.training.attention import check_attention, choose_attention, row_multiple
 from jnana.training.callbacks import LossCurveCallback, SamplesCallback
 from jnana.training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from jnana.training.checks import check_models, check_run
+from jnana.training.checks import check_computation, check_models, check_run
 from jnana.training.data import collator_options, load_conversations
+from jnana.training.distributed import main_process_first
 from jnana.training.evaluation_loss import evaluation_hooks
 from jnana.training.feature_cache import prepare_feature_cache
 from jnana.training.interruption import StopSignalCallback
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     check_model_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_computation(training_args, model_args, run_args.optimizer)
     check_attention(model_args.attn_implementation, data_args.packing)
     if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
         raise ValueError(
@@ -60,14 +62,14 @@ def main(argv: list[str]) -> None:
     )
 
     # 4. Processor and data: the first process prepares and checks, the others take what it cached and found
-    with training_args.main_process_first(desc="processor"):
+    with main_process_first():
         processor = prepare_processor(model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: only the projector trains
-    model = apply_stage(prepare_model(model_args, processor), "align", packing=data_args.packing)
+    model = apply_stage(prepare_model(model_args, processor, training_args), "align", packing=data_args.packing)
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
     attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
 

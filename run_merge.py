@@ -1,4 +1,4 @@
-"""Merge: an adapter of run_sft and its base become one ordinary checkpoint that loads anywhere.
+"""Merge an adapter of run_sft into its base, to one ordinary checkpoint that loads anywhere.
 
     python run_merge.py --model_name_or_path outputs/jnana/sft --output_dir outputs/jnana/merged
     python run_merge.py --model_name_or_path outputs/jnana/sft --output_dir outputs/jnana/merged_full --merge_base full
@@ -23,20 +23,21 @@ from jnana.training.merging import merge_adapter
 
 @dataclass
 class MergeArguments:
-    """Which adapter, into what, and where to."""
+    """The adapter, the base to merge it into, and the folder of the merged checkpoint."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Adapter folder of run_sft, or Hub id."})
     output_dir: str | None = field(default=None, metadata={"help": "The merged checkpoint."})
     merge_base: Literal["dequantized", "full"] = field(
-        default="dequantized", metadata={"help": "The 4-bit base as trained, dequantised, or the original weights."}
+        default="dequantized",
+        metadata={"help": "The quantised base, written out (as trained), or the original weights."},
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of the merged weights; default: the one the adapter was trained with."}
+        default=None, metadata={"help": "Dtype of the merged weights; default: the one the adapter was trained with."}
     )
 
 
 def main(argv: list[str]) -> None:
-    # 1. Arguments, and everything that can be refused before a model is loaded
+    # 1. Arguments, and all checks that need no model
     (args,) = parse_arguments([MergeArguments], argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
     for name in ("model_name_or_path", "output_dir"):
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         )
     check_output_dir(args.output_dir)
 
-    # 2. Merge, compare, write
+    # 2. Merge, compare and save
     merge_adapter(args.model_name_or_path, args.output_dir, args.merge_base, args.dtype)
 
 

@@ -19,8 +19,9 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
 from jnana.training.callbacks import LossCurveCallback, SamplesCallback
 from jnana.training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from jnana.training.checks import check_models, check_run
+from jnana.training.checks import check_computation, check_models, check_run
 from jnana.training.data import load_blocks, load_documents
+from jnana.training.distributed import main_process_first
 from jnana.training.evaluation_loss import evaluation_hooks
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.model_card import use_our_card
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> None:
     check_text_arguments(model_args)
     check_models(model_args)
     check_run(training_args, data_args, run_args)
+    check_computation(training_args, model_args, run_args.optimizer, trains_language_model=True)
     check_push(training_args)
 
     # 3. Where to start
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     )
 
     # 4. Tokenizer and data: the first process prepares, the others read what it cached
-    with training_args.main_process_first(desc="tokenizer and data"):
+    with main_process_first():
         tokenizer = prepare_tokenizer(model_args, load_documents(data_args), checkpoint)
         train_blocks = load_blocks(data_args, tokenizer)
         eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)

@@ -41,16 +41,16 @@ from jnana.training.arguments import (
 from jnana.training.attention import check_attention, choose_attention, row_multiple
 from jnana.training.callbacks import BaseReferenceCallback, LossCurveCallback, SamplesCallback
 from jnana.training.checkpoints import checkpoint_to_resume, delete_checkpoints
-from jnana.training.checks import check_lora, check_models, check_quantization, check_run
+from jnana.training.checks import check_computation, check_lora, check_models, check_quantization, check_run
 from jnana.training.data import collator_options, load_conversations
+from jnana.training.distributed import main_process_first
 from jnana.training.evaluation_loss import evaluation_hooks
 from jnana.training.feature_cache import prepare_feature_cache
 from jnana.training.interruption import StopSignalCallback, explain_full_disk
-from jnana.training.learning_rates import PartScheduleCallback, check_rates
 from jnana.training.loading import check_model_arguments, prepare_model, prepare_processor
 from jnana.training.merging import merge_adapter
 from jnana.training.model_card import use_our_card
-from jnana.training.optimizers import trainer_optimizer
+from jnana.training.optimizers import PartScheduleCallback, check_rates, trainer_optimizer
 from jnana.training.runs import finish_run, start_run, train
 from jnana.training.samples import samples_from_rows
 from jnana.training.sharing import check_push
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
     with_adapter = continues_adapter or lora_args.lora_r > 0
     quantization = quantization_settings(lora_args, model_args)
     check_quantization(quantization, training_args.device)
+    check_computation(training_args, model_args, run_args.optimizer, quantization["quantization"], not with_adapter)
     base_names = {"model": lora_args.base_model_id} if lora_args.base_model_id else base_reference(model_args)["names"]
     check_push(training_args, base_names if with_adapter else None)
 
@@ -83,14 +84,14 @@ def main(argv: list[str]) -> None:
     )
 
     # 4. Processor and data: the first process prepares and checks, the others take what it cached and found
-    with training_args.main_process_first(desc="processor"):
+    with main_process_first():
         processor = prepare_processor(model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole
-    model = prepare_model(model_args, processor, quantization, training_args.device)
+    model = prepare_model(model_args, processor, training_args, quantization)
     model = apply_stage(model, "sft", lora_args, data_args.packing)
     images = prepare_feature_cache(data_args, model, processor, [train_rows, eval_rows], training_args)
     attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)

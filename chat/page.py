@@ -8,6 +8,7 @@ A question is taken at once and answered when it is its turn. In between it can 
 
 import functools
 import html
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,7 +53,7 @@ def for_visitors(handler: Callable) -> Callable:
         except Exception as error:
             raise told(error) from None
 
-    return guarded_stream if handler.__code__.co_flags & 0x20 else guarded  # 0x20: a generator
+    return guarded_stream if inspect.isgeneratorfunction(handler) else guarded
 
 
 class Page:

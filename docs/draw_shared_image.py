@@ -31,7 +31,10 @@ def encode() -> tuple[list[str], list[EncodedConversation]]:
     words = sorted({word for caption in CAPTIONS for word in caption} | set(prompt))
     chats = [
         EncodedConversation(
-            [words.index(word) for word in prompt + caption], [0] * len(prompt) + [1] * len(caption), [0]
+            [words.index(word) for word in prompt + caption],
+            [0] * len(prompt) + [1] * len(caption),
+            [0],
+            [NUM_IMAGE_TOKENS],
         )
         for caption in CAPTIONS
     ]
@@ -94,7 +97,7 @@ def draw(file: Path) -> None:
         file (`Path`): The picture, of a format that matplotlib knows by its suffix.
     """
     words, chats = encode()
-    row = pack_row([chats], words.index(IMAGE), NUM_IMAGE_TOKENS, share=True)
+    row = pack_row([chats], words.index(IMAGE), share=True)
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])

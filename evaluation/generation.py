@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from jnana.modeling import available_device
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
 
 from .questions import Question, QuestionSet
@@ -121,7 +122,7 @@ def process_state() -> PartialState:
     Returns:
         `PartialState`: accelerate's, one a process.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    return PartialState(cpu=available_device().type == "cpu")
 
 
 class PromptCollator:

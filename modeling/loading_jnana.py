@@ -8,13 +8,20 @@ the base can be found. This file is copied into every saved checkpoint.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig
-from transformers.utils import EntryNotFoundError, cached_file, is_bitsandbytes_available, logging
+from transformers.utils import (
+    EntryNotFoundError,
+    cached_file,
+    is_bitsandbytes_available,
+    is_peft_available,
+    logging,
+)
 
 from .configuration_jnana import PROJECTOR_FIELDS, JnanaConfig
 
@@ -22,14 +29,31 @@ from .configuration_jnana import PROJECTOR_FIELDS, JnanaConfig
 logger = logging.get_logger(__name__)
 
 BASE_REFERENCE = "jnana_base.json"
+BASE_REFERENCE_FORMAT = 1  # the `format` of the files written now; files without the field are older and are read too
 
-# Modules that are never quantised. transformers matches these from the start of a module's full name.
-NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# Modules that are never quantised. transformers matches these names from the start of a module's full name.
+UNQUANTIZED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
-NOT_QUANTIZED_TEXT = ["lm_head", "embed_out"]
+UNQUANTIZED_TEXT_MODULES = ["lm_head", "embed_out"]
 
-# Arguments of `from_pretrained` about access to files. Given for an adapter, they are also used for its base.
+# Arguments of `from_pretrained` that say where downloaded files are kept; they hold for an adapter's base too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+# Arguments that select one folder of one repository; they hold for the adapter only.
+REPOSITORY_ARGUMENTS = ("revision", "subfolder")
+
+
+def available_device() -> torch.device:
+    """
+    The device that models are placed on by default.
+
+    Returns:
+        `torch.device`: The accelerator that this machine has, else the CPU. `ACCELERATE_USE_CPU=true` in the
+        environment selects the CPU, as it does for `accelerate launch`.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        return torch.device("cpu")
+    # Without `check_available` torch names the accelerator that it was compiled for, present or not.
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | None = None) -> BitsAndBytesConfig | None:
@@ -56,7 +80,7 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
             "`pip install bitsandbytes`. Without it only `quantization: none` (16 or 32 bits a weight) is possible."
         )
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
     compute_dtype = settings.get("compute_dtype") or dtype or "float32"
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -64,11 +88,30 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
         bnb_4bit_use_double_quant=settings.get("double_quantization", True),
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=settings.get("storage_dtype", "uint8"),
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
+        llm_int8_skip_modules=list(UNQUANTIZED_MODULES),
     )
 
 
-def adopt_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
+def disable_packed_kernel(model: nn.Module) -> None:
+    """
+    Keep 4-bit layers on the path whose products are exact and have gradients, on every CPU.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) repacks a layer's weight at the first forward in eval mode whose
+    input needs no gradient. From then on it multiplies in bfloat16, by a kernel that has no backward: logits change by
+    3e-3, training after an evaluation computes wrong gradients, and a layer narrower than a block raises. Without the
+    kernel a layer is dequantised at each forward, as on other CPUs. The price is speed: on those CPUs generating with
+    4-bit weights takes as long as on a CPU without AVX512-BF16. GPUs and int8 weights do not use the kernel.
+
+    Args:
+        model (`nn.Module`): Changed in place. Without 4-bit layers, or with those of a bitsandbytes that has no such
+            kernel, nothing changes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def take_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
     """
     Copy the quantisation attributes of a language model of 4 or 8 bits to the model that contains it, because Trainer,
     PEFT and `dequantize` read them there.
@@ -78,6 +121,7 @@ def adopt_quantization(model: Any, language_model: Any, skip_modules: list[str])
         language_model (`PreTrainedModel`): As `from_pretrained` loaded it, quantised.
         skip_modules (`list[str]`): Names, in `model`, of the modules that are not quantised.
     """
+    disable_packed_kernel(language_model)
     quantizer = language_model.hf_quantizer
     quantizer.quantization_config.llm_int8_skip_modules = skip_modules
     for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -133,15 +177,22 @@ def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any
         `jnana_base.json`, hence is not an adapter of run_sft.
 
     Raises:
-        ValueError: If the base was a directory that does not exist any more.
+        ValueError: If the base was a directory that does not exist any more, or the file has a newer format.
     """
     file = _find_file(path, BASE_REFERENCE, **hub_arguments)
     if file is None:
         return None
     reference = json.loads(file.read_text(encoding="utf-8"))
+    written_as = reference.pop("format", BASE_REFERENCE_FORMAT)
+    if written_as > BASE_REFERENCE_FORMAT:
+        raise ValueError(
+            f"{BASE_REFERENCE} of the adapter {str(path)!r} has format {written_as}, and this version of jnana reads "
+            f"formats up to {BASE_REFERENCE_FORMAT}: update jnana, or load the folder with `trust_remote_code=True`"
+        )
     names, published = reference["names"], reference.pop("base_model_id", None)
-    for key, relative_path in reference.pop("relative_paths").items():  # local bases; the other names are Hub ids
-        beside = Path(path) / hub_arguments.get("subfolder", "") / relative_path
+    folder = Path(path) / (hub_arguments.get("subfolder") or "")
+    for key, relative_path in reference.pop("relative_paths").items():  # local folders; other names are Hub ids
+        beside = folder / relative_path
         if relative_path and beside.is_dir():
             names[key] = str(beside)
         elif published is not None:
@@ -154,13 +205,13 @@ def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any
     return {"quantization": {"quantization": "none"}, "dtype": None, **reference}
 
 
-def _find_file(path: str | Path, file: str, subfolder: str = "", **hub_arguments: Any) -> Path | None:
+def _find_file(path: str | Path, file: str, subfolder: str | None = None, **hub_arguments: Any) -> Path | None:
     """The local path of a file of a directory or a Hub repository, `None` if it has no such file."""
     if Path(path).is_dir():
-        local = Path(path) / subfolder / file
+        local = Path(path) / (subfolder or "") / file
         return local if local.is_file() else None
     try:
-        return Path(cached_file(str(path), file, subfolder=subfolder, **hub_arguments))
+        return Path(cached_file(str(path), file, subfolder=subfolder or "", **hub_arguments))
     except OSError as error:
         # The repository is there without the file. cached_file() raises that directly, and from EntryNotFoundError if
         # the file is not in the cache and the Hub can't be asked.
@@ -255,28 +306,71 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
     return model
 
 
+def load_adapter_base(
+    model_class: Any, path: str, reference: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """
+    An adapter's base with the generation config of the adapter's folder, ready for the adapter.
+
+    Everything that loads an adapter goes through here: [`load_adapted`] and `jnana.load_model`.
+
+    Args:
+        model_class (`type`): [`JnanaForConditionalGeneration`].
+        path (`str`): Folder or Hub id of the adapter.
+        reference (`dict`): As [`read_base_reference`] gives it.
+        kwargs (`dict`): As given to `from_pretrained`.
+
+    Returns:
+        `tuple`: The base, and those of `kwargs` that say where the adapter's own files are.
+    """
+    kwargs = dict(kwargs)
+    from_hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS) if kwargs.get(name) is not None}
+    config = kwargs.pop("config", None)
+    if not isinstance(config, JnanaConfig):
+        config = JnanaConfig.from_pretrained(path, **from_hub)
+    # The repository arguments are the adapter's, and trust was given to the adapter's code, not to its base's.
+    for name in (*REPOSITORY_ARGUMENTS, "code_revision", "trust_remote_code", "adapter_kwargs", "_from_auto"):
+        kwargs.pop(name, None)
+    model = load_base(model_class, reference, config, **kwargs)
+    model.generation_config = GenerationConfig.from_pretrained(path, **from_hub)
+    return model, from_hub
+
+
 def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """
     See [`JnanaForConditionalGeneration.from_pretrained`], for the directory of an adapter: base, adapter and trained
     projector as one model.
     """
-    from_hub = {
-        name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision", "subfolder") if kwargs.get(name) is not None
-    }
-    config = kwargs.pop("config", None)
-    if not isinstance(config, JnanaConfig):
-        config = JnanaConfig.from_pretrained(path, **from_hub)
-    # The revision is the adapter's, and the user trusts the code of the adapter, not that of its base.
-    for name in ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto"):
-        kwargs.pop(name, None)
+    kwargs = dict(kwargs)
     with_info = kwargs.pop("output_loading_info", False)
-    model = load_base(model_class, reference, config, **kwargs)
+    model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
     info = model.load_adapter(path, adapter_kwargs=from_hub)
     if info.missing_keys:
         raise ValueError(f"the adapter {path!r} lacks weights: {sorted(info.missing_keys)[:3]}, ...; save it again")
-    model.generation_config = GenerationConfig.from_pretrained(path, **from_hub)
+    hold_adapter_in_float32(model, path, from_hub)
     model.eval()
     return (model, info.to_dict()) if with_info else model
+
+
+def hold_adapter_in_float32(model: Any, path: str, from_hub: dict[str, Any]) -> None:
+    """
+    Give an adapter the precision it was trained in. transformers rounds it to the dtype of the base; PEFT does not.
+
+    Args:
+        model ([`JnanaForConditionalGeneration`]): With the adapter loaded into it; changed in place.
+        path (`str`): Folder or Hub id of the adapter.
+        from_hub (`dict`): `revision`, `subfolder`, `token`, ... of the adapter.
+    """
+    rounded = [p for name, p in model.named_parameters() if ".lora_" in name and p.dtype != torch.float32]
+    if not rounded:
+        return
+    if is_peft_available():  # it loaded the adapter; without this line transformers demands PEFT of every reader
+        from peft import load_peft_weights, set_peft_model_state_dict
+    for parameter in rounded:
+        parameter.data = parameter.data.float()
+    weights = load_peft_weights(path, device=str(rounded[0].device), **from_hub)
+    prefix = "base_model.model."  # of the names in a `PeftModel`, by which adapters are saved
+    set_peft_model_state_dict(model, {name.removeprefix(prefix): tensor for name, tensor in weights.items()})
 
 
 def quantized_weight_count(weight: nn.Parameter) -> int:

@@ -31,7 +31,13 @@ from .backbones_jnana import (
     select_image_features,
 )
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import HUB_ARGUMENTS, load_adapted, read_base_reference
+from .loading_jnana import (
+    HUB_ARGUMENTS,
+    REPOSITORY_ARGUMENTS,
+    disable_packed_kernel,
+    load_adapted,
+    read_base_reference,
+)
 from .packed_attention_jnana import check_packed_inputs, create_packed_mask
 from .projector_jnana import build_projector
 
@@ -107,13 +113,14 @@ class JnanaPreTrainedModel(PreTrainedModel):
         """
         path = pretrained_model_name_or_path
         if path is not None and cls.can_generate():
-            hub_arguments = {
-                name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision", "subfolder") if name in kwargs
-            }
+            names = (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS)
+            hub_arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             reference = read_base_reference(path, **hub_arguments)
             if reference is not None:
                 return load_adapted(cls, str(path), reference, kwargs)
-        return super().from_pretrained(path, *model_args, **kwargs)
+        loaded = super().from_pretrained(path, *model_args, **kwargs)
+        disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def post_init(self):
         """As `PreTrainedModel.post_init`; then `_no_split_modules` names only classes that this model contains."""

@@ -191,10 +191,20 @@ class JnanaChatMixin(ProcessorMixin):
         """
         return self.encode_chats([conversation], expand=True, add_generation_prompt=add_generation_prompt)[0][0]
 
+    def count_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
+        """
+        The number of image tokens of one image.
+
+        Args:
+            image_size (`tuple[int, int]`, *optional*): (height, width) of the image in pixels, before it is processed.
+                The image processor resizes every image to one size, so the number does not depend on it.
+        """
+        return self.num_image_tokens(*self.image_height_and_width())
+
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens that stand for one image (`int`)."""
-        return self.num_image_tokens(*self.image_height_and_width())
+        """The number of image tokens of any image (`int`)."""
+        return self.count_image_tokens()
 
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, (self.image_token,))

@@ -1,7 +1,7 @@
-"""What lies beside an adapter: the record of its base, the code and config that make the folder load by itself.
+"""Writes the files beside an adapter: the record of its base, and the code and configs with which the folder loads.
 
-PEFT saves the adapter's weights; `jnana.modeling.loading_jnana`, which travels with every checkpoint,
-reads the record.
+PEFT saves the adapter's weights. `jnana.modeling.loading_jnana`, which is copied into every checkpoint, reads the
+record.
 """
 
 import copy
@@ -14,30 +14,35 @@ from peft import PeftModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from jnana.modeling import BASE_REFERENCE, read_base_reference, weights_fingerprint
+from jnana.modeling import BASE_REFERENCE, BASE_REFERENCE_FORMAT, read_base_reference, weights_fingerprint
 
 from .arguments import LoraArguments, ModelArguments
 
 
-def is_adapter(path: str) -> bool:
-    """Whether `path` is an adapter folder (or an adapter repository on the Hub; offline, one in the cache)."""
-    return find_adapter_config_file(path) is not None
+def is_adapter(path: str, **hub_arguments: Any) -> bool:
+    """Whether `path` is an adapter folder, or an adapter repository on the Hub (offline: one in the cache).
+
+    Args:
+        path (`str`): Folder or Hub id.
+        **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... as for `from_pretrained`.
+    """
+    return find_adapter_config_file(path, **hub_arguments) is not None
 
 
-def adapter_reference(path: str) -> dict[str, Any]:
-    """The base of the adapter `path`; see [`read_base_reference`].
+def adapter_reference(path: str, **hub_arguments: Any) -> dict[str, Any]:
+    """The base of the adapter `path`; arguments and result as for [`read_base_reference`].
 
     Raises:
         ValueError: if the adapter was not written by run_sft, or its base is a folder that is not there any more.
     """
-    reference = read_base_reference(path)
+    reference = read_base_reference(path, **hub_arguments)
     if reference is None:
         raise ValueError(f"the adapter {path!r} has no {BASE_REFERENCE}, so its base is unknown; run_sft writes one")
     return reference
 
 
 def quantization_settings(args: LoraArguments, model_args: ModelArguments) -> dict[str, Any]:
-    """How the base is held in this run: as the options say or, continuing an adapter, as it was held before.
+    """How this run holds the base: as the options say or, when an adapter is continued, as it was held before.
 
     Raises:
         ValueError: if the options contradict the adapter that is continued.
@@ -63,17 +68,17 @@ def quantization_settings(args: LoraArguments, model_args: ModelArguments) -> di
 
 
 def base_reference(args: ModelArguments, lora_args: LoraArguments | None = None) -> dict[str, Any]:
-    """What an adapter trained with these arguments rests on, as [`write_base_reference`] writes it.
+    """The base of an adapter trained with these arguments, in the form that [`write_base_reference`] writes.
 
-    Either one Jnana checkpoint (`model`), or a pair built on the spot (`vision_model`, `text_model`), whose projector
-    needs no checkpoint of its own as the adapter folder holds the trained one.
+    The base is one Jnana checkpoint (`model`), or two backbones that the run joins (`vision_model`, `text_model`). The
+    latter's projector needs no checkpoint: the adapter folder holds the trained one.
     """
     lora_args = lora_args or LoraArguments()
     held = {"quantization": quantization_settings(lora_args, args), "dtype": args.dtype}
     if args.model_name_or_path is None:
         names = {"vision_model": args.vision_model, "text_model": args.text_model}
         reference = {"names": names, "projector_fields": args.projector_fields}
-    elif is_adapter(args.model_name_or_path):  # a further round on the same adapter: its base is the old one's
+    elif is_adapter(args.model_name_or_path):  # a further round on an adapter, whose base stays the same
         reference = adapter_reference(args.model_name_or_path)
     else:
         reference = {"names": {"model": args.model_name_or_path}, "projector_fields": {}}
@@ -83,45 +88,49 @@ def base_reference(args: ModelArguments, lora_args: LoraArguments | None = None)
 
 
 def with_fingerprints(reference: dict[str, Any]) -> dict[str, Any]:
-    """`reference` with a digest of the base's weights, so that another base under its name is noticed."""
-    if "fingerprints" in reference:  # a further round's: the base is the first one's
+    """`reference` with digests of the base's weights, by which other weights under the same name are noticed."""
+    if "fingerprints" in reference:  # of the first round, whose base this is
         return reference
     found = {key: weights_fingerprint(name) for key, name in reference["names"].items()}
     return {**reference, "fingerprints": {key: digest for key, digest in found.items() if digest is not None}}
 
 
 def write_base_reference(reference: dict[str, Any], folder: str | Path, published: bool = False) -> None:
-    """Write `reference` beside an adapter, with the way from the adapter's folder to a local base.
+    """Write `reference` beside an adapter, with relative paths to local bases.
 
-    `published` keeps this machine's folders out of it: of a local base it names the Hub id given as `base_model_id`,
-    or else the last part, and the way only if the base lies close by.
+    Args:
+        reference (`dict`): As [`base_reference`] gives it.
+        folder (`str` or `Path`): Of the adapter.
+        published (`bool`, defaults to `False`): Leave out this machine's folders: a local base is named by its Hub id
+            (`base_model_id`) or the last part of its path, and a relative path is kept only if it is short.
     """
     names = dict(reference["names"])
     relative = {key: os.path.relpath(name, folder) for key, name in names.items() if Path(name).is_dir()}
     if published:
         names = {key: Path(name).name if key in relative else name for key, name in names.items()}
-        relative = {key: way if Path(way).parts.count("..") <= 2 else "" for key, way in relative.items()}
+        relative = {key: path if Path(path).parts.count("..") <= 2 else "" for key, path in relative.items()}
     if "base_model_id" in reference and "model" in names:
         names["model"] = reference["base_model_id"]
-    text = json.dumps({**reference, "names": names, "relative_paths": relative}, indent=2, sort_keys=True)
+    record = {**reference, "format": BASE_REFERENCE_FORMAT, "names": names, "relative_paths": relative}
+    text = json.dumps(record, indent=2, sort_keys=True)
     (Path(folder) / BASE_REFERENCE).write_text(text + "\n", encoding="utf-8")
 
 
 def complete_adapter_folder(
     model: PeftModel, reference: dict[str, Any], folder: str | Path, published: bool = False
 ) -> None:
-    """Put beside an adapter what it takes to load it without this package: base record, configs and code.
+    """Write the files with which an adapter loads without this package: base record, configs and code.
 
     Args:
         model (`PeftModel`): The adapted model.
         reference (`dict`): As [`base_reference`] gives it.
-        folder (`str` or `Path`): Where the adapter was saved.
+        folder (`str` or `Path`): Of the adapter.
         published (`bool`, defaults to `False`): As for [`write_base_reference`].
     """
     inner = model.get_base_model()
     config = copy.deepcopy(inner.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the base's affair, and in the base record
+        del config.quantization_config  # it describes the base and is in the base's record
     config.architectures = [type(inner).__name__]
     config.save_pretrained(folder)
     custom_object_save(inner, folder)

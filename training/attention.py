@@ -1,14 +1,14 @@
-"""Which attention packed rows are trained with: the fastest that is exact on this machine.
+"""Chooses the attention implementation for packed rows: the fastest that is exact on this machine.
 
-Flex attention skips what the mask of packed rows hides, whole blocks at a time; sdpa computes it and throws it away.
-But flex attention is compiled for the very head size (Phi-2's heads are 80 wide), and on some machines it fails to, or
-is no faster. So both are tried on one layer's worth of random tensors, forward and backward, before training.
+Flex attention skips whole blocks that the mask of packed rows hides; sdpa computes and discards them. But flex
+attention is compiled for the head size (Phi-2's heads are 80 wide), which fails on some machines, and on others it is
+slower. So both are run on random tensors of one layer, forward and backward, before training.
 
 Rows differ in length. transformers (5.23) leaves `dynamic` to torch.compile: kernel and block mask are compiled for
-the first length, once more with the length as a variable when a second one comes, and a third time for rows of one
-block of 128 tokens; every other length takes the second. (torch 2.13: counted on a CPU, forward only.) So the trial
-takes turns between two lengths, and times what training will run: the kernel of variable length. Packed rows are
-padded to whole blocks, which flex attention computes anyway, so that few lengths occur and most batches have the same.
+the first length, again with a variable length when a second one occurs, and a third time for rows of one block of 128
+tokens; all other lengths use the second. (torch 2.13: counted on a CPU, forward only.) So the trial alternates between
+two lengths, and measures the kernel that training will run: the one of variable length. Packed rows are padded to
+whole blocks, which flex attention computes anyway, so that few lengths occur and most batches have the same.
 """
 
 import logging
@@ -30,17 +30,17 @@ from .arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
-# In bfloat16, whose numbers are 0.4 % apart; a wrong mask differs by the size of the values themselves
+# Relative difference allowed in bfloat16, which rounds to 0.4 %; a wrong mask differs by about 1
 TOLERANCE = 0.05
 ROUNDS = 5
 BLOCK = 128  # tokens of flex attention's blocks
 
 
 def check_attention(attn_implementation: str | None, packing: str) -> None:
-    """Refuse an attention implementation that knows lengths only for rows that need a mask.
+    """Refuse an attention implementation without masks for packed rows.
 
     Args:
-        attn_implementation (`str`, *optional*): As transformers names it.
+        attn_implementation (`str`, *optional*): Its name in transformers.
         packing (`str`): `none`, `rows` or `shared_image`.
 
     Raises:
@@ -48,33 +48,33 @@ def check_attention(attn_implementation: str | None, packing: str) -> None:
     """
     if packing != "none" and attn_implementation is not None and attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
-            f"attn_implementation is {attn_implementation!r}, which cannot follow the mask of packed rows (packing: "
+            f"attn_implementation is {attn_implementation!r}, which cannot apply the mask of packed rows (packing: "
             f"{packing}); give one of {', '.join(MASKED_ATTENTION)}, leave it out, or set packing: none"
         )
 
 
 def row_multiple(attn_implementation: str, packing: str) -> int | None:
-    """What the collator pads rows to a multiple of: whole blocks for flex attention, `None` for any length."""
+    """The number that the collator pads the length of rows to a multiple of; `None` leaves lengths as they are."""
     return BLOCK if packing != "none" and attn_implementation == "flex_attention" else None
 
 
 def choose_attention(
     model: nn.Module, data_args: DataArguments, device: torch.device, attn_implementation: str | None
 ) -> str:
-    """Give the language model the attention implementation to train packed rows with, and say which and why.
+    """Set the attention implementation with which the language model trains packed rows, and log the reason.
 
     Args:
         model (`JnanaForConditionalGeneration` or `PeftModel`): The model, on the device or not.
-        data_args (`DataArguments`): Its `packing` and `max_row_tokens`; without packing the model is left alone.
-        device (`torch.device`): Where the model will train. Without a GPU it is left alone: flex attention has no
+        data_args (`DataArguments`): Its `packing` and `max_row_tokens`; without packing nothing is changed.
+        device (`torch.device`): Where the model will train. Without a GPU nothing is changed: flex attention has no
             backward pass there.
-        attn_implementation (`str`, *optional*): What the recipe asks for, which is then left alone.
+        attn_implementation (`str`, *optional*): The recipe's choice; if given, nothing is changed.
 
     Returns:
         `str`: The implementation.
 
     Raises:
-        ValueError: if the model was loaded with one that can't follow the mask of packed rows.
+        ValueError: if the model was loaded with one that can't apply the mask of packed rows.
     """
     language_model = model.get_base_model() if isinstance(model, PeftModel) else model
     language_model = language_model.model.language_model
@@ -83,7 +83,7 @@ def choose_attention(
     asked = attn_implementation is not None or config._attn_implementation != "sdpa"
     if data_args.packing == "none" or asked or device.type != "cuda":
         return config._attn_implementation
-    # The first process decides for all, by its clock.
+    # The times differ from process to process, so the first process decides for all.
     main = PartialState().is_main_process
     found = [fastest_attention(config, data_args.max_row_tokens, device) if main else None]
     best, reason = broadcast_object_list(found)[0]
@@ -94,16 +94,15 @@ def choose_attention(
 
 
 def fastest_attention(config: PreTrainedConfig, max_row_tokens: int, device: torch.device) -> tuple[str, str]:
-    """Try flex attention against sdpa, on rows of two lengths.
+    """Compare flex attention with sdpa on rows of two lengths.
 
     Args:
-        config (`PreTrainedConfig`): The language model's; its heads, their size, its sliding window and the number of
-            its layers are tried.
-        max_row_tokens (`int`): Tokens of the longer row, in whole blocks; the other one is about half as long.
-        device (`torch.device`): Where.
+        config (`PreTrainedConfig`): The language model's: number and size of heads, sliding window, number of layers.
+        max_row_tokens (`int`): Tokens of the longer row, rounded up to whole blocks; the other is about half as long.
+        device (`torch.device`): Where to compute.
 
     Returns:
-        `tuple[str, str]`: `flex_attention` or `sdpa`, and the reason in words.
+        `tuple[str, str]`: `flex_attention` or `sdpa`, and the reason.
     """
     if getattr(config, "attention_dropout", 0.0) > 0:
         return "sdpa", f"flex attention has no dropout and attention_dropout is {config.attention_dropout}"
@@ -112,7 +111,7 @@ def fastest_attention(config: PreTrainedConfig, max_row_tokens: int, device: tor
     expected, seconds = run_attention("sdpa", config, rows)
     try:
         found, flex_seconds = run_attention("flex_attention", config, rows)
-    except Exception as error:  # a compiler's, of any class; sdpa is always there
+    except Exception as error:  # compilers raise errors of many classes; sdpa is always available
         return "sdpa", f"flex attention fails here for heads of {rows[0]['query'].shape[-1]}: {str(error)[:200]}"
     worst = max(
         ((ours - theirs).float().norm() / theirs.float().norm()).item()
@@ -120,15 +119,15 @@ def fastest_attention(config: PreTrainedConfig, max_row_tokens: int, device: tor
     )
     lengths = " and ".join(str(row["query"].shape[2]) for row in rows)
     times = f"{1000 * flex_seconds:.1f} ms against {1000 * seconds:.1f} ms with sdpa for rows of {lengths} tokens"
-    if not worst <= TOLERANCE:  # NaN is not
-        return "sdpa", f"flex attention computes something else here (relative difference {worst:.1e})"
+    if not worst <= TOLERANCE:  # also if it is NaN
+        return "sdpa", f"flex attention gives other results here (relative difference {worst:.1e})"
     if flex_seconds >= seconds:
-        return "sdpa", f"flex attention is no faster ({times})"
-    return "flex_attention", f"{times}, the same numbers (relative difference {worst:.0e})"
+        return "sdpa", f"flex attention is not faster ({times})"
+    return "flex_attention", f"{times}, the same results (relative difference {worst:.0e})"
 
 
 def tried_lengths(max_row_tokens: int) -> list[int]:
-    """The longest row in whole blocks, and one about half as long if that is another length."""
+    """The longest row in whole blocks and, unless it is one block, a row about half as long."""
     longest = -(-max_row_tokens // BLOCK) * BLOCK
     shorter = max(longest // 2 // BLOCK * BLOCK, BLOCK)
     return [longest, shorter] if shorter < longest else [longest]
@@ -137,7 +136,12 @@ def tried_lengths(max_row_tokens: int) -> list[int]:
 def attention_inputs(
     config: PreTrainedConfig, num_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """A row of trees of five branches each: queries, keys and values `(1, heads, num_tokens, head_dim)`, and ids."""
+    """Random inputs of a packed row whose images have five branches each.
+
+    Returns:
+        `dict`: Queries, keys and values `(1, heads, num_tokens, head_dim)`; segment, branch and position ids
+        `(1, num_tokens)`.
+    """
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -146,25 +150,25 @@ def attention_inputs(
         name: torch.randn(1, count, num_tokens, head_dim, generator=generator).to(device, dtype).requires_grad_()
         for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
     }
-    tree, shared, branch = 125, 50, 15  # of a picture of 49 image tokens with five captions
-    place = torch.arange(num_tokens, device=device)
-    within = place % tree
-    branch_ids = torch.where(within < shared, 0, (within - shared) // branch + 1)
-    position_ids = torch.where(within < shared, within, shared + (within - shared) % branch)
-    ids = {"segment_ids": place // tree, "branch_ids": branch_ids, "position_ids": position_ids}
+    segment, prefix, branch = 125, 50, 15  # tokens of an image with 49 image tokens and five captions
+    index = torch.arange(num_tokens, device=device)
+    within = index % segment
+    branch_ids = torch.where(within < prefix, 0, (within - prefix) // branch + 1)
+    position_ids = torch.where(within < prefix, within, prefix + (within - prefix) % branch)
+    ids = {"segment_ids": index // segment, "branch_ids": branch_ids, "position_ids": position_ids}
     return {**tensors, **{name: value[None] for name, value in ids.items()}}
 
 
 def run_attention(
     implementation: str, config: PreTrainedConfig, rows: list[dict[str, torch.Tensor]]
 ) -> tuple[list[torch.Tensor], float]:
-    """The attention of one training step for each row, one after the other, as batches of different lengths follow
-    one another.
+    """Run the attention of one training step for each row in turn, as training alternates between lengths.
 
-    A step makes the mask once and uses it in every layer; one layer is run, forward and backward, and counted for all.
+    A step makes the mask once and uses it in every layer. One layer is run, forward and backward, and its time is
+    multiplied by the number of layers.
 
     Args:
-        implementation (`str`): Name that transformers knows it by.
+        implementation (`str`): Its name in transformers.
         config (`PreTrainedConfig`): The language model's.
         rows (`list[dict[str, torch.Tensor]]`): Each from [`attention_inputs`].
 
@@ -205,7 +209,7 @@ def run_layer(
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that it was given."""
+    """The clock in seconds, read when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

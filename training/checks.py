@@ -1,4 +1,4 @@
-"""Errors that would come after the model is loaded, or after an hour: found first, from the arguments alone."""
+"""Checks of the arguments alone: errors that would otherwise come after the model is loaded, or after an hour."""
 
 import tempfile
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils import cached_file, is_bitsandbytes_available, is_liger_kernel_available
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data.feature_cache import KEY_FILE
@@ -22,6 +22,7 @@ from .arguments import (
     TextDataArguments,
     TextModelArguments,
 )
+from .distributed import sharding_of
 from .stages import adapter_targets
 
 
@@ -59,7 +60,7 @@ def check_run(args: TrainingArguments, data_args: DataArguments | TextDataArgume
             raise ValueError(f"{name} is {value}; it must be at least {least[name]}, or be left out")
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs, and DataParallel would cut rows and pictures apart; start with "
+            f"one process sees {args.n_gpu} GPUs, and DataParallel would split rows from their images; start with "
             f"`accelerate launch --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
         )
     if data_args.eval_data is None:
@@ -97,7 +98,7 @@ def check_feature_cache(args: DataArguments) -> None:
         return
     if args.streaming:
         raise ValueError(
-            f"feature_cache is {args.feature_cache!r} but streaming is true: every picture must be known before "
+            f"feature_cache is {args.feature_cache!r} but streaming is true: every image must be known before "
             "training. Leave one of them out"
         )
     if is_deepspeed_zero3_enabled():
@@ -205,11 +206,11 @@ def check_same_adapter(args: LoraArguments, adapter: str) -> None:
 
 
 def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
-    """Refuse a quantised base where bitsandbytes, or the device, cannot hold it.
+    """Refuse a quantised base that bitsandbytes, or the device, cannot compute with.
 
     Args:
-        settings (`dict`): As `jnana.training.adapters.quantization_settings` gives them.
-        device (`torch.device`): Where the run computes.
+        settings (`dict`): As `training.adapters.quantization_settings` gives them.
+        device (`torch.device`): The device of the run.
 
     Raises:
         ValueError: naming the option and the remedy.
@@ -236,3 +237,81 @@ def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
                 "quantization_compute_dtype is 'bfloat16', for which this GPU "
                 f"({torch.cuda.get_device_name(device)}) has no units; give `--dtype float16 --bf16 false --fp16 true`"
             )
+
+
+def check_computation(
+    args: TrainingArguments,
+    model_args: ModelArguments | TextModelArguments,
+    optimizer: str,
+    quantization: str = "none",
+    trains_language_model: bool = False,
+) -> None:
+    """Refuse options that the run's sharding, precision or kernels can't follow, and complete `accelerator_config`.
+
+    Args:
+        args (`TrainingArguments`): Of the run. Where `accelerator_config.dispatch_batches` is left open it is set to
+            `False`: accelerate would cut a packed batch of a stream along dimension 0, images and rows alike.
+        model_args (`ModelArguments` or `TextModelArguments`): Attention implementation and dtype.
+        optimizer (`str`): `stock` or `muon`.
+        quantization (`str`, defaults to `"none"`): `none`, `nf4` or `int8`.
+        trains_language_model (`bool`, defaults to `False`): Whether the whole language model trains, which is then
+            held in float32, whatever `dtype` says.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    check_liger_kernel(args, model_args)
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False
+    elif args.accelerator_config.dispatch_batches and isinstance(model_args, ModelArguments):
+        raise ValueError(
+            "accelerator_config: dispatch_batches is true, with which accelerate cuts a batch along dimension 0, its "
+            "images and its rows alike; leave it out"
+        )
+    sharding = sharding_of(args)
+    if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
+        raise ValueError(
+            "optimizer is 'muon', which steps whole matrices, but DeepSpeed's ZeRO flattens all weights; start with "
+            "recipes/accelerate/fsdp2.yaml or ddp.yaml, or set `optimizer: stock`"
+        )
+    if quantization == "int8" and sharding == "fsdp":
+        raise ValueError(
+            "quantization is 'int8', whose weights FSDP cannot shard; set `quantization: nf4`, or start with "
+            "recipes/accelerate/ddp.yaml"
+        )
+    attention, dtype = model_args.attn_implementation, "float32" if trains_language_model else model_args.dtype
+    if attention is not None and "flash" in attention and dtype == "float32" and not (args.bf16 or args.fp16):
+        held = "the language model trains, so it is held in float32" if trains_language_model else "dtype is 'float32'"
+        raise ValueError(
+            f"attn_implementation is {attention!r}, which computes in 16 bits only, but {held}, and bf16 and fp16 are "
+            "false; set `bf16: true`, or `attn_implementation: sdpa`"
+        )
+
+
+def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | TextModelArguments) -> None:
+    """Refuse `use_liger_kernel` where it would change nothing: Liger patches the models that it knows by `model_type`.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    if not args.use_liger_kernel:
+        return
+    if isinstance(model_args, ModelArguments):
+        raise ValueError("use_liger_kernel is true, but Liger has no kernels for Jnana's models; leave it out")
+    if not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel is true, but liger-kernel is not installed: `pip install liger-kernel`, or leave it out"
+        )
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    name = model_args.model_name_or_path or model_args.config_name_or_path
+    model_type = model_args.text_config_fields.get("model_type") if name is None else load_model_type(name)
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"use_liger_kernel is true, but Liger has no kernels for model_type {model_type!r}; leave it out"
+        )
+
+
+def load_model_type(name: str) -> str | None:
+    """The `model_type` in the config of a checkpoint, a folder or a Hub id."""
+    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")

@@ -1,33 +1,26 @@
-"""From data arguments to what the Trainer trains on; reading, checking and packing are `processing`'s."""
+"""Converts the data arguments of a training script to data sets for the Trainer."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import (
+    MAX_IMAGE_PIXELS,
     CheckReport,
-    answers_as_keywords,
+    PrepareOptions,
     check_rows,
-    flatten_conversations,
-    load_rows,
     load_text,
     pack_blocks,
     pack_documents,
-    packed_rows,
-    packed_stream,
-    plan_rows,
+    prepare,
 )
 
 from .arguments import DataArguments, TextDataArguments
+from .distributed import run_on_main_process
 
-
-logger = logging.getLogger(__name__)
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
@@ -41,27 +34,39 @@ def load_conversations(
     should_write: bool = True,
     seed: int = 0,
 ) -> Dataset | IterableDataset | None:
-    """Rows of one conversation, or with `packing` rows of several, read and checked.
+    """
+    The training or validation rows of a run, read, checked and packed ([`jnana.processing.data.prepare`]).
 
     Args:
-        args (`DataArguments`): Where from.
-        processor (`JnanaProcessor`): Measures the rows.
-        output_dir (`str`): Where the list of skipped rows goes.
-        evaluation (`bool`, defaults to `False`): The validation rows instead of the training rows.
-        should_write (`bool`, defaults to `True`): Whether this is the process that writes files and shows progress.
-        seed (`int`, defaults to 0): Decides which training conversations share a packed row.
+        args (`DataArguments`): the run's.
+        processor (`JnanaProcessor`): measures the rows.
+        output_dir (`str`): directory for the list of skipped rows.
+        evaluation (`bool`, *optional*, defaults to `False`): the validation rows instead of the training rows.
+        should_write (`bool`, *optional*, defaults to `True`): whether this process shows progress.
+        seed (`int`, *optional*, defaults to 0): decides which training conversations share a packed row.
 
     Returns:
-        `Dataset`, `IterableDataset` or `None`: `None` when no validation data was asked for.
+        `Dataset`, `IterableDataset` or `None`: `None` if the run has no validation data.
 
     Raises:
-        ValueError: if rows cannot be trained on and `on_bad_sample` is `raise`; the message lists the first of them.
+        ValueError: if rows can't be trained on and `on_bad_sample` is `raise`; the message lists the first of them.
     """
     source = args.eval_data if evaluation else args.train_data
     if source is None:
         return None
-    rows = load_rows(
-        source,
+    options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed)
+    return endless(prepare(source, processor, options, check_rows_once), evaluation)
+
+
+def prepare_options(
+    args: DataArguments,
+    output_dir: str,
+    evaluation: bool = False,
+    progress: bool = True,
+    seed: int | None = None,
+) -> PrepareOptions:
+    """The data arguments as options of [`jnana.processing.data.prepare`]."""
+    return PrepareOptions(
         format=args.eval_format if evaluation else args.train_format,
         image_folder=(args.eval_image_folder or args.image_folder) if evaluation else args.image_folder,
         split=args.eval_split if evaluation else args.train_split,
@@ -69,70 +74,43 @@ def load_conversations(
         independent_turns=args.independent_turns,
         prompt=args.prompt,
         max_rows=args.max_eval_rows if evaluation else args.max_train_rows,
-    )
-    if args.answer_keywords:
-        rows = rows.map(answers_as_keywords)
-    share = args.packing == "shared_image"
-    if isinstance(rows, IterableDataset):
-        if args.packing == "none":
-            return endless(flatten_conversations(rows), evaluation)
-        limits = {"max_row_tokens": args.max_row_tokens, "max_length": args.max_length}
-        return endless(packed_stream(rows, processor, share=share, **limits), evaluation)
-    options = collator_options(args, output_dir)
-    del options["packing"]
-    report = check_rows_once(rows, processor, image_check=args.image_check, progress=should_write, **options)
-    logger.info(describe_check(source, report, args.max_length))
-    if report.problems:
-        rows = rows.select(report.kept_indices)
-    if args.packing == "none":
-        return flatten_conversations(rows)
-    plan = plan_rows(
-        report.lengths,
-        report.shared if share else None,
-        args.max_row_tokens,
+        answer_keywords=args.answer_keywords,
         max_length=args.max_length,
-        seed=None if evaluation else seed,
+        max_image_pixels=MAX_IMAGE_PIXELS if args.max_image_pixels is None else args.max_image_pixels,
+        image_check=args.image_check,
+        on_bad_sample=args.on_bad_sample,
+        bad_samples_file=str(Path(output_dir) / BAD_SAMPLES_FILE),
+        progress=progress,
+        packing=args.packing,
+        max_row_tokens=args.max_row_tokens,
+        seed=seed,
     )
-    logger.info(f"{source}: {plan}")
-    return packed_rows(rows, plan)
-
-
-def check_rows_once(rows: Dataset, processor: JnanaProcessor, **options: Any) -> CheckReport:
-    """[`check_rows`] by the first process, whose report, or error, all others take over."""
-    outcome: list[CheckReport | ValueError | None] = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = check_rows(rows, processor, **options)
-        except ValueError as error:
-            outcome[0] = error
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    assert outcome[0] is not None
-    return outcome[0]
-
-
-def describe_check(source: str, report: CheckReport, max_length: int | None) -> str:
-    lengths = sorted(length for row in report.lengths for length in row)
-    text = f"{source}: {len(report.kept_indices):,} of {report.num_rows:,} rows, {len(lengths):,} conversations of "
-    text += f"{lengths[0]} to {lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
-    if report.num_truncated:
-        text += f"; {report.num_truncated:,} are cut to max_length {max_length}"
-    return text
 
 
 def collator_options(args: DataArguments, output_dir: str) -> dict[str, Any]:
     """The options of `JnanaCollator` among the data arguments."""
-    options = {"max_length": args.max_length, "on_bad_sample": args.on_bad_sample, "packing": args.packing}
-    if args.max_image_pixels is not None:
-        options["max_image_pixels"] = args.max_image_pixels
-    return {**options, "bad_samples_file": str(Path(output_dir) / BAD_SAMPLES_FILE)}
+    return prepare_options(args, output_dir).for_collator
+
+
+def check_rows_once(rows: Dataset, processor: JnanaProcessor, **options: Any) -> CheckReport:
+    """[`check_rows`] in the first process. The others wait, longer than the training's process group would, and get
+    the same report or error."""
+    return run_on_main_process(lambda: check_rows(rows, processor, **options))
+
+
+def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:
+    """A training stream that starts over when it ends, so that the Trainer sees one epoch.
+
+    The Trainer does not know the length of a stream. Resumed after the first end of the stream, it would skip too few
+    batches.
+    """
+    return rows.repeat(None) if isinstance(rows, IterableDataset) and not evaluation else rows
 
 
 def load_blocks(
     args: TextDataArguments, tokenizer: PreTrainedTokenizerBase, evaluation: bool = False
 ) -> Dataset | IterableDataset | None:
-    """A text corpus in blocks or rows of `block_size` tokens; `None` when no validation data was asked for.
+    """A text corpus in blocks or rows of `block_size` tokens, or `None` if the run has no validation data.
 
     Raises:
         ValueError: if the corpus is shorter than one block.
@@ -142,14 +120,6 @@ def load_blocks(
         return None
     pack = pack_documents if args.packing == "rows" else pack_blocks
     return endless(pack(load_documents(args, evaluation), tokenizer, args.block_size), evaluation)
-
-
-def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:
-    """A training stream that starts over when it ends, so that the Trainer sees one epoch.
-
-    The Trainer does not know how long a stream is: resumed after its first end, it would read past too few batches.
-    """
-    return rows.repeat(None) if isinstance(rows, IterableDataset) and not evaluation else rows
 
 
 def load_documents(args: TextDataArguments, evaluation: bool = False) -> Dataset | IterableDataset:

@@ -34,11 +34,11 @@ from jnana.processing.data.feature_cache import (
     FORMAT,
     KEY_FILE,
     FeatureCache,
+    append_file_digests,
     delete_unfinished,
     file_stamp,
     image_digest,
     key_differences,
-    note_files,
     read_key,
     write_key,
     write_part,
@@ -48,7 +48,7 @@ from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .arguments import DataArguments
 from .disk_space import size
-from .processes import ProcessGroup, process_group
+from .distributed import ProcessGroup, process_group
 
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ class _Builder:
             except BadSampleError as error:
                 problems.append(str(error))
         if noted and os.access(self.folder, os.W_OK):
-            note_files(self.folder, noted)
+            append_file_digests(self.folder, noted)
         merged: dict[bytes, Place] = {}
         for some in group.gather(places):
             merged = {**some, **merged}

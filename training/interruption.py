@@ -1,6 +1,6 @@
-"""What ends a run before its time: SIGTERM and a full disk. Both leave a whole checkpoint behind and say how to go on.
+"""Ends a run early with a whole checkpoint and the command to go on: after SIGTERM, and when the disk is full.
 
-SIGKILL and power cuts leave no time for that; what they leave half written is found by `checkpoints.py`.
+SIGKILL and power cuts leave no time for that; `checkpoints.py` recognises what they leave half written.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import distributed
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoints import checkpoint_problem, list_checkpoints
 from .disk_space import size
@@ -30,42 +31,51 @@ TERMINATED = 128 + signal.SIGTERM  # the exit code that shells give a process en
 
 
 class StopSignalCallback(TrainerCallback):
-    """On SIGTERM (Kubernetes, Slurm, a spot machine, `kill`) finish the step, write its checkpoint and leave with 143.
+    """On SIGTERM (Kubernetes, Slurm, a spot machine, `kill`) finish the step, write its checkpoint and exit with 143.
 
     The resumed run is then the uninterrupted one. With transformers' `enable_jit_checkpoint` it is not: that waits
     three seconds, saves in the middle of a step, and lets every process decide for itself; here all agree on one step.
 
-    It must be the last callback, so that what the others add to a checkpoint is there when the process leaves.
+    It must be the last callback: the process exits when this one has seen the checkpoint, and the others add to it.
+
+    Where signals can't be blocked (Windows), a SIGTERM to the whole process group ends the dataloader's workers too,
+    and the run with them; a SIGTERM to the process alone works as elsewhere.
     """
 
     def __init__(self):
-        self.asked = False
-        self.leaving = False
+        self.received = False
+        self.exiting = False
         self.previous: Any = None
         self.active = False
+        self.children_before: list[BaseProcess] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, self.note)
-            # Blocked too, for the sake of the dataloader's workers, which inherit it: a signal sent to the whole group
-            # would end them, and they the step. What multiprocessing sends them at exit they would not hear either.
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may set handlers
+        self.children_before = multiprocessing.active_children()
+        self.previous = signal.signal(signal.SIGTERM, self.note)
+        if hasattr(signal, "pthread_sigmask"):
+            # The dataloader's workers inherit the block. Otherwise a signal to the whole process group ends them, and
+            # the step with them.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            Finalize(None, end_workers, exitpriority=100)
-            self.active = True
+        self.active = True
 
     def note(self, signum, frame) -> None:
-        self.asked = True
+        self.received = True
+
+    def is_asked(self) -> bool:
+        """Whether SIGTERM has come, handled or still blocked."""
+        return self.received or (hasattr(signal, "sigpending") and signal.SIGTERM in signal.sigpending())
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = self.asked or signal.SIGTERM in signal.sigpending()
-        if any_process(asked, args.device):
-            self.leaving = control.should_save = control.should_training_stop = True
+        if any_process(self.is_asked(), args.device):
+            self.exiting = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        if not self.leaving:
+        if not self.exiting:
             return
         if distributed.is_initialized():
-            distributed.barrier()  # or the launcher would end the first process while it still writes
+            distributed.barrier()  # the launcher ends all processes when the first exits; none may still be writing
         if state.is_world_process_zero:
             logger.warning(
                 f"SIGTERM: stopped after step {state.global_step} of {state.max_steps}; start the same command again "
@@ -75,26 +85,45 @@ class StopSignalCallback(TrainerCallback):
         raise SystemExit(TERMINATED)
 
     def on_train_end(self, args, state, control, **kwargs):
-        asked = self.asked or signal.SIGTERM in signal.sigpending()
+        asked = self.is_asked()
         self.release()
         if asked:
             signal.raise_signal(signal.SIGTERM)  # it came after the last step, whose checkpoint is written
 
     def release(self) -> None:
-        """Hand the signal back to whom it belonged."""
-        if self.active:
+        """Unblock SIGTERM and restore the previous handler; a SIGTERM that is still blocked is only noted."""
+        if not self.active:
+            return
+        self.active = False
+        if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-            signal.signal(signal.SIGTERM, self.previous)
-            self.active = False
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if self.previous is None else self.previous)
+        # Workers may outlive training: after an error, and with `dataloader_persistent_workers`. When this process
+        # exits, multiprocessing sends them SIGTERM, which they have inherited blocked, and would wait for ever.
+        workers = [
+            child for child in multiprocessing.active_children() if child.daemon and child not in self.children_before
+        ]
+        if workers:
+            Finalize(None, kill_workers, args=(workers,), exitpriority=100)
 
 
-def end_workers() -> None:
-    """Kill this process's children, without the complaint that a dataloader makes of a lost worker."""
-    children = multiprocessing.active_children()
-    if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in children:
-        child.kill()
+@contextlib.contextmanager
+def restored_signals(trainer: Trainer) -> Iterator[None]:
+    """Release SIGTERM when the block ends, by an error or an exit too: `trainer.train` then calls no callback."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StopSignalCallback):
+                callback.release()
+
+
+def kill_workers(workers: list[BaseProcess]) -> None:
+    """Kill the workers of a dataloader, without the error that its SIGCHLD handler raises for a lost worker."""
+    if hasattr(signal, "SIGCHLD") and any(worker.is_alive() for worker in workers):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # this process is exiting
+    for worker in workers:
+        worker.kill()
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
@@ -108,11 +137,12 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def explain_full_disk(args: TrainingArguments, remedy: str | None = None) -> Iterator[None]:
-    """Turn the many errors of a write that found no room into one that says what is safe and what to do.
+    """Turn the many errors of a write to a full disk into one that says which files are safe and what to do.
 
     Args:
         args (`TrainingArguments`): Of the run.
-        remedy (`str`, *optional*): What is safe and what to do; default: the last whole checkpoint, a new start.
+        remedy (`str`, *optional*): Which files are safe and what to do; default: the last whole checkpoint, and to
+            start the command again.
 
     Raises:
         OSError: naming `output_dir`, the room left and the remedy.
@@ -135,9 +165,9 @@ def explain_full_disk(args: TrainingArguments, remedy: str | None = None) -> Ite
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room; safetensors and torch say so in words only."""
+    """Whether a write failed because the disk is full; safetensors and torch say so in their messages only."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # torch's archive writer does not even pass the reason on
+    # torch's archive writer does not pass the reason on
     words = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "unexpected pos")
     return any(word in str(error) for word in words)

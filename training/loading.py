@@ -1,7 +1,7 @@
-"""The one place that loads or builds a model with its processor, whatever kind of folder it is given.
+"""Loads or builds a model with its processor, whatever kind of folder it is given.
 
-It also refuses a language model with a tokenizer that is not its own: the ids would mean other words than the weights
-learnt, nothing would raise, and up to half of the answers would be lost.
+A language model is refused with a tokenizer that it was not trained with: the ids would stand for other words than the
+weights learnt, nothing would raise, and up to half of the answers would be lost.
 """
 
 import logging
@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from jnana.modeling import (
+    HUB_ARGUMENTS,
+    REPOSITORY_ARGUMENTS,
     RESIZING_TOWERS,
     JnanaConfig,
     JnanaForConditionalGeneration,
     grow_embeddings,
-    load_base,
+    load_adapter_base,
     quantization_config,
 )
 from jnana.processing import JnanaProcessor, read_chat_template
@@ -26,6 +28,7 @@ from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments
+from .distributed import unpartitioned
 
 
 logger = logging.getLogger(__name__)
@@ -41,14 +44,19 @@ def load_model(
 ) -> tuple[nn.Module, JnanaProcessor]:
     """Load a Jnana checkpoint: a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft.
 
+    The model computes what `AutoModelForImageTextToText.from_pretrained(path)` computes: weights, dtypes and
+    generation config are read by the same code. This function adds the processor, the checks that the two belong
+    together and, around an adapter, PEFT's `PeftModel`, which can be trained on, switched off and merged.
+
     Args:
         path (`str`): Folder or Hub id.
-        dtype (`str` or `torch.dtype`, *optional*): Of the weights; default: as the checkpoint says.
+        dtype (`str` or `torch.dtype`, *optional*): Dtype of the weights; default: the one in the checkpoint.
         quantization (`str` or `dict`, *optional*): `none`, `nf4` or `int8`, or settings as for
-            `jnana.modeling.quantization_config`. Default: an adapter's base as it was held in training, all else as
-            saved.
+            `jnana.modeling.quantization_config`. By default an adapter's base is held as it was in training, and a
+            full checkpoint as it was saved.
         trainable_adapter (`bool`, defaults to `False`): Leave an adapter's weights trainable, to go on training.
-        loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `trust_remote_code`, ...).
+        loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `revision`, `subfolder`, `token`,
+            `trust_remote_code`, ...).
 
     Returns:
         `tuple[nn.Module, JnanaProcessor]`: a `JnanaForConditionalGeneration`, or the `PeftModel` around one.
@@ -58,52 +66,55 @@ def load_model(
             not the one that the language model was trained with.
         ImportError: if bitsandbytes is needed and not installed.
     """
-    trust_remote_code = loading_kwargs.pop("trust_remote_code", False)
-    processor = load_processor(path, trust_remote_code)
+    names = (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS)
+    from_hub = {name: loading_kwargs[name] for name in names if loading_kwargs.get(name) is not None}
+    processor = load_processor(path, loading_kwargs.pop("trust_remote_code", False), **from_hub)
+    config = load_config(path, **from_hub)
+    check_fit(config, processor, path)
     if dtype is not None:
         loading_kwargs["dtype"] = dtype
-    config = load_config(path)
     if quantization is not None:
         settings = {"quantization": quantization} if isinstance(quantization, str) else quantization
         loading_kwargs["quantization_config"] = quantization_config(settings, dtype or config.dtype)
-    check_fit(config, processor, path)
-    if is_adapter(path):
-        base = load_base(JnanaForConditionalGeneration, adapter_reference(path), config, **loading_kwargs)
-        model = PeftModel.from_pretrained(base, path, is_trainable=trainable_adapter)
-        base.generation_config = GenerationConfig.from_pretrained(path)
-    else:
-        model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
-    return model, processor
+    if not is_adapter(path, **from_hub):
+        return JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs), processor
+    reference = adapter_reference(path, **from_hub)
+    base, from_hub = load_adapter_base(JnanaForConditionalGeneration, path, reference, loading_kwargs)
+    return PeftModel.from_pretrained(base, path, is_trainable=trainable_adapter, **from_hub), processor
 
 
-def load_config(path: str) -> JnanaConfig:
-    """The config of a full Jnana checkpoint.
+def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
+    """The config of a Jnana checkpoint or adapter.
+
+    Args:
+        path (`str`): Folder or Hub id.
+        **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... as for `from_pretrained`.
 
     Raises:
         ValueError: if `path` holds a model of another type.
     """
-    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    model_type = PreTrainedConfig.get_config_dict(path, **hub_arguments)[0].get("model_type")
     if model_type != JnanaConfig.model_type:
         raise ValueError(
             f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a folder "
             "written by run_align or run_sft, or name two backbones as vision_model and text_model"
         )
-    return JnanaConfig.from_pretrained(path)
+    return JnanaConfig.from_pretrained(path, **hub_arguments)
 
 
 def check_fit(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
-    """Refuse a checkpoint whose tokenizer or image processor was exchanged for another."""
+    """Refuse a checkpoint whose tokenizer or image processor was replaced by another."""
     check_own_tokenizer(config, processor, path)
     check_image_tokens(config, processor, model_name=f"the model in {path}", processor_name=f"the processor in {path}")
 
 
 def check_image_tokens(config: JnanaConfig, processor: JnanaProcessor, model_name: str, processor_name: str) -> None:
-    """Refuse a processor that writes another number of image tokens than the model gives vectors.
+    """Refuse a processor whose number of image tokens differs from the model's number of image vectors.
 
     Raises:
         ValueError: naming both, with their numbers.
     """
-    # every image is brought to one size, so any size of the original will do
+    # the processor resizes every image to one size, so the number is the same for any original size
     written = processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"][0]
     if written != config.image_seq_length:
         raise ValueError(
@@ -114,14 +125,14 @@ def check_image_tokens(config: JnanaConfig, processor: JnanaProcessor, model_nam
 
 
 def image_size_field(vision_config: PreTrainedConfig, processor: JnanaProcessor) -> dict[str, int]:
-    """`JnanaConfig.image_size` for a tower that takes images of any size; empty for one that takes its own only."""
+    """`JnanaConfig.image_size` for a tower that takes images of any size; empty for a tower with a fixed size."""
     height, width = processor.image_height_and_width()
     resizes = getattr(vision_config, "vision_config", vision_config).model_type in RESIZING_TOWERS
     return {"image_size": height} if resizes and height == width else {}
 
 
 def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
-    """Refuse a checkpoint whose tokenizer files were exchanged for others."""
+    """Refuse a checkpoint whose tokenizer files were replaced by others."""
     if config.tokenizer_fingerprint is not None:
         check_tokenizer(
             config.tokenizer_fingerprint,
@@ -131,20 +142,27 @@ def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: st
         )
 
 
-def load_processor(path: str, trust_remote_code: bool = False) -> JnanaProcessor:
-    """The processor of a Jnana checkpoint; only a backbone's own tokenizer or image processor may need trust.
+def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: Any) -> JnanaProcessor:
+    """The processor of a Jnana checkpoint.
+
+    Args:
+        path (`str`): Folder or Hub id.
+        trust_remote_code (`bool`, defaults to `False`): Needed only where a backbone's own tokenizer or image
+            processor is custom code.
+        **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... as for `from_pretrained`.
 
     Raises:
         ValueError: if `path` is a folder without one.
     """
-    if Path(path).is_dir() and not (Path(path) / "processor_config.json").is_file():
-        unfinished = sorted(folder.name for folder in Path(path).glob("checkpoint-*"))
+    folder = Path(path) / hub_arguments.get("subfolder", "")
+    if Path(path).is_dir() and not (folder / "processor_config.json").is_file():
+        unfinished = sorted(checkpoint.name for checkpoint in folder.glob("checkpoint-*"))
         raise ValueError(
-            f"{path!r} is not a Jnana checkpoint: it has no processor_config.json. "
+            f"{str(folder)!r} is not a Jnana checkpoint: it has no processor_config.json. "
             + (f"Its run was cut off: take one of {unfinished} in it, or finish the run. " if unfinished else "")
             + "Give a folder written by run_align or run_sft, or name two backbones as vision_model and text_model"
         )
-    return JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **hub_arguments)
 
 
 def prepare_processor(args: ModelArguments) -> JnanaProcessor:
@@ -179,16 +197,17 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
 def prepare_model(
     args: ModelArguments,
     processor: JnanaProcessor,
+    training_args: TrainingArguments | None = None,
     quantization: dict[str, Any] | None = None,
-    device: torch.device | None = None,
 ) -> nn.Module:
     """The model that the arguments ask for.
 
     Args:
         args (`ModelArguments`): Which model.
         processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
+        training_args (`TrainingArguments`, *optional*): Of the run. A quantised model is loaded on their `device`, as
+            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]).
         quantization (`dict`, *optional*): Settings as for `jnana.modeling.quantization_config`; default: none.
-        device (`torch.device`, *optional*): Where a quantised model is loaded to; it cannot be moved afterwards.
 
     Raises:
         ValueError: if a projector field contradicts the checkpoint to continue.
@@ -197,8 +216,16 @@ def prepare_model(
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
     quantization = quantization or {"quantization": "none"}
-    if quantization["quantization"] != "none" and device is not None:
-        loading["device_map"] = {"": device}
+    if quantization["quantization"] != "none" and training_args is not None:
+        loading["device_map"] = {"": training_args.device}
+    with unpartitioned(training_args, pair=args.model_name_or_path is None):
+        return _load_or_build(args, processor, quantization, loading)
+
+
+def _load_or_build(
+    args: ModelArguments, processor: JnanaProcessor, quantization: dict[str, Any], loading: dict[str, Any]
+) -> nn.Module:
+    """The work behind [`prepare_model`]; `loading` holds the arguments of `from_pretrained`."""
     if args.model_name_or_path is None:
         loading["quantization_config"] = quantization_config(quantization, args.dtype)
         return build_pair(
@@ -223,13 +250,13 @@ def prepare_model(
 def build_pair(
     vision: str, text: str, processor: JnanaProcessor, *, tokenizer_name: str | None = None, **fields
 ) -> JnanaForConditionalGeneration:
-    """Join two backbones by a fresh projector.
+    """Join two backbones by a projector with random weights.
 
     Args:
         vision (`str`): Vision tower, Hub id or folder.
         text (`str`): Causal language model, Hub id or folder.
         processor (`JnanaProcessor`): Made for the same two; its tokenizer holds the image and the pad token.
-        tokenizer_name (`str`, *optional*): How errors call the tokenizer; default: `text`.
+        tokenizer_name (`str`, *optional*): The tokenizer's name in errors; default: `text`.
         fields: `JnanaConfig`'s projector fields, and what `from_pretrained` takes (`dtype`, ...).
 
     Raises:
@@ -246,7 +273,7 @@ def build_pair(
     check_image_tokens(model.config, processor, model_name=vision, processor_name="the processor")
     model.config.tokenizer_fingerprint = fingerprint
     for part in (model.config.vision_config, model.config.text_config):
-        part._name_or_path = ""  # it would be written into config.json, and a folder of this machine be published
+        part._name_or_path = ""  # transformers writes it into config.json, which is published
     grow_embeddings(model, len(tokenizer))
     set_special_tokens(model, processor)
     return model
@@ -257,11 +284,11 @@ def check_text_tokenizer(
 ) -> str | None:
     """Compare a tokenizer with the one that the language model `text` was trained with.
 
-    That is the fingerprint in the model's config where run_pretrain wrote one, else the tokenizer the checkpoint
-    ships.
+    The latter is known by the fingerprint that run_pretrain writes into the model's config, or else by the tokenizer
+    in the checkpoint.
 
     Returns:
-        `str` or `None`: the fingerprint; `None`, with a warning, when the checkpoint says nothing of its tokenizer.
+        `str` or `None`: the fingerprint; `None`, with a warning, when the checkpoint holds neither.
 
     Raises:
         ValueError: if they differ; the message names both.
@@ -273,7 +300,7 @@ def check_text_tokenizer(
             shipped = AutoTokenizer.from_pretrained(text, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             shipped = None
-        # for some families transformers makes up an empty tokenizer where the checkpoint has none
+        # for some families transformers returns an empty tokenizer where the checkpoint has none
         if shipped is None or len(shipped) < config.get_text_config().vocab_size // 2:
             logger.warning(f"{text!r} ships no tokenizer, so {tokenizer_name!r} cannot be compared with it")
             return None
@@ -283,7 +310,7 @@ def check_text_tokenizer(
 
 
 def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
-    """Tell `generate` how to pad, where to stop, and never to write an image token (it would break the next turn)."""
+    """Set the generation config: padding, end of text, and no image tokens, which would break the next turn."""
     generation, tokenizer = model.generation_config, processor.tokenizer
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]

@@ -1,13 +1,13 @@
-"""From base and adapter to one ordinary checkpoint, and how far its answers are from the adapter's.
+"""Merges an adapter into its base, to one ordinary checkpoint, and measures how far the logits change.
 
-An adapter trained on a 4-bit base was trained to correct *that* base, rounding included. There are two to merge into:
+An adapter trained on a 4-bit base corrects *that* base, rounding included. It can be merged into either of two bases:
 
 - `dequantized`: the 4-bit weights written out in 16 or 32 bits. The merged model computes what was trained, up to the
   rounding of the dtype it is saved in.
-- `full`: the original weights. They are closer to the language model as published, but not what the adapter was
-  trained on, so answers change, by as much as 4 bits lose.
+- `full`: the original weights. They are closer to the published language model, but the adapter was not trained on
+  them, so answers change by the rounding to 4 bits.
 
-Which one it was is written into the merged folder's config and card, with the difference measured on two questions.
+The merged folder's config and card name the base, with the difference measured on two questions.
 """
 
 import logging
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils import cached_file
 
-from jnana.modeling import JnanaForConditionalGeneration, load_base
+from jnana.modeling import JnanaForConditionalGeneration, available_device, load_base
 from jnana.processing import JnanaProcessor
 
 from .adapters import adapter_reference, is_adapter
@@ -36,17 +36,16 @@ QUESTION = "What do you see in this picture?"
 
 @dataclass
 class MergeReport:
-    """What was merged, and how it compares.
+    """The base that an adapter was merged into, and the differences that were measured.
 
     Args:
         base (`str`): `full`, or `dequantized nf4` / `dequantized int8`.
         trained_on (`str`): How the base was held in training: `full`, `nf4` or `int8`.
-        dtype (`str`): Of the merged weights.
+        dtype (`str`): Dtype of the merged weights.
         max_logit_difference (`float`): Largest difference between the logits before and after, over all positions of a
-            question with a picture and one without.
-        adapter_logit_change (`float`): Largest change that the adapter itself makes to the base's logits; what the
-            difference is to be compared with.
-        same_predictions (`float`): Share of the positions at which the likeliest token is the same.
+            question with an image and one without.
+        adapter_logit_change (`float`): Largest change of the base's logits by the adapter, for comparison.
+        same_predictions (`float`): Share of the positions at which the most likely token is the same.
     """
 
     base: str
@@ -60,7 +59,7 @@ class MergeReport:
         return (
             f"merged into the {self.base} base in {self.dtype} (the adapter was trained on a {self.trained_on} base): "
             f"logits before and after differ by at most {self.max_logit_difference:.2g}, where the adapter itself "
-            f"changes them by up to {self.adapter_logit_change:.2g}; the likeliest token is the same at "
+            f"changes them by up to {self.adapter_logit_change:.2g}; the most likely token is the same at "
             f"{self.same_predictions:.1%} of positions"
         )
 
@@ -76,29 +75,29 @@ def merge_adapter(
 
     Args:
         path (`str`): Adapter folder or Hub id, as run_sft writes it.
-        folder (`str` or `Path`): Where to.
+        folder (`str` or `Path`): Of the merged checkpoint.
         merge_base (`str`, defaults to `"dequantized"`): Which base, if the adapter was trained on a quantised one.
-        dtype (`str`, *optional*): Of the merged weights; default: the one the adapter was trained with.
-        device (`str` or `torch.device`, *optional*): Where to compute; default: where the base would be quantised for
-            training, so that its bits are the same.
+        dtype (`str`, *optional*): Dtype of the merged weights; default: the one the adapter was trained with.
+        device (`str` or `torch.device`, *optional*): Where to compute; default: [`available_device`], as in training,
+            so that the base is quantised to the same bits.
 
     Returns:
-        [`MergeReport`]: Also logged, and written into `folder`'s config and card.
+        [`MergeReport`]: It is also logged, and written into `folder`'s config and card.
 
     Raises:
-        ValueError: if `path` is no adapter of run_sft.
+        ValueError: if `path` is not an adapter of run_sft.
     """
     if not is_adapter(path):
         raise ValueError(f"model_name_or_path {path!r} is not an adapter; give a folder of run_sft with lora_r > 0")
     reference = adapter_reference(path)
     method, dtype = reference["quantization"]["quantization"], dtype or reference["dtype"] or "float32"
-    placed: dict[str, Any] = {"device_map": {"": device or (torch.accelerator.current_accelerator() or "cpu")}}
+    placed: dict[str, Any] = {"device_map": {"": device or available_device()}}
     adapted, processor = load_model(path, **placed)
     before = probe_logits(adapted, processor)
     with adapted.disable_adapter():
         change = max_difference(before, probe_logits(adapted, processor))
     if method != "none":
-        generation_config = adapted.get_base_model().generation_config  # with the ids that end an answer
+        generation_config = adapted.get_base_model().generation_config
         del adapted
         base = merging_base(path, reference, merge_base, dtype, placed)
         base.generation_config = generation_config
@@ -125,24 +124,24 @@ def merge_adapter(
 def merging_base(
     path: str, reference: dict[str, Any], merge_base: str, dtype: str, placed: dict[str, Any]
 ) -> JnanaForConditionalGeneration:
-    """The base of a quantised adapter in plain weights: the originals, or what 4 or 8 bits kept of them."""
+    """The base of a quantised adapter in 16 or 32 bits: the original weights, or the quantised ones written out."""
     config = load_config(path)
     if merge_base == "full":
         return load_base(
             JnanaForConditionalGeneration, reference, config, dtype=dtype, quantization_config=None, **placed
         )
     base = load_base(JnanaForConditionalGeneration, reference, config, **placed)
-    # bitsandbytes writes the weights out in the dtype they were quantised from; float32 then holds them exactly
+    # bitsandbytes writes the weights out in the dtype they were quantised from, and float32 holds those exactly
     return base.dequantize(dtype=getattr(torch, dtype)).to(getattr(torch, dtype))
 
 
 @torch.inference_mode()
 def probe_logits(model: nn.Module, processor: JnanaProcessor) -> list[torch.Tensor]:
-    """Logits `(1, sequence_length, vocab_size)` in float32 for a question about a picture and for one without."""
-    picture = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    """Logits `(1, sequence_length, vocab_size)` in float32 for a question about an image and for one without."""
+    image = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
     text = {"type": "text", "text": QUESTION}
     logits = []
-    for content in ([{"type": "image", "image": picture}, text], [text]):
+    for content in ([{"type": "image", "image": image}, text], [text]):
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -154,13 +153,13 @@ def probe_logits(model: nn.Module, processor: JnanaProcessor) -> list[torch.Tens
     return logits
 
 
-def max_difference(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+def max_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     """The largest absolute difference between two lists of tensors of the same shapes."""
-    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
 
 
 def write_merge_card(path: str, folder: str | Path, report: MergeReport) -> None:
-    """The adapter's card, with what was merged said at its end."""
+    """Write the adapter's card with a section about the merge at its end."""
     file = cached_file(path, "README.md", _raise_exceptions_for_missing_entries=False)
     card = ModelCard("---\n---\n# A merged adapter\n") if file is None else ModelCard.load(file)
     tags = sorted({*(card.data.tags or []), "jnana"} - {"lora"})

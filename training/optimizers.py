@@ -1,27 +1,33 @@
-"""Muon for the hidden matrices, AdamW for everything else, as one optimizer for the Trainer's official hook.
+"""The optimizers and learning rates that the stock Trainer has no option for, through its official hooks.
 
-Muon (Keller Jordan, 2024) steps a matrix by its orthogonalised momentum and, on small models, gets further in the same
-number of steps. It is meant for hidden 2-D weights only: embeddings, heads, biases and norms stay with AdamW.
+Two things are added: learning rates and schedules for single parts of the model, and Muon. Muon (Keller Jordan, 2024)
+steps a matrix by its orthogonalised momentum and, on small models, gets further in the same number of steps. It is
+meant for the hidden 2-D weights only: embeddings, heads, biases and norms stay with AdamW.
 """
 
 import logging
+import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .arguments import RateArguments
-from .learning_rates import describe_rates, split_by_part, stock_groups
+from .stages import part_of
 
 
 logger = logging.getLogger(__name__)
 
+# Schedules that follow the loss, not the step: one scheduler adapts the rates of all groups.
+SCHEDULES_OF_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
 
-class TogetherMuon(Muon):
+
+class BatchedMuon(Muon):
     """`torch.optim.Muon` that orthogonalises all matrices of one shape together, in the gradients' own dtype.
 
-    Stock Muon takes them one by one, in bfloat16, which CPUs without bfloat16 units only imitate: 1.04 s a step
+    Stock Muon takes them one by one, in bfloat16, which is slow on CPUs without bfloat16 instructions: 1.04 s a step
     against 0.08 s here, for 24 matrices of a small CLIP on one core. Options and state are the stock ones.
     """
 
@@ -38,17 +44,18 @@ class TogetherMuon(Muon):
                     key = (tuple(sorted(parameter.shape)), parameter.grad.dtype, parameter.device)
                     same_shape.setdefault(key, []).append(parameter)
             for parameters in same_shape.values():
-                self._step_together(parameters, group)
+                self._step_same_shape(parameters, group)
         return loss
 
-    def _step_together(self, parameters: list[nn.Parameter], group: dict) -> None:
+    def _step_same_shape(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Step matrices of one shape, up to transposition."""
         updates = []
         for parameter in parameters:
-            buffers = self.state[parameter]
-            if "momentum_buffer" not in buffers:
-                buffers["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            buffers["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = parameter.grad.lerp(buffers["momentum_buffer"], group["momentum"])
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"])
             updates.append(update.mT if update.size(0) > update.size(1) else update)
         stack = torch.stack(updates)  # => [matrices, rows <= columns, columns]
         stack = stack / stack.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
@@ -63,7 +70,7 @@ class TogetherMuon(Muon):
 
 
 class MuonWithAdamW(Optimizer):
-    """Runs `TogetherMuon` and `torch.optim.AdamW` over one list of parameter groups.
+    """Runs [`BatchedMuon`] and `torch.optim.AdamW` over one list of parameter groups.
 
     The two share this optimizer's groups and state, so schedulers, `state_dict` and resuming see a single optimizer.
 
@@ -79,13 +86,13 @@ class MuonWithAdamW(Optimizer):
         own = {"lr": lr, "weight_decay": 0.0}
         self.parts: list[Optimizer] = []
         for muon in (True, False):
-            mine = [group for group in self.param_groups if group["muon"] is muon]
-            if not mine:
+            selected = [group for group in self.param_groups if group["muon"] is muon]
+            if not selected:
                 continue
             if muon:
-                part = TogetherMuon(mine, **own, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+                part = BatchedMuon(selected, **own, momentum=momentum, adjust_lr_fn="match_rms_adamw")
             else:
-                part = AdamW(mine, **own, betas=betas, eps=eps)
+                part = AdamW(selected, **own, betas=betas, eps=eps)
             self.parts.append(part)
         self.share()
 
@@ -132,16 +139,142 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def stock_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The two groups that the Trainer itself makes of the trainable parameters: with weight decay and without."""
+    # The method reads nothing of the Trainer, which does not exist yet: its optimizer is chosen before it is made.
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
+    ]
+
+
+def split_by_part(groups: list[dict], model: nn.Module, rates: RateArguments, learning_rate: float) -> list[dict]:
+    """Split parameter groups so that each holds one part of the model, with the part's learning rate.
+
+    Args:
+        groups (`list[dict]`): Parameter groups.
+        model (`nn.Module`): The model that the parameters belong to.
+        rates (`RateArguments`): The parts' own rates.
+        learning_rate (`float`): Of the parts without a rate of their own.
+
+    Returns:
+        `list[dict]`: Groups with `part` and `lr`, none of them empty. The language model's come first, as the Trainer
+        logs the first group's rate.
+
+    Raises:
+        ValueError: if a part was given a rate or a schedule and nothing in it trains.
+    """
+    parts = {id(parameter): part_of(name) for name, parameter in model.named_parameters()}
+    split: dict[tuple[str, int], dict] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            part = parts[id(parameter)]
+            key = (part if part in rates.parts else "language_model", number)
+            lr = rates.rate_of(part)
+            new = {**group, "params": [], "part": key[0], "lr": learning_rate if lr is None else lr}
+            split.setdefault(key, new)["params"].append(parameter)
+    for part, (rate, schedule) in rates.parts.items():
+        if (rate is not None or schedule is not None) and part not in {present for present, _ in split}:
+            raise ValueError(
+                f"{part} has a learning rate ({rate}) or schedule ({schedule}) of its own, but nothing in it trains; "
+                "leave them out, or let it train (lora_vision_target_modules)"
+            )
+    ordered = sorted(split.items(), key=lambda item: item[0][0] != "language_model")
+    return [group for _, group in ordered]
+
+
+def describe_rates(groups: list[dict], rates: RateArguments, schedule: str) -> str:
+    """The table of learning rates that is logged before training."""
+    lines = ["learning rates"]
+    for part, lr in dict.fromkeys((group["part"], group["lr"]) for group in groups):
+        lines.append(f"  {part:<24}{lr:>12g}  {rates.schedule_of(part) or schedule}")
+    return "\n".join(lines)
+
+
+def schedule_factor(name: str, warmup_steps: int, num_steps: int) -> Callable[[int], float]:
+    """The function from the step to the factor on the learning rate, as in transformers' schedule of that name.
+
+    Args:
+        name (`str`): `constant`, `constant_with_warmup`, `linear` or `cosine`.
+        warmup_steps (`int`): Steps in which the rate rises from 0, except with `constant`.
+        num_steps (`int`): Steps of the run.
+    """
+
+    def factor(step: int) -> float:
+        if name == "constant":
+            return 1.0
+        if step < warmup_steps:
+            return step / max(1, warmup_steps)
+        decay_steps = max(1, num_steps - warmup_steps)
+        if name == "linear":
+            return max(0.0, (num_steps - step) / decay_steps)
+        if name == "cosine":
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / decay_steps))))
+        return 1.0
+
+    return factor
+
+
+class PartScheduleCallback(TrainerCallback):
+    """Gives parts of the model their own schedules, and logs every part's learning rate.
+
+    The Trainer builds one `LambdaLR` over all groups, with one function for each. Before the first step, and after a
+    resume has restored the scheduler's step, the function of such a part is replaced by that of its own schedule.
+    """
+
+    def __init__(self, rates: RateArguments):
+        self.rates = rates
+        self.current: dict[str, float] = {}  # the rates of the step in progress
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.scheduler = lr_scheduler
+        for index, group in enumerate(lr_scheduler.optimizer.param_groups):
+            name = self.rates.schedule_of(group["part"])
+            if name is not None:
+                warmup_steps = args.get_warmup_steps(state.max_steps)
+                lr_scheduler.lr_lambdas[index] = schedule_factor(name, warmup_steps, state.max_steps)
+            group["lr"] = lr_scheduler.base_lrs[index] * lr_scheduler.lr_lambdas[index](lr_scheduler.last_epoch)
+        lr_scheduler._last_lr = [group["lr"] for group in lr_scheduler.optimizer.param_groups]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        groups = self.scheduler.optimizer.param_groups
+        self.current = {f"{g['part']}_learning_rate": g["lr"] for g in groups if g["part"] != "language_model"}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            state.log_history[-1].update(self.current)
+
+
+def check_rates(rates: RateArguments, args: TrainingArguments) -> None:
+    """Refuse negative rates, and part schedules beside a main schedule that depends on the loss.
+
+    Raises:
+        ValueError: naming the field, its value and the remedy.
+    """
+    for name in ("projector_learning_rate", "vision_learning_rate"):
+        value = getattr(rates, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0, or be left out for learning_rate")
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if rates.given and schedule in SCHEDULES_OF_THE_LOSS:
+        raise ValueError(
+            f"lr_scheduler_type {schedule!r} follows the loss, so parts cannot have rates or schedules beside it; "
+            "take cosine, linear or constant"
+        )
+
+
 def trainer_optimizer(
     name: str, model: nn.Module, args: TrainingArguments, rates: RateArguments | None = None
 ) -> tuple[type[Optimizer], dict] | None:
-    """What to hand to `Trainer(optimizer_cls_and_kwargs=...)`; `None` leaves all to the Trainer and its `optim`.
+    """The value for `Trainer(optimizer_cls_and_kwargs=...)`; `None` where the Trainer's own `optim` suffices.
 
     Args:
         name (`str`): `stock` or `muon`.
-        model (`nn.Module`): With what trains marked by `requires_grad`.
+        model (`nn.Module`): The trained parameters have `requires_grad`.
         args (`TrainingArguments`): Learning rate, weight decay, `optim`.
-        rates (`RateArguments`, *optional*): Parts with a rate or schedule of their own.
+        rates (`RateArguments`, *optional*): Rates and schedules of single parts.
 
     Raises:
         ValueError: if a part has a rate and does not train, or `optim` makes parameter groups of its own.

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
 
 from .disk_space import check_disk_space
-from .interruption import explain_full_disk
+from .interruption import explain_full_disk, restored_signals
 from .sharing import push_folder
 
 
@@ -91,7 +91,7 @@ def train(trainer: Trainer, checkpoint: str | None, merge: bool = False) -> None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_finished(checkpoint, trainer):
         check_disk_space(trainer, merge)
-        with explain_full_disk(trainer.args):
+        with restored_signals(trainer), explain_full_disk(trainer.args):
             trainer.train(resume_from_checkpoint=checkpoint)
         return
     if trainer.is_deepspeed_enabled:  # its engine, which alone saves, is made by training

@@ -1,4 +1,4 @@
-"""Which part trains in which stage: the one place that sets `requires_grad` and puts LoRA on the language model.
+"""Sets `requires_grad` for each part of the model in each stage, and adds LoRA adapters. No other file does.
 
 | stage             | vision_tower  | multi_modal_projector | language_model | lm_head |
 |-------------------|---------------|-----------------------|----------------|---------|
@@ -7,7 +7,7 @@
 | sft with `lora_r` | frozen (*)    | trains                | its adapter    | frozen  |
 | sft without       | frozen        | trains                | trains         | trains  |
 
-(*) or an adapter of its own, with `lora_vision_target_modules`.
+(*) or its adapter, with `lora_vision_target_modules`.
 """
 
 import logging
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
-# What trains in which stage. `pretrain` knows a bare language model only; there everything trains. A stage that trains
-# the tower would have to leave `model.model.unused_vision_parameters()` frozen: DDP waits for every gradient.
+# The parts that train in each stage. `pretrain` has a bare language model, of which everything trains. A stage that
+# trains the tower would have to leave `model.model.unused_vision_parameters()` frozen: DDP waits for every gradient.
 STAGES: dict[str, dict[str, bool]] = {
     "pretrain": {"language_model": True, "lm_head": True},
     "align": {"vision_tower": False, "multi_modal_projector": True, "language_model": False, "lm_head": False},
@@ -46,7 +46,7 @@ class PartCount:
 
 
 def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None, packing: str = "none") -> nn.Module:
-    """Freeze and unfreeze the parts of `model` as the table says, and print what trains.
+    """Freeze and unfreeze the parts of `model` as in the table, and log the number of trained parameters.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -57,7 +57,7 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None,
         packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`; warns about dropout.
 
     Returns:
-        `nn.Module`: the model, or the `PeftModel` around it. What trains is float32, whatever the rest is.
+        `nn.Module`: the model, or the `PeftModel` around it. Trained weights are float32, whatever the others are.
 
     Raises:
         ValueError: if the stage is unknown, or the adapter's targets match no linear layer of the language model.
@@ -76,10 +76,10 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None,
             parameter.requires_grad = "lora_" in name or "modules_to_save." in name
     elif with_lora:
         model = add_lora(model, lora)
-    # Not `prepare_model_for_kbit_training`: it would make float32 of the tower, the embeddings and the head too.
+    # `prepare_model_for_kbit_training` would convert the tower, the embeddings and the head to float32 too.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()  # AdamW's small steps vanish in bfloat16's 8 bits
+            parameter.data = parameter.data.float()  # AdamW's small steps are rounded away in 16 bits
     logger.info(describe_parameters(model, stage))
     dropout = active_dropout(model)
     if dropout:
@@ -112,10 +112,10 @@ def active_dropout(model: nn.Module) -> dict[str, float]:
 
 
 def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
-    """Wrap `model` in a `PeftModel` that adapts the language model, and the vision tower only where it is named, and
-    trains the projector in full.
+    """Wrap `model` in a `PeftModel` with adapters on the language model and a projector that trains in full.
 
-    CLIP and Phi share layer names (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
+    The vision tower gets adapters only if `lora_vision_target_modules` is given. CLIP and Phi share layer names
+    (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
     """
     targets = adapter_targets(model, lora)
     logger.info(describe_targets(targets))
@@ -129,7 +129,7 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     if Path(model.name_or_path).is_dir():
-        # PEFT would write this machine's folder into the adapter and its card; jnana_base.json names the base
+        # PEFT would write a folder of this machine into the adapter and its card; jnana_base.json names the base
         model.name_or_path = model.config.name_or_path = ""
     if lora.base_model_id is not None:
         config.base_model_name_or_path = lora.base_model_id
@@ -137,9 +137,9 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
 
 
 def adapter_targets(model: nn.Module, lora: LoraArguments) -> list[str]:
-    """The full names of all layers that `lora` adapts, the language model's and, where it names some, the tower's.
+    """The full names of all layers that get an adapter, in the language model and, if asked for, the tower.
 
-    Layers of the tower on which the selected features do not depend would never get a gradient; they are left out.
+    Layers of the tower on which the selected features do not depend get no gradient and are left out.
 
     Raises:
         ValueError: if a name matches nothing.
@@ -156,7 +156,7 @@ def adapter_targets(model: nn.Module, lora: LoraArguments) -> list[str]:
 def resolve_targets(
     model: nn.Module, wanted: list[str], part: str = "language_model", option: str = "lora_target_modules"
 ) -> list[str]:
-    """The full names of the linear layers of one part that `wanted` names by their last part.
+    """The full names of the linear layers of one part whose last name component is in `wanted`.
 
     Raises:
         ValueError: if one of the names matches nothing; the message lists the layers there are.
@@ -177,7 +177,7 @@ def resolve_targets(
 
 
 def describe_targets(targets: list[str]) -> str:
-    """How many layers of which kind an adapter is put on, part by part."""
+    """The number of layers of each kind that get an adapter, by part."""
     lines = []
     for part in PARTS:
         kinds = Counter(name.rsplit(".", 1)[-1] for name in targets if part_of(name) == part)
@@ -188,7 +188,7 @@ def describe_targets(targets: list[str]) -> str:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter or module name belongs to; in a bare language model all but the head is one part."""
+    """The part that a parameter or module name belongs to; a bare language model has two, body and head."""
     pieces = name.split(".")
     for part in PARTS:
         if part in pieces:
@@ -197,9 +197,9 @@ def part_of(name: str) -> str:
 
 
 def count_parameters(model: nn.Module) -> dict[str, PartCount]:
-    """Trainable and total parameters, part by part.
+    """Trainable and total parameters by part.
 
-    Tied weights count once. The untrained copy of the projector that PEFT keeps beside the trained one does not count.
+    Tied weights count once. The untrained copy of the projector that PEFT keeps beside the trained one is left out.
     """
     counts: dict[str, PartCount] = {}
     for name, parameter in model.named_parameters():
@@ -213,7 +213,7 @@ def count_parameters(model: nn.Module) -> dict[str, PartCount]:
 
 
 def describe_parameters(model: nn.Module, stage: str) -> str:
-    """The table printed at the start of a run."""
+    """The table logged at the start of a run."""
     counts = count_parameters(model)
     rows = [(part, counts[part]) for part in PARTS if part in counts]
     rows.append(("all", PartCount(sum(c.trainable for _, c in rows), sum(c.total for _, c in rows))))

@@ -1,24 +1,28 @@
-"""People's data to batches: readers, the row of data, checks, packing, the collator, text for stage 0."""
+"""From data sources to batches: reading, checking, planning, packing and collating rows; text corpora for stage 0."""
 
 from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image
+from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image, thumbnail_url
 from .keywords import answers_as_keywords, keywords
-from .packing import IGNORED
-from .plan import RowPlan, packed_rows, packed_stream, plan_rows
+from .packing import IGNORED, RowPlan, plan_rows
+from .paths import is_hub_id, names_local_path
+from .prepare import PrepareOptions, packed_rows, packed_stream, prepare
 from .readers import load_rows
+from .records import read_json_lines
 from .rows import (
     ROW_FEATURES,
     BadSampleError,
     append_bad_samples,
     conversation_rows,
     flatten_conversations,
+    message_text,
     read_bad_samples,
     with_images,
 )
 from .text_corpus import load_text, pack_blocks, pack_documents, train_tokenizer
 from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
+from .transcripts import StoredTranscripts
 
 
 __all__ = [
@@ -30,7 +34,9 @@ __all__ = [
     "FeatureCache",
     "JnanaCollator",
     "PixelImages",
+    "PrepareOptions",
     "RowPlan",
+    "StoredTranscripts",
     "answers_as_keywords",
     "append_bad_samples",
     "check_image",
@@ -38,16 +44,22 @@ __all__ = [
     "check_tokenizer",
     "conversation_rows",
     "flatten_conversations",
+    "is_hub_id",
     "keywords",
     "load_image",
     "load_rows",
     "load_text",
+    "message_text",
+    "names_local_path",
     "pack_blocks",
     "pack_documents",
     "packed_rows",
     "packed_stream",
     "plan_rows",
+    "prepare",
     "read_bad_samples",
+    "read_json_lines",
+    "thumbnail_url",
     "tokenizer_fingerprint",
     "train_tokenizer",
     "with_images",

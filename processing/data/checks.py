@@ -1,37 +1,41 @@
 """Checks every row before training: images by their headers, texts by tokenising them.
 
-What a header can't show (a truncated file) is found in the dataloader worker, or here with `image_check="decode"`.
+A header can't show that a file is truncated. Such a file is found in the dataloader worker, or here with
+`image_check="decode"`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from jnana.processing.chat_encoding_jnana import measure_sequence
 from jnana.processing.processing_jnana import JnanaProcessor
 
-from .images import MAX_IMAGE_PIXELS, check_image, load_image
-from .packing import expanded_length, shared_length
-from .rows import BadSampleError, append_bad_samples, bad_sample, iterate_rows
+from .images import MAX_IMAGE_PIXELS, check_image, image_size, load_image
+from .packing import ConversationSize, measure_conversation, shared_length
+from .rows import BadSampleError, append_bad_samples, bad_sample, iterate_rows, message_text
 
 
 IMAGE_CHECKS = ("none", "header", "decode")
+
+# (height, width) in pixels of one image; None where it is not known
+ImageSize = tuple[int, int] | None
 
 
 @dataclass
 class CheckReport:
     """
-    What a check of a data set found.
+    The result of checking a data set.
 
     Args:
-        num_rows (`int`): rows looked at.
+        num_rows (`int`): number of rows checked.
         kept_indices (`list[int]`): the rows that can be used, in order.
-        lengths (`list[list[int]]`): tokens of every conversation of every kept row, image tokens included, before any
-            cut.
-        shared (`list[int]`): tokens that the conversations of each kept row can share ([`shared_length`]).
-        num_truncated (`int`): conversations longer than `max_length`, whose answers will be cut short.
+        lengths (`list[list[int]]`): tokens of every conversation of every kept row, image tokens included, before it
+            is cut to `max_length`.
+        shared (`list[int]`): tokens in the prefix that the conversations of each kept row share ([`shared_length`]).
+        num_truncated (`int`): conversations longer than `max_length`, whose answers will be cut.
         problems (`list[str]`): file, record, problem and remedy of every row that can't be used.
     """
 
@@ -62,14 +66,15 @@ def check_rows(
     Args:
         rows (`Dataset`, `IterableDataset` or list of rows): as given by [`load_rows`].
         processor (`JnanaProcessor`): its tokenizer and chat template measure the conversations.
-        max_length (`int`, *optional*): tokens a sequence may have; a conversation must keep its images and some answer
-            in it.
+        max_length (`int`, *optional*): tokens a sequence may have. The images and at least one answer token of a
+            conversation must fit.
         image_check (`str`, *optional*, defaults to `"header"`): `header`, `decode` (also finds truncated files), or
             `none`.
         max_image_pixels (`int`, *optional*): larger images can't be used.
-        on_bad_sample (`str`, *optional*, defaults to `"raise"`): `raise` one error that lists them, or `skip` them.
-        bad_samples_file (`str` or `Path`, *optional*): JSON Lines file to which all of them are appended.
-        max_listed (`int`, *optional*, defaults to 10): how many the error spells out.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`): `raise` one error that lists the bad rows, or `skip`
+            them.
+        bad_samples_file (`str` or `Path`, *optional*): JSON Lines file to which all bad rows are appended.
+        max_listed (`int`, *optional*, defaults to 10): number of bad rows that the error lists.
         batch_size (`int`, *optional*): rows tokenised together.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
@@ -77,8 +82,8 @@ def check_rows(
         `CheckReport`.
 
     Raises:
-        BadSampleError: with `raise`, if any row can't be used; with `skip`, if none can.
-        ValueError: if an option has no such value.
+        BadSampleError: with `raise`, if any row can't be used; with `skip`, if no row can.
+        ValueError: if an option has an unknown value.
     """
     for name, value, known in (
         ("image_check", image_check, IMAGE_CHECKS),
@@ -115,7 +120,10 @@ def check_rows(
 
 def check_row(row: dict) -> None:
     """
-    Check what a row says, without opening its images.
+    Check the text of a row, without opening its images.
+
+    Args:
+        row (`dict`): with the columns of `ROW_FEATURES`.
 
     Raises:
         BadSampleError: if it has no conversation, an answer is missing or empty, or image parts and images differ in
@@ -127,20 +135,20 @@ def check_row(row: dict) -> None:
     for chat in row["conversations"]:
         parts = [part for message in chat for part in message["content"]]
         for part in parts:
-            if part["type"] == "audio":  # the reader found no words for it
+            if part["type"] == "audio":  # a recording without a transcript; its text is the reader's error
                 raise bad_sample(source, part["text"])
         num_parts = sum(part["type"] == "image" for part in parts)
         if num_parts and not num_images:
             raise bad_sample(source, "asks about an image but has none.", "Add the image's file name to the record.")
         if num_parts not in (0, num_images):
-            raise bad_sample(source, f"{num_images} images but {num_parts} image places in the conversation.")
+            raise bad_sample(source, f"{num_images} images but {num_parts} image parts in the conversation.")
         answers = [m for m in chat if m["role"] == "assistant"]
         if not answers:
-            raise bad_sample(source, "no answer.", "Give it an assistant's (or gpt's) turn.")
+            raise bad_sample(source, "no answer.", "Add an assistant (or gpt) turn.")
         for answer in answers:
-            if not "".join(part["text"] or "" for part in answer["content"] if part["type"] == "text").strip():
+            if not message_text(answer).strip():
                 raise bad_sample(
-                    source, "an answer or caption without text: no token to learn.", "Write it or leave it out."
+                    source, "an answer or caption without text: no token to learn.", "Write it or remove it."
                 )
         unknown = {m["role"] for m in chat} - {"system", "user", "assistant"}
         if unknown:
@@ -148,115 +156,126 @@ def check_row(row: dict) -> None:
 
 
 class _ImageChecker:
-    """Checks images, each path once while it repeats in neighbouring rows."""
+    """Checks images; a path that repeats in nearby rows is checked once."""
 
     def __init__(self, how: str, max_image_pixels: int):
         self.how, self.max_image_pixels = how, max_image_pixels
-        self.passed: dict[str, None] = {}
+        self.passed: dict[str, ImageSize] = {}
 
-    def __call__(self, image: dict, source: str) -> None:
+    def __call__(self, image: dict, source: str) -> ImageSize:
+        """The size of an image, if images are checked."""
         path = image["path"] if image["bytes"] is None else None
-        if self.how == "none" or (path is not None and path in self.passed):
-            return
-        (load_image if self.how == "decode" else check_image)(
-            image, source=source, max_image_pixels=self.max_image_pixels
-        )
+        if self.how == "none":
+            return None
+        if path is not None and path in self.passed:
+            return self.passed[path]
+        limits: dict[str, Any] = {"source": source, "max_image_pixels": self.max_image_pixels}
+        size = image_size(load_image(image, **limits)) if self.how == "decode" else check_image(image, **limits)
         if path is not None:
             if len(self.passed) > 10_000:
                 self.passed.clear()
-            self.passed[path] = None
+            self.passed[path] = size
+        return size
 
 
 def _check_block(block, processor, max_length, images: _ImageChecker, report: CheckReport) -> None:
     good: list[tuple[int, dict]] = []
+    image_sizes: list[list[ImageSize]] = []
     for row in block:
         index = report.num_rows
         report.num_rows += 1
         try:
             check_row(row)
-            for image in row["images"]:
-                images(image, row["source"])
+            image_sizes.append([images(image, row["source"]) for image in row["images"]])
         except BadSampleError as error:
             report.problems.append(str(error))
             continue
         good.append((index, row))
-    if not good:
-        return
-    for (index, row), measured in zip(good, measure_rows([row for _, row in good], processor), strict=True):
+    measured = measure_rows([row for _, row in good], processor, image_sizes)
+    for (index, row), sizes in zip(good, measured, strict=True):
         try:
-            for length, first_label, images_end in measured.sizes:
-                check_size(length, first_label, images_end, max_length, row["source"])
+            for size in sizes.conversations:
+                check_size(size, max_length, row["source"])
         except BadSampleError as error:
             report.problems.append(str(error))
             continue
         report.kept_indices.append(index)
-        report.lengths.append(measured.lengths)
-        report.shared.append(measured.shared)
-        report.num_truncated += sum(max_length is not None and length > max_length for length in measured.lengths)
+        report.lengths.append(sizes.lengths)
+        report.shared.append(sizes.shared)
+        report.num_truncated += sum(max_length is not None and length > max_length for length in sizes.lengths)
 
 
 @dataclass
 class RowSizes:
     """
-    What a row takes in tokens.
+    The size of a row in tokens.
 
     Args:
-        sizes (`list[tuple[int, int | None, int]]`): of each conversation, as [`measure_sequence`] gives them.
-        shared (`int`): tokens that they can share, see [`shared_length`].
+        conversations (`list[ConversationSize]`): size of each conversation.
+        shared (`int`): tokens in the prefix that they share, see [`shared_length`].
     """
 
-    sizes: list[tuple[int, int | None, int]]
+    conversations: list[ConversationSize]
     shared: int
 
     @property
     def lengths(self) -> list[int]:
-        return [size[0] for size in self.sizes]
+        return [size.length for size in self.conversations]
 
 
-def measure_rows(rows: list[dict], processor: JnanaProcessor) -> list[RowSizes]:
+def measure_rows(
+    rows: list[dict], processor: JnanaProcessor, image_sizes: Sequence[Sequence[ImageSize]] | None = None
+) -> list[RowSizes]:
     """
-    Sizes of rows, all of them tokenised together and none of their images opened.
+    Measure rows without opening their images. All conversations are tokenised together.
 
     Args:
-        rows (`list[dict]`): rows that [`check_row`] lets pass.
-        processor (`JnanaProcessor`): tokenises.
+        rows (`list[dict]`): rows that pass [`check_row`].
+        processor (`JnanaProcessor`): tokenises, and counts the tokens of each image.
+        image_sizes (`Sequence[Sequence[tuple[int, int] | None]]`, *optional*): (height, width) in pixels of each image
+            of each row, where it is known.
     """
     chats = [chat for row in rows for chat in row["conversations"]]
     if not chats:
         return []
-    all_ids, all_masks = processor.encode_chats(chats)
-    image, size = processor.image_token_id, processor.tokens_per_image
-    measured, first = [], 0
-    for row in rows:
-        last = first + len(row["conversations"])
-        ids, masks = all_ids[first:last], all_masks[first:last]
-        sizes = [measure_sequence(tokens, mask, image, size) for tokens, mask in zip(ids, masks, strict=True)]
-        shared = ids[0][: shared_length(ids, masks, image)]
-        measured.append(RowSizes(sizes, expanded_length(shared, image, size)))
-        first = last
+    image_token_id = processor.image_token_id
+    encoded = iter(zip(*processor.encode_chats(chats), strict=True))
+    measured = []
+    for number, row in enumerate(rows):
+        known = image_sizes[number] if image_sizes is not None else [None] * len(row["images"])
+        counts = [processor.count_image_tokens(size) for size in known]
+        ids, masks = zip(*[next(encoded) for _ in row["conversations"]], strict=True)
+        sizes = [
+            measure_conversation(tokens, mask, image_token_id, counts if image_token_id in tokens else [])
+            for tokens, mask in zip(ids, masks, strict=True)
+        ]
+        shared = shared_length(ids, masks, image_token_id)
+        in_prefix = ids[0][:shared].count(image_token_id)
+        measured.append(RowSizes(sizes, shared + sum(count - 1 for count in counts[:in_prefix])))
     return measured
 
 
-def check_size(length: int, first_label: int | None, images_end: int, max_length: int | None, source: str) -> None:
+def check_size(size: ConversationSize, max_length: int | None, source: str) -> None:
     """
-    Check that a conversation fits into `max_length` with its images and some answer; what is longer is cut at its end.
+    Check that a conversation fits into `max_length` with its images and at least one answer token. A longer
+    conversation is cut at its end.
 
     Args:
-        length, first_label, images_end: as given by [`measure_sequence`].
+        size (`ConversationSize`): of the conversation.
         max_length (`int`, *optional*): tokens a sequence may have.
         source (`str`): file and record.
 
     Raises:
-        BadSampleError: if nothing is supervised, or an image or all of the answer would be cut off.
+        BadSampleError: if nothing is supervised, or if an image or the whole answer would be cut off.
     """
-    if first_label is None:
+    if size.first_label is None:
         raise bad_sample(
             source, "no supervised token.", "The chat template must put answers in {% generation %} blocks."
         )
-    if max_length is not None and max(first_label + 1, images_end) > max_length:
+    if max_length is not None and max(size.first_label + 1, size.images_end) > max_length:
         raise bad_sample(
             source,
-            f"does not fit: {length} tokens, its images end at {images_end} and its first answer token is at "
-            f"{first_label}, but max_length={max_length}.",
+            f"does not fit: {size.length} tokens, its images end at {size.images_end} and its first answer token is "
+            f"at {size.first_label}, but max_length={max_length}.",
             "Raise max_length or shorten the question.",
         )

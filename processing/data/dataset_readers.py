@@ -1,9 +1,10 @@
-"""Any `datasets` data set as rows: chats with images, LLaVA records, or an image beside a text; local or on the Hub.
+"""Converts the records of a local or Hub data set to rows: chats with images, LLaVA records, images with texts.
 
-Embedded images are never copied or decoded here: the row's table takes over the data set's own Arrow buffers.
+Embedded images are not copied or decoded here: the rows use the Arrow buffers of the data set.
 """
 
 import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ from datasets import Image, List
 
 from jnana.processing.chat_encoding_jnana import transcribe_chat
 from jnana.processing.speech.recordings import TranscriptionError
-from jnana.processing.speech.stored_transcripts import StoredTranscripts, with_recordings
 
-from .records import RECORD_FILES, column_names, llava_row, read_records
+from .paths import names_local_path
+from .records import RECORD_FILES, column_names, read_records
 from .rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset, text_part
+from .transcripts import StoredTranscripts, with_recordings
 
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers", "txt")
-# the last four: WebDataset names a column after the files' ending
+# The last four are WebDataset's names: it names a column after the ending of the files.
 IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "jpg", "jpeg", "png", "webp")
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 QUESTION_COLUMNS = ("question", "query")
+
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = "<image>"
+PLACEHOLDER_LINE = re.compile(r"(^|\n)\s*<image>\s*(\n|$)")
 
 
 def read_dataset(
@@ -44,16 +50,16 @@ def read_dataset(
     **load_options: Any,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Rows of a data set; called through [`load_rows`], which explains the arguments.
+    Rows of a data set. Called by [`load_rows`], which documents the arguments.
 
     Columns are found by name: `messages` (chats), `conversations` (LLaVA records), or a text (`text`, `caption`,
     `captions`, `answer`, `answers`) with an optional `question`; each with an optional `images` or `image` column of
-    images or paths. In WebDataset's tar files that is `0001.jpg` beside `0001.txt` (a caption) or `0001.json` (an
-    object with the columns above).
+    images or paths. WebDataset's tar files hold `0001.jpg` with `0001.txt` (a caption) or `0001.json` (an object with
+    the columns above).
 
     Raises:
         FileNotFoundError: if a local file does not exist.
-        ValueError: if the columns hold neither chats nor texts; names them.
+        ValueError: if the columns hold neither chats nor texts; the message lists them.
     """
     name = source if isinstance(source, str) else "dataset"
     suffix = Path(name).suffix.lower()
@@ -75,7 +81,7 @@ def read_dataset(
         if isinstance(data, datasets.IterableDataset) and data.features is None:
             data = data._resolve_features()
         columns = list(data.features)
-        if "__key__" in columns and "json" in columns:  # a tar file's object: its fields are the columns
+        if "__key__" in columns and "json" in columns:  # the fields of a tar file's JSON object are the columns
             columns = [column for column in columns if column != "json"] + list(data.features["json"])
     image_column = image_column or next((column for column in IMAGE_COLUMNS if column in columns), None)
     text_column = text_column or next((column for column in CAPTION_COLUMNS if column in columns), None)
@@ -85,11 +91,11 @@ def read_dataset(
     if not {"messages", "conversations", text_column} & set(columns):
         raise ValueError(
             f"{name}: columns {columns} hold neither 'messages', 'conversations' nor a text column "
-            f"({', '.join(CAPTION_COLUMNS)}). Name it by text_column."
+            f"({', '.join(CAPTION_COLUMNS)}). Set text_column."
         )
     question_column = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
     category_column = category_column or ("category" if "category" in columns else None)
-    convert = _Converter(name, columns, text_column, question_column, category_column, prompt, independent_turns)
+    convert = _TextConverter(name, columns, text_column, question_column, category_column, prompt, independent_turns)
     whole_row = _RowConverter(convert, image_column, image_folder)
     if records is not None:
         rows = rows_to_dataset(whole_row(record, index) for index, record in enumerate(records))
@@ -110,10 +116,10 @@ def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
     if any(mark in source for mark in "*?[") and shards is not None:
         if not glob.glob(source):
             raise FileNotFoundError(f"source={source!r} names no file.")
-    elif not path.exists() and (shards or source.startswith((".", "/", "~")) or source.count("/") > 1):
+    elif not path.exists() and names_local_path(source):
         raise FileNotFoundError(f"source={source!r} does not exist.")
     elif path.is_file() and shards == "parquet" and not streaming:
-        return datasets.Dataset(pa.parquet.read_table(path, memory_map=True))  # no cache is left behind
+        return datasets.Dataset(pa.parquet.read_table(path, memory_map=True))  # `load_dataset` would write a cache
     elif path.is_file() and shards is None:
         raise ValueError(f"{source}: files read are {', '.join((*RECORD_FILES, *SHARDS))}.")
     if shards is not None:
@@ -133,8 +139,8 @@ def _undecoded(data: Any, image_column: str | None) -> Any:
     return data
 
 
-class _Converter:
-    """Makes a row's text side from a record and the number of its images; a class, so that workers can be sent it."""
+class _TextConverter:
+    """Converts a record to a row, given its images. A class, so that it can be pickled and sent to workers."""
 
     def __init__(self, name, columns, text_column, question_column, category_column, prompt, independent_turns):
         self.name, self.columns, self.prompt, self.independent_turns = name, columns, prompt, independent_turns
@@ -157,13 +163,11 @@ class _Converter:
         question = (record.get(self.question_column) if self.question_column else None) or self.prompt
         texts = _texts(record.get(self.text_column))
         has_question = self.question_column is not None
-        if (
-            has_question and len(texts) > 1
-        ):  # several accepted answers of one question: the most frequent one is trained
-            chat = _without_image(caption_conversation(max(texts, key=texts.count), question), images)
+        if has_question and len(texts) > 1:  # several accepted answers: the most frequent one is trained
+            chat = _with_image_parts(caption_conversation(max(texts, key=texts.count), question), images)
             return make_row(images, [chat], source, categories=[category], answers=[texts])
         chats = [
-            _without_image(caption_conversation(text, question), images)
+            _with_image_parts(caption_conversation(text, question), images)
             if has_question
             else caption_conversation(text, question)
             for text in texts
@@ -172,13 +176,13 @@ class _Converter:
 
 
 class _RowConverter:
-    """The whole row of one record."""
+    """Converts a record with its image column to a row."""
 
-    def __init__(self, convert: _Converter, image_column: str | None, image_folder: str | Path | None):
+    def __init__(self, convert: _TextConverter, image_column: str | None, image_folder: str | Path | None):
         self.convert, self.image_column, self.image_folder = convert, image_column, image_folder
 
     def __call__(self, record: dict, index: int) -> dict:
-        record = _unfolded(record)
+        record = _flat_record(record)
         value = record.pop(self.image_column, None) if self.image_column else None
         values = value if isinstance(value, list) else [value]
         images = [_reference(item, self.image_folder) for item in values if item]
@@ -193,8 +197,10 @@ def _reference(item: str | dict, image_folder: str | Path | None) -> dict:
     return {"path": str(Path(image_folder) / item), "bytes": None}
 
 
-def _map_style_rows(data: Any, image_column: str | None, image_folder: Any, convert: _Converter) -> datasets.Dataset:
-    """Rows of a map-style data set; an image column of Arrow structs is taken over as it is."""
+def _map_style_rows(
+    data: Any, image_column: str | None, image_folder: Any, convert: _TextConverter
+) -> datasets.Dataset:
+    """Rows of a map-style data set. An image column of Arrow structs is used without copying it."""
     data = data.with_format(None)
     arrow_images = None
     if image_column is not None:
@@ -222,26 +228,26 @@ def _map_style_rows(data: Any, image_column: str | None, image_folder: Any, conv
 
 def _converted(data, start, stop, image_column, image_folder, convert, lengths) -> Iterator[dict]:
     for index in range(start, stop):
-        record = _unfolded(data[index])
+        record = _flat_record(data[index])
         if image_column in record:
             values = record.pop(image_column)
             values = values if isinstance(values, list) else [values]
             images = [_reference(item, image_folder) for item in values if item]
             yield convert(record, images, index)
-        else:  # the images are joined afterwards, from Arrow: only their number is needed
+        else:  # `_map_style_rows` adds the images from Arrow; here only their number matters
             placeholders = [{"path": None, "bytes": None}] * next(lengths, 0)
             yield {**convert(record, placeholders, index), "images": []}
 
 
-def _unfolded(record: dict) -> dict:
-    """A record of a tar file with the fields of its `.json` as columns."""
+def _flat_record(record: dict) -> dict:
+    """A record of a tar file with the fields of its `.json` as columns; other records unchanged."""
     if "__key__" in record and isinstance(record.get("json"), dict):
         return {**record, **record["json"]}
     return record
 
 
 def _as_lists(chunk: pa.Array) -> pa.Array:
-    """One image or a list of images a row -> a list of images a row; no pixel is copied."""
+    """An Arrow column of images, or of lists of images, as a column of lists of images. No pixel is copied."""
     target = ROW_FEATURES.arrow_schema.field("images").type
     if pa.types.is_list(chunk.type):
         return chunk.cast(target)
@@ -252,9 +258,10 @@ def _as_lists(chunk: pa.Array) -> pa.Array:
 
 
 def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTranscripts) -> list[dict]:
-    """Chat messages with `content` as text or parts; images that no part stands for go before the first user text.
+    """Chat messages with `content` as text or parts. If no part is an image, all images go before the first user text.
 
-    Recordings become their transcripts. Where there is none, an audio part says why, for `check_row` to report.
+    Recordings are replaced by their transcripts. A recording without a transcript stays an audio part whose text is
+    the error, which `check_row` raises.
     """
     chat = []
     for item in messages:
@@ -277,7 +284,7 @@ def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTra
 
 
 def _part(part: dict) -> dict:
-    """An image, a recording by its path, or text."""
+    """One content part: an image, a recording's path, or text."""
     if part.get("type") == "audio":
         return {"type": "audio", "path": part["path"]}
     return IMAGE_PART if part.get("type") in ("image", "image_url") else text_part(part.get("text") or "")
@@ -290,8 +297,110 @@ def _texts(value: Any) -> list[str]:
     return ["" if item is None else str(item) for item in values]
 
 
-def _without_image(chat: list[dict], images: list[dict]) -> list[dict]:
-    """A question about as many images as the record has (a text-only question about none)."""
+def _with_image_parts(chat: list[dict], images: list[dict]) -> list[dict]:
+    """A conversation with as many image parts as the record has images (none for a text-only question)."""
     user, answer = chat
     texts = [part for part in user["content"] if part["type"] == "text"]
     return [message("user", *[IMAGE_PART] * len(images), *texts), answer]
+
+
+# ---------------------------------------------------------------------- LLaVA-Instruct
+
+
+def llava_row(record: dict, images: list[dict], source: str, independent_turns: bool) -> dict:
+    """
+    The row of one LLaVA-Instruct record.
+
+    Besides `conversations`, a record or one of its assistant turns may hold `category` (a question type, or one for
+    each answer) and `answers` (the accepted answers of its one question, or a list of such lists, one for each
+    answer).
+
+    Args:
+        record (`dict`): the record.
+        images (`list[dict]`): references to its images.
+        source (`str`): file and record.
+        independent_turns (`bool`): each question with its answer becomes a conversation of its own.
+
+    Returns:
+        `dict`: with the columns of `ROW_FEATURES`.
+    """
+    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
+    messages = _llava_messages(turns, len(images))
+    answering = [turn for turn in turns if LLAVA_ROLES.get(str(turn.get("from"))) == "assistant"]
+    categories = _one_each(record.get("category"), len(answering))
+    references = record.get("answers") or []
+    if references and not isinstance(references[0], list):
+        references = [references]
+    answers = [
+        turn.get("answers") or (references[i] if i < len(references) else []) for i, turn in enumerate(answering)
+    ]
+    categories = [turn.get("category") or categories[i] for i, turn in enumerate(answering)]
+    answers = [[str(answer) for answer in accepted] for accepted in answers]
+
+    if independent_turns:
+        chats = _split_turns(messages)
+    else:
+        chats = [messages] if messages else []
+        answers, categories = answers[-1:], categories[-1:]  # those of the last answer
+    missing = max(len(chats) - len(answers), 0)
+    answers, categories = answers[: len(chats)] + [[]] * missing, categories[: len(chats)] + [None] * missing
+    return make_row(images, chats, source, categories=categories, answers=answers)
+
+
+def _llava_messages(turns: list[dict], num_images: int) -> list[dict]:
+    """LLaVA's turns as messages. Each placeholder in a user's text becomes an image part, up to `num_images`."""
+    messages, left = [], num_images
+    for turn in turns:
+        role = LLAVA_ROLES.get(str(turn.get("from")), str(turn.get("from")))
+        text = turn.get("value")
+        text = "" if text is None else str(text)
+        if role != "user":
+            messages.append(message(role, text_part(text)))
+            continue
+        if num_images == 0:
+            # A placeholder on a line of its own without an image is an error, which `check_row` finds by the image
+            # part. A placeholder elsewhere is text.
+            parts = [IMAGE_PART] if PLACEHOLDER_LINE.search(text) else []
+            text = PLACEHOLDER_LINE.sub(r"\1", text) if parts else text
+            messages.append(message(role, *parts, text_part(text)))
+            continue
+        pieces = text.split(PLACEHOLDER, left)
+        left -= len(pieces) - 1
+        parts = [text_part(pieces[0].strip())]
+        for piece in pieces[1:]:
+            parts += [IMAGE_PART, text_part(piece.strip())]
+        messages.append(message(role, *[part for part in parts if part["type"] == "image" or part["text"]]))
+    first = next((m for m in messages if m["role"] == "user"), None)
+    if left and num_images and first is not None:  # images without a placeholder come first
+        first["content"] = [IMAGE_PART] * left + first["content"]
+    return messages
+
+
+def _split_turns(messages: list[dict]) -> list[list[dict]]:
+    """Each question with its answer as a conversation, preceded by the system message and all images."""
+    image_parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
+    system = [m for m in messages if m["role"] == "system"]
+    chats: list[list[dict]] = []
+    question: list[dict] = []
+    for current in (m for m in messages if m["role"] != "system"):
+        question.append(current)
+        if current["role"] == "assistant":
+            chats.append(question)
+            question = []
+    if question:
+        chats.append(question)  # a question without an answer, which `check_row` reports
+    for chat in chats:
+        users = [m for m in chat if m["role"] == "user"]
+        held = sum(part["type"] == "image" for m in users for part in m["content"])
+        if users and held != len(image_parts):
+            for m in users:
+                m["content"] = [part for part in m["content"] if part["type"] != "image"]
+            users[0]["content"] = image_parts + users[0]["content"]
+    return [system + chat for chat in chats]
+
+
+def _one_each(value: Any, count: int) -> list:
+    """A list of `count` values, from one value for all or from a list."""
+    if isinstance(value, list):
+        return [value[i] if i < len(value) else None for i in range(count)]
+    return [value] * count

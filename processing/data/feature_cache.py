@@ -1,21 +1,21 @@
-"""Vision features of a frozen tower, computed once and kept on disk: the format, and how it is read.
+"""Format and reader of the feature cache: the vision features of a frozen tower, computed once and kept on disk.
 
-A cache is a folder that holds
+A cache is a directory with these files:
 
-    cache.json                  what the features depend on besides the picture: the tower's weights, the image
-                                processor's settings, layers, strategy, dtype, and their shape
+    cache.json                  the cache key: all that the features depend on besides the image (the tower's weights,
+                                the image processor's settings, layers, strategy, dtype), and their shape
     features-*.safetensors      `features` (num_images, num_image_tokens, vision_feature_size) and `digests`
                                 (num_images, 32), the SHA-256 of each image file's bytes
-    files.jsonl                 which file had which digest, with the size and time of change it had then
+    files.jsonl                 the digest of each image file, with its size and modification time when it was hashed
 
-Features are found by the bytes of the picture, so a picture that occurs twice is stored once, one that is renamed is
-found again, and one that changed is not. To spare reading each file in every epoch, a file whose size and time of
-change are as noted is taken to hold the bytes it held then; any other is read and hashed. (So a file exchanged for
-another of the same size *and* time goes unnoticed. Embedded pictures are always hashed.)
+Features are looked up by the bytes of the image. So an image that occurs twice is stored once, a renamed image is
+found, and a changed one is not. To avoid reading each file in every epoch, the stored digest is used for a file whose
+size and modification time are unchanged; any other file is read and hashed. (A file replaced by another of the same
+size *and* time is therefore not noticed. Embedded images are always hashed.)
 
-Parts are memory-mapped, never read whole; each is written under another name and renamed when it is complete, so that
-what has a part's name is a whole part. Nothing is pickled. `training/feature_cache.py` builds caches: that needs the
-model.
+The feature files are called parts. They are memory-mapped, never read whole. Each part is written under a temporary
+name and renamed when it is complete, so a file with a part's name is complete. Nothing is pickled.
+`training/feature_cache.py` builds caches, which needs the model.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .images import load_image, read_image_bytes
+from .records import read_json_lines
 from .rows import BadSampleError, bad_sample
 
 
@@ -42,18 +43,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class FeatureCache:
     """
-    Looks up vision features; can be sent to dataloader workers. For [`JnanaCollator`] it stands in for `PixelImages`.
+    Loads images for the collator, as stored vision features. Has the methods of `PixelImages`; can be pickled and sent
+    to dataloader workers.
 
     Args:
         folder (`str` or `Path`): a cache that `jnana.training.feature_cache` wrote.
 
     Attributes:
-        made_with (`dict`): what the features depend on besides the picture.
+        made_with (`dict`): the cache key, see [`read_key`].
         shape (`tuple[int, int]`): (num_image_tokens, vision_feature_size).
         dtype (`torch.dtype`): of the stored features.
 
     Raises:
-        ValueError: if the folder is no such cache, or a part of it is truncated.
+        ValueError: if the directory is not a feature cache, or a part is truncated.
     """
 
     def __init__(self, folder: str | Path):
@@ -64,36 +66,36 @@ class FeatureCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the list of stored pictures anew, after parts were added."""
+        """Read the list of stored images again, after parts were added."""
         self._open_parts: dict[str, Any] = {}
-        self._places: dict[bytes, tuple[str, int]] = {}
+        self._stored: dict[bytes, tuple[str, int]] = {}
         for path in sorted(self.folder.glob(PART_PATTERN)):
             part = self._open(path.name)
             stored = part.get_slice("features").get_shape()[1:]
             if tuple(stored) != self.shape:
                 raise ValueError(
                     f"feature_cache {str(self.folder)!r}: {path.name} holds features of shape {tuple(stored)}, but "
-                    f"{KEY_FILE} says {self.shape}. Delete the folder; the next run builds it anew"
+                    f"{KEY_FILE} has shape {self.shape}. Delete the directory; the next run builds it again"
                 )
             digests = part.get_tensor("digests").numpy()
             for row, digest in enumerate(digests):
-                self._places.setdefault(digest.tobytes(), (path.name, row))
+                self._stored.setdefault(digest.tobytes(), (path.name, row))
         self._files = _read_files(self.folder / FILES_FILE)
 
     def __len__(self) -> int:
-        """The number of pictures stored."""
-        return len(self._places)
+        """The number of stored images."""
+        return len(self._stored)
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._places
+        return digest in self._stored
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open_parts": {}}  # a worker maps the files by itself
+        return {**self.__dict__, "_open_parts": {}}  # each worker maps the files itself
 
     def known_digest(self, path: str) -> bytes | None:
-        """The digest of a file that is as it was when it was hashed; `None` if it is not, or was never seen."""
-        noted = self._files.get(path)
-        return noted[2] if noted is not None and noted[:2] == file_stamp(path) else None
+        """The stored digest of a file, or `None` if the file has changed since or was never hashed."""
+        entry = self._files.get(path)
+        return entry[2] if entry is not None and entry[:2] == file_stamp(path) else None
 
     def digest(self, image: dict, source: str = "image") -> bytes:
         """
@@ -111,14 +113,14 @@ class FeatureCache:
         path = os.path.abspath(image["path"]) if "://" not in image["path"] else image["path"]
         digest = self.known_digest(path)
         if digest is None:
-            stamp = file_stamp(path)  # before reading: if the file changes meanwhile, it will be hashed again
+            stamp = file_stamp(path)  # taken before reading, so that a file that changes meanwhile is hashed again
             digest = image_digest(read_image_bytes(image, source=source))
             if stamp is not None:
                 self._files[path] = (*stamp, digest)
         return digest
 
     def key(self, image: dict) -> Hashable:
-        """What two references to one image have in common; with the next three, the collator's door to pictures."""
+        """A key that is equal for two references to one image."""
         return image["bytes"] if image["bytes"] is not None else image["path"]
 
     def load(self, image: dict, source: str = "image") -> torch.Tensor:
@@ -133,41 +135,47 @@ class FeatureCache:
             `torch.Tensor` of shape `(num_image_tokens, vision_feature_size)`.
 
         Raises:
-            BadSampleError: if it can't be read, or is not stored.
+            BadSampleError: if the image can't be read or has no stored features.
         """
         digest = self.digest(image, source)
-        if digest not in self._places:
+        if digest not in self._stored:
             raise self._not_stored(image, source)
-        part, row = self._places[digest]
+        part, row = self._stored[digest]
         return self._open(part).get_slice("features")[row]
 
+    def num_tokens(self, image: torch.Tensor) -> int:
+        """The number of image tokens of an image from [`~FeatureCache.load`]."""
+        return image.shape[0]
+
     def blank(self) -> torch.Tensor:
-        """Features for a batch without a good row."""
+        """Zeros, of the shape that [`~FeatureCache.load`] returns."""
         return torch.zeros(self.shape, dtype=self.dtype)
 
     def stack(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """
+        The model inputs of the images of a batch.
+
         Args:
-            images (`list[torch.Tensor]`): as [`~FeatureCache.load`] gave them.
+            images (`list[torch.Tensor]`): from [`~FeatureCache.load`].
 
         Returns:
-            `dict[str, torch.Tensor]`: the model's `image_features`
-                `(num_images, num_image_tokens, vision_feature_size)`; of no images too, which tells the model that
-                other processes have stored features, so that it does not run the tower to keep up with them.
+            `dict[str, torch.Tensor]`: `image_features` `(num_images, num_image_tokens, vision_feature_size)`. Without
+                images it has no entries but is present: it tells the model that other processes have stored features
+                too, so that it need not run the tower to stay in step with them.
         """
         return {"image_features": torch.stack(images) if images else torch.empty(0, *self.shape, dtype=self.dtype)}
 
     def _not_stored(self, image: dict, source: str) -> BadSampleError:
-        load_image(image, source=source)  # a file that is broken says so itself
+        load_image(image, source=source)  # raises the more specific error of a broken file
         name = f"image {image['path']!r}" if image["path"] else "embedded image"
         return bad_sample(
             source,
             f"{name} is not in the feature cache {str(self.folder)!r}; it changed after the cache was built.",
-            "Start the run again: it adds what is missing.",
+            "Start the run again: it adds missing images.",
         )
 
     def _open(self, part: str) -> Any:
-        """A part, memory-mapped; its header says how long the file must be."""
+        """A part, memory-mapped. safetensors compares the file's size with its header."""
         if part not in self._open_parts:
             path = self.folder / part
             try:
@@ -175,7 +183,7 @@ class FeatureCache:
             except (OSError, SafetensorError) as error:
                 raise ValueError(
                     f"feature_cache {str(self.folder)!r}: {part} is truncated or corrupt ({error}). Delete that file "
-                    "and start the run again: it computes its pictures anew"
+                    "and start the run again: it computes the images in it again"
                 ) from error
         return self._open_parts[part]
 
@@ -187,10 +195,10 @@ def image_digest(data: bytes) -> bytes:
 
 def read_key(folder: str | Path) -> dict[str, Any]:
     """
-    What the features in a cache depend on besides the picture.
+    The cache key: all that the features in a cache depend on besides the image.
 
     Raises:
-        ValueError: if the folder is not a cache of this format.
+        ValueError: if the directory is not a cache of this format.
     """
     path = Path(folder) / KEY_FILE
     try:
@@ -202,13 +210,13 @@ def read_key(folder: str | Path) -> dict[str, Any]:
     if key.get("format") != FORMAT:
         raise ValueError(
             f"feature_cache {str(folder)!r} has format {key.get('format')}, this version reads {FORMAT}; give another "
-            "folder, or delete this one"
+            "directory, or delete this one"
         )
     return key
 
 
 def write_key(folder: str | Path, key: dict[str, Any]) -> None:
-    """Begin a cache: its folder and `cache.json`."""
+    """Create a cache: the directory and its `cache.json`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     unfinished = Path(folder) / f".{KEY_FILE}.{os.getpid()}"
     unfinished.write_text(json.dumps(key, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -217,14 +225,14 @@ def write_key(folder: str | Path, key: dict[str, Any]) -> None:
 
 def key_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """
-    In what two keys differ.
+    The differences between two cache keys.
 
     Args:
-        stored (`dict`): the cache's.
-        wanted (`dict`): the run's.
+        stored (`dict`): of the cache.
+        wanted (`dict`): of the run.
 
     Returns:
-        `list[str]`: one text a field, with both values; nested fields as `image_processor.size`.
+        `list[str]`: one text for each field that differs, with both values; nested fields as `image_processor.size`.
     """
     differences = []
     for name in sorted(stored.keys() | wanted.keys()):
@@ -238,7 +246,7 @@ def key_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str 
 
 def write_part(folder: str | Path, digests: list[bytes], features: torch.Tensor) -> Path:
     """
-    Add features to a cache, all or none of them.
+    Add features to a cache as one part. A killed process leaves no incomplete part.
 
     Args:
         folder (`str` or `Path`): the cache.
@@ -246,49 +254,50 @@ def write_part(folder: str | Path, digests: list[bytes], features: torch.Tensor)
         features (`torch.Tensor` of shape `(num_images, num_image_tokens, vision_feature_size)`): in the same order.
 
     Returns:
-        `Path`: the new part, named after what it holds.
+        `Path`: the new part, named by a hash of the digests.
     """
     name = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
     path = Path(folder) / PART_PATTERN.replace("*", name)
     unfinished = Path(folder) / f".{path.name}.{os.getpid()}"
     flat = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
-    with open(unfinished, "wb") as file:  # not `save_file`, whose files no other user may read
+    with open(unfinished, "wb") as file:  # `save_file` creates files that other users can't read
         file.write(save({"features": features.contiguous(), "digests": flat}))
         file.flush()
-        os.fsync(file.fileno())  # the name must not come to the disk before the contents
+        os.fsync(file.fileno())  # the content must be on disk before the file is renamed
     os.replace(unfinished, path)
     return path
 
 
 def delete_unfinished(folder: str | Path) -> None:
-    """Delete what a killed process left half written; only while no other process writes here."""
+    """Delete the temporary files of killed processes. No other process may be writing to the cache."""
     for path in Path(folder).glob(f".{PART_PATTERN}.*"):
         path.unlink(missing_ok=True)
 
 
-def note_files(folder: str | Path, noted: list[tuple[str, tuple[int, int], bytes]]) -> None:
+def append_file_digests(folder: str | Path, digests: list[tuple[str, tuple[int, int], bytes]]) -> None:
     """
-    Note the digests of files; several processes may do so at once.
+    Store the digests of files. Several processes may append at once.
 
     Args:
         folder (`str` or `Path`): the cache.
-        noted (`list[tuple[str, tuple[int, int], bytes]]`): absolute path, (size, time of change) when it was read,
-            digest.
+        digests (`list[tuple[str, tuple[int, int], bytes]]`): absolute path, (size, modification time) when the file
+            was read, digest.
     """
     lines = [
         json.dumps({"path": path, "size": stamp[0], "mtime_ns": stamp[1], "sha256": digest.hex()}) + "\n"
-        for path, stamp, digest in noted
+        for path, stamp, digest in digests
     ]
     descriptor = os.open(Path(folder) / FILES_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        # a leading line break, because a killed process may have left half a line; one write, so that none mix
+        # Starts with a line break, because a killed process may have left an incomplete line. A single write, which
+        # the operating system does not interleave with others.
         os.write(descriptor, ("\n" + "".join(lines)).encode("utf-8"))
     finally:
         os.close(descriptor)
 
 
 def file_stamp(path: str) -> tuple[int, int] | None:
-    """Size in bytes and time of change in nanoseconds; `None` if there is no such file."""
+    """Size in bytes and modification time in nanoseconds of a file; `None` if it does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -297,14 +306,11 @@ def file_stamp(path: str) -> tuple[int, int] | None:
 
 
 def _read_files(path: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Size, modification time and digest of each file in `files.jsonl`."""
     files: dict[str, tuple[int, int, bytes]] = {}
-    if not path.is_file():
-        return files
-    with open(path, encoding="utf-8") as stream:
-        for line in stream:
-            try:
-                entry = json.loads(line)
-                files[entry["path"]] = (entry["size"], entry["mtime_ns"], bytes.fromhex(entry["sha256"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a killed process did not finish
+    for entry in read_json_lines(path, torn="skip"):
+        try:
+            files[entry["path"]] = (entry["size"], entry["mtime_ns"], bytes.fromhex(entry["sha256"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # the incomplete line of a killed process can also be valid JSON, such as a number
     return files

@@ -1,9 +1,10 @@
-"""Opens one image safely: in a dataloader worker, with everything that can be wrong with a file named.
+"""Loads images for the collator, safely and with errors that name the file and the record.
 
-An image file is untrusted input. Its size is read from the header before a pixel is decoded, so a decompression bomb
-costs nothing; only raster formats are tried; nothing is fetched from the network by a plain URL.
+Image files are untrusted. The size is read from the header before pixels are decoded, so a decompression bomb is
+rejected at once; only raster formats are opened; URLs are not downloaded.
 """
 
+import base64
 import io
 import logging
 import warnings
@@ -22,13 +23,13 @@ from .rows import BadSampleError, bad_sample
 
 logger = logging.getLogger(__name__)
 
-# 64 megapixels: every camera picture one trains on, 192 MB when decoded
+# 64 megapixels: more than the photographs one trains on, and 192 MB when decoded.
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 
-# A line of pixels: an image processor that scales the shorter side to 224 would make gigabytes of it
+# An image processor that scales the shorter side to 224 pixels would make gigabytes of a longer image.
 MAX_ASPECT_RATIO = 100
 
-# Formats that run an interpreter or another program on what they read (EPS) are left out. JPEG opens MPO too
+# Without EPS, which runs an interpreter on the file. JPEG opens MPO too.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
 ORIENTATION = ExifTags.Base.Orientation
 
@@ -41,16 +42,15 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
         image (`PIL.Image.Image`, `str`, `Path` or `dict`): an image, a path, or a row's reference
             `{"path": str | None, "bytes": bytes | None}`.
         source (`str`, *optional*): file and record that refer to it, for the error.
-        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are refused before they are
+        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images raise before they are
             decoded.
 
     Returns:
-        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency laid on white, 16-bit greys scaled to 8
-            bits.
+        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency on white, 16-bit greys scaled to 8 bits.
 
     Raises:
-        BadSampleError: if it is missing, not an image, truncated, too large, or more than 100 times as long as wide;
-            names `source`, the path and the remedy.
+        BadSampleError: if it is missing, not an image, truncated, too large, or more than 100 times as long as wide.
+            The message holds `source`, the path and the remedy.
     """
     if isinstance(image, Image.Image):
         name = f"image of {image.width}x{image.height}"
@@ -63,36 +63,40 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
 
 def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """
-    Check an image by its header alone: that it is there, is an image, and is not too large. Truncation shows only on
-    decoding.
+    Check by its header that an image exists, is an image, and is not too large. A truncated file passes.
 
     Args:
         image, source, max_image_pixels: as in [`load_image`].
 
     Returns:
-        `tuple[int, int]`: (height, width) in pixels.
+        `tuple[int, int]`: (height, width) in pixels as stored, before the EXIF orientation is applied.
 
     Raises:
         BadSampleError: as [`load_image`].
     """
     if isinstance(image, Image.Image):
         _check_size(image, f"image of {image.width}x{image.height}", source, max_image_pixels)
-        return image.height, image.width
+        return image_size(image)
     opened = _open(image, source, max_image_pixels)[1]
     with opened:
-        return opened.height, opened.width
+        return image_size(opened)
+
+
+def image_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an image in pixels, the order in which `JnanaProcessor.count_image_tokens` takes it."""
+    return image.height, image.width
 
 
 def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
     """
-    The bytes of an image's file, as they are.
+    The bytes of an image file.
 
     Args:
         image (`dict`): a row's reference `{"path": str | None, "bytes": bytes | None}`.
         source (`str`, *optional*): file and record that refer to it, for the error.
 
     Raises:
-        BadSampleError: if there is no such file, or it can't be read.
+        BadSampleError: if the file does not exist or can't be read.
     """
     path, data = image.get("path"), image.get("bytes")
     if data is not None:
@@ -109,6 +113,24 @@ def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
         raise bad_sample(source, f"{name} can't be read: {error}.", "Replace the file.") from error
 
 
+def thumbnail_url(image: Image.Image, side: int) -> str:
+    """
+    A small copy of an image as a JPEG in a data URL, for an HTML page that loads no other file.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+        side (`int`): length of the longer side in pixels; smaller images keep their size.
+
+    Returns:
+        `str`: `data:image/jpeg;base64,...`.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
 def _no_reference(source: str) -> BadSampleError:
     return bad_sample(source, "the image reference has neither a path nor bytes.", "Give one of them.")
 
@@ -118,7 +140,7 @@ def _no_file(name: str, source: str) -> BadSampleError:
 
 
 def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Image]:
-    """Open without decoding; returns the image's name for errors and the image."""
+    """The name of an image for errors, and the image, opened but not decoded."""
     reference: dict[str, Any] = {"path": str(image), "bytes": None} if isinstance(image, (str, Path)) else image
     path, data = reference.get("path"), reference.get("bytes")
     name = f"image {path!r}" if path else "embedded image"
@@ -130,7 +152,9 @@ def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Im
         raise _no_reference(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # `_check_size` applies max_image_pixels instead
             opened = Image.open(file, formats=IMAGE_FORMATS)
     except FileNotFoundError as error:
         raise _no_file(name, source) from error
@@ -151,7 +175,7 @@ def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Im
 
 
 def _local_or_hub_file(path: str, name: str, source: str) -> Any:
-    """A local path as it is; a file of a streamed Hub data set (`hf://...`) opened; a web address refused."""
+    """A local path unchanged, or the content of a file of a streamed Hub data set (`hf://...`). Web URLs raise."""
     if "://" not in path:
         return path
     if "http://" in path or "https://" in path:
@@ -187,12 +211,12 @@ def _check_size(image: Image.Image, name: str, source: str, max_image_pixels: in
 def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
     try:
         image.load()
-    except Exception as error:  # broken files make PIL's decoders raise almost anything
+    except Exception as error:  # PIL's decoders raise many types of errors for broken files
         raise bad_sample(source, f"{name} is truncated or corrupt: {error}.", "Replace the file.") from error
     try:
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except Exception as error:  # unreadable EXIF data says nothing about the pixels: take them as they are
+    except Exception as error:  # unreadable EXIF data: keep the stored orientation
         logger.debug("%s: %s has unreadable EXIF data (%s)", source, name, error)
     return _to_rgb(image)
 
@@ -201,7 +225,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        # PIL would clip 16-bit greys to white
+        # PIL would clip most 16-bit greys to white
         values = np.asarray(image, dtype=np.float64)
         top = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
         if image.mode == "F" and values.max() <= 1:
@@ -217,7 +241,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 class PixelImages:
     """
-    Images as `pixel_values`: decoded in the dataloader's workers, each image of a batch once.
+    Loads images for the collator, as `pixel_values`. Images are decoded in the dataloader's workers.
 
     Args:
         processor (`JnanaProcessor`): its image processor prepares them.
@@ -229,7 +253,7 @@ class PixelImages:
         self.max_image_pixels = max_image_pixels
 
     def key(self, reference: Any) -> Hashable:
-        """What two references to one image have in common.
+        """A key that is equal for two references to one image.
 
         Args:
             reference (`dict`, `str`, `Path` or `PIL.Image.Image`): `{"path": str | None, "bytes": bytes | None}`, a
@@ -241,28 +265,34 @@ class PixelImages:
 
     def load(self, reference: Any, source: str) -> Any:
         """
-        One image, before it joins a batch.
+        Load one image.
 
         Args:
             reference (`dict` or `PIL.Image.Image`): the image.
-            source (`str`): file and record that name it.
+            source (`str`): file and record that refer to it.
 
         Raises:
             BadSampleError: if it can't be used.
         """
         return load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
 
+    def num_tokens(self, image: Any) -> int:
+        """The number of image tokens of an image from [`~PixelImages.load`]."""
+        return self.processor.count_image_tokens(image_size(image))
+
     def blank(self) -> Any:
-        """A grey image, as [`~PixelImages.load`] gives one."""
+        """A grey image, of the type that [`~PixelImages.load`] returns."""
         return Image.new("RGB", (32, 32), "grey")
 
     def stack(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """
+        The model inputs of the images of a batch.
+
         Args:
-            images (`list`): as [`~PixelImages.load`] gave them.
+            images (`list`): from [`~PixelImages.load`].
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` `(num_images, channels, height, width)`, or nothing of no images.
+            `dict[str, torch.Tensor]`: `pixel_values` `(num_images, channels, height, width)`; empty without images.
         """
         if not images:
             return {}

@@ -1,7 +1,7 @@
-"""Answers as keywords: what phi35_pooled trains an adapter to write.
+"""Reduces answers to keywords, as the recipe phi35_pooled trains its adapter.
 
-Stop words and punctuation carry little of what a picture shows. An adapter trained without them spends its tokens on
-the rest; the base model, adapter off, makes a sentence of them again (`jnana.evaluation.fluent`).
+Stop words and punctuation say little about an image, so an adapter trained without them writes shorter answers. The
+base model, with the adapter off, turns the keywords into a sentence (`jnana.evaluation.fluent`).
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 
 # English function words: articles, pronouns, prepositions, conjunctions, auxiliaries. Negations and numbers are kept,
-# as leaving them out would turn an answer into its opposite.
+# because without them an answer would say the opposite.
 STOP_WORDS = frozenset(
     """
     a an the this that these those there here it its itself he him his himself she her hers herself they them their
@@ -33,8 +33,8 @@ def keywords(text: str) -> str:
         text (`str`): An answer in sentences.
 
     Returns:
-        `str`: The words that are left, in their order, by single spaces. A text of nothing but stop words keeps them,
-        without punctuation; one without a word stays as it is.
+        `str`: The remaining words in order, separated by single spaces. A text of stop words only keeps them, without
+        punctuation; a text without words is returned unchanged.
     """
     words = WORD.findall(text)
     kept = [word for word in words if not is_stop_word(word)]
@@ -47,7 +47,7 @@ def is_stop_word(word: str) -> bool:
 
 
 def answers_as_keywords(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with every answer's text as [`keywords`]; questions stay as they are."""
+    """The row with every answer's text as [`keywords`]; questions are unchanged."""
     chats = []
     for chat in row["conversations"]:
         messages = []

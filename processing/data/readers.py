@@ -1,8 +1,8 @@
-"""Reads people's data into rows: COCO captions, LLaVA-Instruct, an image folder, any `datasets` data set.
+"""`load_rows`: reads COCO captions, LLaVA-Instruct, an image folder or any `datasets` data set into rows.
 
-A reader states what a file says and judges as little as possible: a record without an image or an answer still becomes
-a row, so that `check_rows` can list all of them at once, with file and record. Only what can't be read at all (a JSON
-file that does not parse, a missing file or column) is an error here.
+Readers convert records and check almost nothing: a record without an image or an answer still becomes a row, so that
+`check_rows` can list all such rows at once, with file and record. Readers raise only for what they can't read: a JSON
+file that does not parse, a missing file, a missing column.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 
-from .dataset_readers import CAPTION_COLUMNS, read_dataset
-from .records import column_names, llava_row, parse_json, read_records
+from .dataset_readers import CAPTION_COLUMNS, llava_row, read_dataset
+from .records import column_names, parse_json, read_records
 from .rows import caption_conversation, make_row, rows_to_dataset
 
 
@@ -33,35 +33,35 @@ def load_rows(
     **options: Any,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Read a data set into rows of one shape (`ROW_FEATURES`). Images stay paths; nothing is decoded.
+    Read a data set into rows of one shape (`ROW_FEATURES`). Images stay references; nothing is decoded.
 
     Args:
         source (`str`, `Path`, `Dataset` or `IterableDataset`):
-            a COCO captions or LLaVA-Instruct file (`.json`, the latter also `.jsonl`), a folder with `metadata.csv` or
-            `metadata.jsonl`, a folder written by `save_to_disk`, a `.parquet`, `.jsonl` or `.csv` file, a Hub id, or a
-            data set.
+            a COCO captions or LLaVA-Instruct file (`.json`, the latter also `.jsonl`), a directory with `metadata.csv`
+            or `metadata.jsonl`, a directory written by `save_to_disk`, a `.parquet`, `.jsonl` or `.csv` file, a Hub
+            id, or a data set.
         format (`str`, *optional*, defaults to `"auto"`): `coco_captions`, `llava_instruct`, `imagefolder`, `dataset`,
-            or `auto`: told from the file itself.
-        image_folder (`str` or `Path`, *optional*): joined in front of the file names; the folder of the file that
-            names them when not given.
-        split (`str`, *optional*, defaults to `"train"`): of a Hub data set, or the sub-folder of an image folder.
-        streaming (`bool`, *optional*, defaults to `False`): give an `IterableDataset`; Hub data is then never stored
-            whole.
+            or `auto`: detected from the file.
+        image_folder (`str` or `Path`, *optional*): the directory that image file names are relative to; by default the
+            directory of the file that holds the records.
+        split (`str`, *optional*, defaults to `"train"`): the split of a Hub data set, or the subdirectory of an image
+            folder.
+        streaming (`bool`, *optional*, defaults to `False`): return an `IterableDataset`; Hub data is then not
+            downloaded as a whole.
         independent_turns (`bool`, *optional*, defaults to `True`):
             LLaVA-Instruct: each question with its answer is a conversation (as jnana and visualize_this train), else
             all turns are one conversation (as LLaVA does).
-        prompt (`str`, *optional*): a question to put before captions that have none ("What do you see in this
-            picture?").
-        max_rows (`int`, *optional*): take the first rows only.
-        options: for `dataset`: `image_column`, `text_column`, `question_column`, `category_column`, and what
-            `load_dataset` takes.
+        prompt (`str`, *optional*): the question for captions that have none ("What do you see in this picture?").
+        max_rows (`int`, *optional*): read the first rows only.
+        options: for `dataset`: `image_column`, `text_column`, `question_column`, `category_column`, and the options of
+            `load_dataset`.
 
     Returns:
         `datasets.Dataset` or, with `streaming`, `datasets.IterableDataset`.
 
     Raises:
-        FileNotFoundError, ValueError: if the source is missing, is no known format, or does not parse (file, line,
-        column).
+        FileNotFoundError, ValueError: if the source is missing, has an unknown format, or does not parse (file,
+        line, column).
     """
     if format not in ("auto", *FORMATS):
         raise ValueError(f"format={format!r} must be 'auto' or one of {', '.join(FORMATS)}.")
@@ -82,7 +82,7 @@ def load_rows(
             **options,
         )
     if options:
-        raise ValueError(f"{', '.join(options)}: options of format='dataset'; format={format!r} has none of them.")
+        raise ValueError(f"{', '.join(options)}: options of format='dataset'; format={format!r} does not take them.")
     if not path.exists():
         raise FileNotFoundError(f"source={str(source)!r} does not exist.")
     if format == "imagefolder":
@@ -105,7 +105,7 @@ def load_rows(
 
 
 def _guess_format(path: Path, split: str) -> tuple[str, Any]:
-    """The format of a source, and its parsed content where that had to be read."""
+    """The format of a source, and its parsed content if detecting the format required reading it."""
     if path.is_dir():
         is_image_folder = any((folder / name).is_file() for folder in (path, path / split) for name in METADATA_FILES)
         return ("imagefolder" if is_image_folder else "dataset"), None
@@ -124,7 +124,7 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
         return "dataset", None
     raise ValueError(
         f"{path}: neither COCO captions ('images' and 'annotations') nor LLaVA-Instruct (a list of records with "
-        "'conversations'). Name its format."
+        "'conversations'). Set its format."
     )
 
 
@@ -132,7 +132,7 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
 
 
 def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> Iterator[dict]:
-    """One row an image, one conversation a caption; images without captions are left out."""
+    """One row for each image, one conversation for each caption. Images without captions are skipped."""
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise ValueError(f"{path}: COCO captions need an object with the lists 'images' and 'annotations'.")
     for field in ("images", "annotations"):
@@ -176,11 +176,11 @@ def _read_llava(content: Any, path: Path, folder: Path, independent_turns: bool)
 
 
 def _read_image_folder(path: Path, split: str, image_folder: str | Path | None, prompt: str | None) -> Iterator[dict]:
-    """`metadata.csv` (or `.jsonl`): `file_name`; a caption under `text`, `caption` or `answer`; perhaps `question`."""
+    """Rows of `metadata.csv` or `.jsonl`: `file_name`, one of `CAPTION_COLUMNS`, and optionally `question`."""
     candidates = [path] if path.is_file() else [f / name for f in (path, path / split) for name in METADATA_FILES]
     metadata = next((candidate for candidate in candidates if candidate.is_file()), None)
     if metadata is None:
-        raise FileNotFoundError(f"{path}: no {' or '.join(METADATA_FILES)} in it, nor in its sub-folder {split!r}.")
+        raise FileNotFoundError(f"{path}: no {' or '.join(METADATA_FILES)} in it, nor in its subdirectory {split!r}.")
     folder = metadata.parent if image_folder is None else Path(image_folder)
     records = read_records(metadata)
     columns = column_names(records)

@@ -1,7 +1,7 @@
-"""The one row of data, and how it is taken apart into single conversations.
+"""The shape of one row of data, and the functions that build, select and split rows.
 
-Every source becomes rows of this shape: the images (references, not pixels) and one or more conversations about them,
-each a list of chat messages. Readers make them (`readers.py`), `check_rows` checks them, the collator turns them
+Every source becomes rows of this shape: images (references, not pixels) and one or more conversations about them, each
+a list of chat messages. Readers build the rows (`readers.py`), `check_rows` checks them, and the collator turns them
 into tensors.
 """
 
@@ -17,64 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, Image, List, Value
 
-
-class BadSampleError(ValueError):
-    """
-    A row of data that can't become a training or test sample.
-
-    Args:
-        message (`str`): the row (file and record), what is wrong with it, and the remedy.
-    """
-
-
-def bad_sample(source: str, problem: str, remedy: str = "") -> BadSampleError:
-    """
-    The error for one row.
-
-    Args:
-        source (`str`): file and record, as in the row's `source` column.
-        problem (`str`): what is wrong, with the value.
-        remedy (`str`, *optional*): what to do about it.
-    """
-    return BadSampleError(f"{source}: {problem}" + (f" {remedy}" if remedy else ""))
-
-
-def append_bad_samples(path: str | Path, messages: list[str]) -> None:
-    """
-    Append rows that were left out to a JSON Lines file.
-
-    Several dataloader workers and processes may write to one file: each call is a single write in append mode, which
-    the operating system keeps in one piece.
-
-    Args:
-        path (`str` or `Path`): the file; its folder is made when missing.
-        messages (`list[str]`): one text a row, as `str(BadSampleError)`.
-    """
-    if not messages:
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"problem": message}, ensure_ascii=False) + "\n" for message in messages)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, lines.encode("utf-8"))
-    finally:
-        os.close(descriptor)
-
-
-def read_bad_samples(path: str | Path) -> list[str]:
-    """
-    The rows listed in a file, each once, in the order of their first appearance.
-
-    Args:
-        path (`str` or `Path`): a file written by `append_bad_samples`; need not exist.
-
-    Returns:
-        `list[str]`: the problems. A row met again in a later epoch is listed once.
-    """
-    if not Path(path).is_file():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return list(dict.fromkeys(json.loads(line)["problem"] for line in file if line.strip()))
+from .records import read_json_lines
 
 
 ROW_FEATURES = Features(
@@ -92,8 +35,70 @@ ROW_FEATURES = Features(
 IMAGE_PART = {"type": "image", "text": None}
 
 
+# ---------------------------------------------------------------------- rows that can't be used
+
+
+class BadSampleError(ValueError):
+    """
+    A row of data that can't become a training or test sample.
+
+    Args:
+        message (`str`): the row (file and record), the problem, and the remedy.
+    """
+
+
+def bad_sample(source: str, problem: str, remedy: str = "") -> BadSampleError:
+    """
+    The error for one row.
+
+    Args:
+        source (`str`): file and record, as in the row's `source` column.
+        problem (`str`): the problem, with the value that causes it.
+        remedy (`str`, *optional*): how to solve it.
+    """
+    return BadSampleError(f"{source}: {problem}" + (f" {remedy}" if remedy else ""))
+
+
+def append_bad_samples(path: str | Path, messages: list[str]) -> None:
+    """
+    Append skipped rows to a JSON Lines file.
+
+    Several dataloader workers and processes may write to one file: each call is a single write in append mode, which
+    the operating system does not interleave with others.
+
+    Args:
+        path (`str` or `Path`): the file; its directory is created when missing.
+        messages (`list[str]`): one text for each row, as `str(BadSampleError)`.
+    """
+    if not messages:
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"problem": message}, ensure_ascii=False) + "\n" for message in messages)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, lines.encode("utf-8"))
+    finally:
+        os.close(descriptor)
+
+
+def read_bad_samples(path: str | Path) -> list[str]:
+    """
+    The rows listed in a file, in the order of their first appearance.
+
+    Args:
+        path (`str` or `Path`): a file written by `append_bad_samples`; need not exist.
+
+    Returns:
+        `list[str]`: the problems. A row that several epochs skipped is listed once.
+    """
+    return list(dict.fromkeys(record["problem"] for record in read_json_lines(path, torn="skip")))
+
+
+# ---------------------------------------------------------------------- messages
+
+
 def text_part(text: str) -> dict:
-    """A content part that holds text. Half characters, which JSON can spell and UTF-8 can't, become `?`."""
+    """A content part that holds text. Unpaired surrogates, which JSON can hold and UTF-8 can't, become `?`."""
     return {"type": "text", "text": text.encode("utf-8", "replace").decode("utf-8")}
 
 
@@ -102,10 +107,44 @@ def message(role: str, *parts: dict) -> dict:
     return {"role": role, "content": list(parts)}
 
 
+def message_text(message: dict) -> str:
+    """The text parts of a message, joined by a space."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text" and part["text"])
+
+
+def with_images(chat: list[dict], images: list[Any]) -> list[dict]:
+    """
+    A chat with its images in its image parts, in reading order, as `JnanaProcessor.apply_chat_template` takes it.
+
+    Args:
+        chat (`list[dict]`): messages of a row.
+        images (`list[PIL.Image.Image]`): as many as the chat has image parts, or more.
+
+    Returns:
+        `list[dict]`: a copy, without the empty fields that Arrow adds to each content part.
+    """
+    remaining = iter(images)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(remaining)}
+                if part["type"] == "image"
+                else {"type": "text", "text": part["text"] or ""}
+                for part in message["content"]
+            ],
+        }
+        for message in chat
+    ]
+
+
 def caption_conversation(caption: Any, question: str | None) -> list[dict]:
     """A one-turn conversation about one image; the question may be missing."""
     user = message("user", IMAGE_PART, text_part(question)) if question else message("user", IMAGE_PART)
     return [user, message("assistant", text_part("" if caption is None else str(caption)))]
+
+
+# ---------------------------------------------------------------------- rows and data sets of them
 
 
 def make_row(
@@ -125,8 +164,8 @@ def make_row(
         conversations (`list[list[dict]]`): each with as many image parts as there are images, or none.
         source (`str`): file and record, named in every error about this row.
         categories (`list[str | None]`, *optional*): the question type of each conversation.
-        answers (`list[list[str]]`, *optional*): all accepted answers of each conversation; empty: the assistant's
-            text.
+        answers (`list[list[str]]`, *optional*): all accepted answers of each conversation. An empty list means the
+            assistant's text is the only one.
     """
     return {
         "images": images,
@@ -139,10 +178,10 @@ def make_row(
 
 def rows_to_dataset(rows: Iterable[dict]) -> datasets.Dataset:
     """
-    An in-memory `datasets.Dataset` of rows (paths and text; no pixel is read and no cache file written).
+    An in-memory `datasets.Dataset` of rows. It holds paths and text; no image is read and no cache file written.
 
     Args:
-        rows (`Iterable[dict]`): as made by [`make_row`].
+        rows (`Iterable[dict]`): as built by [`make_row`].
     """
     schema = ROW_FEATURES.arrow_schema
     tables, block = [], []
@@ -155,12 +194,67 @@ def rows_to_dataset(rows: Iterable[dict]) -> datasets.Dataset:
     return datasets.Dataset(pa.concat_tables(tables))
 
 
+def iterate_rows(rows: Any, batch_size: int = 1000) -> Iterator[dict]:
+    """Rows one by one; a map-style data set is read in blocks."""
+    if not isinstance(rows, datasets.Dataset):
+        yield from rows
+        return
+    for start in range(0, len(rows), batch_size):
+        yield from rows_at(rows, range(start, min(start + batch_size, len(rows))))
+
+
+def rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
+    """The rows at these indices, in this order."""
+    return unbatched(rows[indices])
+
+
+def unbatched(batch: dict[str, list]) -> list[dict]:
+    """The rows of a batch of columns, as `datasets` gives it."""
+    return [{name: batch[name][i] for name in ROW_FEATURES} for i in range(len(batch["source"]))]
+
+
+def batched(rows: Iterable[dict]) -> dict[str, list]:
+    """A batch of columns from rows, the inverse of [`unbatched`]."""
+    columns: dict[str, list] = {name: [] for name in ROW_FEATURES}
+    for row in rows:
+        for name in ROW_FEATURES:
+            columns[name].append(row[name])
+    return columns
+
+
+# ---------------------------------------------------------------------- selecting conversations
+
+
+def single_conversation(row: dict, index: int) -> dict:
+    """The row with conversation `index` only."""
+    return select_conversations(row, [index])
+
+
+def select_conversations(row: dict, indices: list[int]) -> dict:
+    """The row with the conversations at `indices` only. If these are not all, the row's source names them."""
+    names = ", ".join(map(str, indices))
+    some = len(indices) < len(row["conversations"])
+    return {
+        "images": row["images"],
+        **{name: [row[name][index] for index in indices] for name in ("conversations", "categories", "answers")},
+        "source": row["source"] + (f", conversation{'s' * (len(indices) > 1)} {names}" if some else ""),
+    }
+
+
+def conversation_rows(items: Any) -> Iterator[dict]:
+    """Rows with their first conversation only, from rows or from the rows of a packed data set."""
+    for item in items:
+        for row in item.get("groups") or [item]:
+            yield single_conversation(row, 0)
+
+
 def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
     """
-    One conversation a row.
+    Split rows into rows of one conversation.
 
-    A map-style data set is flattened by indices: nothing is copied, and a row is taken from `rows` when it is asked
-    for. The result is a `datasets.Dataset` to select from, shuffle, or add a column such as `length` to.
+    A map-style data set is flattened by indices: nothing is copied, and a row is read from `rows` on access. The
+    result is a `datasets.Dataset` that can be selected from and shuffled, and to which a column such as `length` can
+    be added.
 
     Args:
         rows (`Dataset` or `IterableDataset`): rows with any number of conversations.
@@ -176,14 +270,14 @@ def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> 
         return rows
     row_index = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
-    positions = {"row": row_index, "conversation": np.arange(len(row_index)) - first}
-    return datasets.Dataset.from_dict(positions).with_transform(_ConversationOf(rows))
+    indices = {"row": row_index, "conversation": np.arange(len(row_index)) - first}
+    return datasets.Dataset.from_dict(indices).with_transform(_ConversationOf(rows))
 
 
 class RowView:
     """
-    A data set's transform that looks `rows` up when they are asked for; a class, so that it can be sent to dataloader
-    workers.
+    The transform of a data set of indices: reads the rows on access. A class, so that it can be pickled and sent to
+    dataloader workers.
 
     Args:
         rows (`Dataset`): of `ROW_FEATURES`.
@@ -192,10 +286,15 @@ class RowView:
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows
 
+    def rows_by_index(self, indices: Iterable[int]) -> dict[int, dict]:
+        """Each row that is needed, by its index in `rows`; read once."""
+        needed = sorted(set(indices))
+        return dict(zip(needed, rows_at(self.rows, needed), strict=True))
+
 
 def viewed_rows(items: datasets.Dataset) -> datasets.Dataset:
     """
-    The data rows behind flattened conversations or packed rows.
+    The data rows that a data set of indices reads from.
 
     Args:
         items (`Dataset`): of [`flatten_conversations`] or [`packed_rows`], or data rows themselves.
@@ -205,92 +304,25 @@ def viewed_rows(items: datasets.Dataset) -> datasets.Dataset:
 
 
 class _ConversationOf(RowView):
-    """Looks rows up by (row, conversation)."""
+    """Reads rows by (row, conversation)."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        if "row" not in batch or "conversation" not in batch:  # some other column was asked for by itself
+        if "row" not in batch or "conversation" not in batch:  # another column was requested alone
             return batch
-        needed = sorted(set(batch["row"]))
-        taken = dict(zip(needed, rows_at(self.rows, needed), strict=True))
+        rows = self.rows_by_index(batch["row"])
         others = {k: v for k, v in batch.items() if k not in ("row", "conversation")}
-        pairs = [single_conversation(taken[r], c) for r, c in zip(batch["row"], batch["conversation"], strict=True)]
-        return {**{name: [pair[name] for pair in pairs] for name in ROW_FEATURES}, **others}
-
-
-def single_conversation(row: dict, index: int) -> dict:
-    """The row holding only conversation `index` of `row`."""
-    return select_conversations(row, [index])
-
-
-def select_conversations(row: dict, indices: list[int]) -> dict:
-    """The row holding only the conversations at `indices` of `row`; its source names them if they aren't all."""
-    names = ", ".join(map(str, indices))
-    some = len(indices) < len(row["conversations"])
-    return {
-        "images": row["images"],
-        **{name: [row[name][index] for index in indices] for name in ("conversations", "categories", "answers")},
-        "source": row["source"] + (f", conversation{'s' * (len(indices) > 1)} {names}" if some else ""),
-    }
-
-
-def conversation_rows(items: Any) -> Iterator[dict]:
-    """Rows with their first conversation only, from rows or from planned rows of a packed data set."""
-    for item in items:
-        for row in item.get("trees") or [item]:
-            yield single_conversation(row, 0)
-
-
-def with_images(chat: list[dict], images: list[Any]) -> list[dict]:
-    """
-    A chat with its images in its image parts, in reading order, as `JnanaProcessor.apply_chat_template` takes it.
-
-    Args:
-        chat (`list[dict]`): messages of a row.
-        images (`list[PIL.Image.Image]`): as many as the chat has image parts, or more.
-
-    Returns:
-        `list[dict]`: a copy.
-    """
-    remaining = iter(images)
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(remaining)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in chat
-    ]
-
-
-def iterate_rows(rows: Any, batch_size: int = 1000) -> Iterator[dict]:
-    """Rows one by one, read in blocks where the data set is map-style."""
-    if not isinstance(rows, datasets.Dataset):
-        yield from rows
-        return
-    for start in range(0, len(rows), batch_size):
-        yield from rows_at(rows, range(start, min(start + batch_size, len(rows))))
-
-
-def rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
-    """The rows at these places, in this order."""
-    block = rows[indices]
-    return [{name: block[name][i] for name in ROW_FEATURES} for i in range(len(block["source"]))]
+        pairs = zip(batch["row"], batch["conversation"], strict=True)
+        return {**batched(single_conversation(rows[row], conversation) for row, conversation in pairs), **others}
 
 
 def _conversations_per_row(rows: datasets.Dataset) -> np.ndarray:
-    if rows.format["type"] == "custom":  # rows made on access: they have to be made
+    if rows.format["type"] == "custom":  # a transform builds the rows on access
         return np.array([len(row["conversations"]) for row in iterate_rows(rows)], dtype=np.int64)
     table = rows.select_columns(["conversations"]).with_format("arrow")[:]
     return pc.list_value_length(table.column("conversations")).to_numpy()
 
 
 def _flatten_batch(batch: dict[str, list]) -> dict[str, list]:
-    flat: dict[str, list] = {name: [] for name in ROW_FEATURES}
-    for i in range(len(batch["source"])):
-        row = {name: batch[name][i] for name in ROW_FEATURES}
-        for index in range(len(row["conversations"])):
-            for name, value in single_conversation(row, index).items():
-                flat[name].append(value)
-    return flat
+    return batched(
+        single_conversation(row, index) for row in unbatched(batch) for index in range(len(row["conversations"]))
+    )

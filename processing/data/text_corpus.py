@@ -1,6 +1,5 @@
-"""Text for stage 0: reading a corpus, training its tokenizer, packing it into blocks."""
+"""Text corpora for stage 0: reading, training a tokenizer, packing into blocks or rows."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from datasets import Features, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .packing import IGNORED
-from .plan import WINDOW, fill_rows, longest_first
+from .packing import IGNORED, WINDOW, fill_rows, longest_first
+from .paths import names_local_path
+from .records import read_json_lines
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,16 +33,16 @@ def load_text(
     **load_options: Any,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    A text corpus, one document a row.
+    Read a text corpus, one document per row.
 
     Args:
         source (`str` or `Path`): a `.txt` file (documents are separated by blank lines), a `.jsonl` or `.parquet`
-            file, a folder written by `save_to_disk`, or a Hub id.
-        streaming (`bool`, *optional*, defaults to `False`): read while training; a Hub corpus is then never stored
-            whole.
-        split (`str`, *optional*, defaults to `"train"`): of a Hub corpus.
+            file, a directory written by `save_to_disk`, or a Hub id.
+        streaming (`bool`, *optional*, defaults to `False`): read while training; a Hub corpus is then not downloaded
+            as a whole.
+        split (`str`, *optional*, defaults to `"train"`): the split of a Hub corpus.
         text_column (`str`, *optional*, defaults to `"text"`): the column or key that holds the text.
-        max_rows (`int`, *optional*): take the first documents only.
+        max_rows (`int`, *optional*): read the first documents only.
         load_options: passed to `datasets.load_dataset`.
 
     Returns:
@@ -71,7 +71,7 @@ def load_text(
         loaded = datasets.load_from_disk(str(path))
         loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         corpus = _text_only(loaded.to_iterable_dataset() if streaming else loaded, text_column, str(path))
-    elif not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
+    elif not path.exists() and names_local_path(str(source)):
         raise FileNotFoundError(f"source={str(source)!r} does not exist.")
     elif path.is_file():
         raise ValueError(f"source={str(source)!r}: text files read are {', '.join(TEXT_FILES)}.")
@@ -99,14 +99,7 @@ def _documents(path: str, text_column: str) -> Iterator[dict]:
 
 
 def _texts(path: Path, text_column: str) -> Iterator[str]:
-    """Documents of a local file, read line by line."""
-    try:
-        yield from _read_texts(path, text_column)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
-
-
-def _read_texts(path: Path, text_column: str) -> Iterator[str]:
+    """The documents of a local file, which is not read as a whole."""
     if path.suffix.lower() == ".parquet":
         parquet = pa.parquet.ParquetFile(path)
         if text_column not in parquet.schema_arrow.names:
@@ -115,26 +108,21 @@ def _read_texts(path: Path, text_column: str) -> Iterator[str]:
             )
         for batch in parquet.iter_batches(columns=[text_column]):
             yield from batch.column(0).to_pylist()
-        return
-    with open(path, encoding="utf-8-sig") as file:
-        if path.suffix.lower() == ".txt":
-            yield from _paragraphs(file)
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}, column {error.colno}: not valid JSON: {error.msg}."
-                ) from error
+    elif path.suffix.lower() == ".jsonl":
+        for number, record in enumerate(read_json_lines(path)):
             if not isinstance(record, dict) or not isinstance(record.get(text_column), str):
-                raise ValueError(f"{path}, line {number}: no text under {text_column!r}. Set text_column.")
+                raise ValueError(f"{path}, record {number}: no text under {text_column!r}. Set text_column.")
             yield record[text_column]
+    else:
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                yield from _paragraphs(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """Documents separated by blank lines."""
     document: list[str] = []
     for line in lines:
         if line.strip():
@@ -152,18 +140,17 @@ def pack_blocks(
     """
     Pack documents into blocks of one length, without padding.
 
-    Documents are concatenated, each closed by the closing token, and cut every `block_size` tokens: joined together,
-    the blocks are exactly that text. What is left at the end (less than a block) is dropped, so that every block is
-    full. Special tokens spelt in the text are tokenised as plain text.
+    Each document is closed by the closing token. All documents are concatenated and cut every `block_size` tokens. An
+    incomplete block at the end is dropped. Special tokens spelt in the text are tokenised as plain text.
 
     Args:
         corpus (`Dataset` or `IterableDataset`): with the column `text`.
         tokenizer (`PreTrainedTokenizerBase`): its `eos_token` closes documents.
-        block_size (`int`): tokens a block.
+        block_size (`int`): tokens in each block.
 
     Returns:
         `Dataset` (in memory; for a corpus larger than memory, stream) or `IterableDataset`: columns `input_ids` and
-        `labels`, lists of `block_size` ids, the first label of a block -100 as nothing predicts it.
+        `labels`, lists of `block_size` ids. The first label of a block is -100, because no token predicts it.
 
     Raises:
         ValueError: if `block_size` is below 2, the tokenizer has no closing token, or the corpus is shorter than a
@@ -211,17 +198,18 @@ def _token_blocks(corpus: Any, tokenizer: PreTrainedTokenizerBase, block_size: i
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    Train a byte-level BPE tokenizer, as the GPT-2 and Phi family has.
+    Train a byte-level BPE tokenizer like those of GPT-2 and Phi.
 
-    The same texts give the same ids under any `PYTHONHASHSEED`: nothing unordered reaches the trainer. Give it a list
-    or another ordered iterable, never a `set`.
+    The same texts give the same ids under any `PYTHONHASHSEED`, because the texts and the initial alphabet reach the
+    trainer in a fixed order. (`train_new_from_iterator` of transformers needs an existing tokenizer to start from, and
+    passes the alphabet unsorted.)
 
     Args:
-        texts (`Iterable[str]`): the corpus.
-        vocab_size (`int`): entries, at least 258 (256 bytes and two special tokens).
+        texts (`Iterable[str]`): the corpus, in a fixed order; not a `set`.
+        vocab_size (`int`): number of entries, at least 258 (256 bytes and two special tokens).
 
     Returns:
-        `PreTrainedTokenizerFast`: `<|endoftext|>` (id 0) opens and closes texts, `<|pad|>` (id 1) pads.
+        `PreTrainedTokenizerFast`: `<|endoftext|>` (id 0) begins and ends texts, `<|pad|>` (id 1) pads.
 
     Raises:
         ValueError: if `vocab_size` is below 258.
@@ -230,7 +218,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < 258:
         raise ValueError(f"vocab_size={vocab_size} must be at least 258: 256 bytes and two special tokens.")
     if isinstance(texts, (set, frozenset)):
-        raise TypeError("texts is a set: its order, and so the ids, would follow PYTHONHASHSEED. Give a sorted list.")
+        raise TypeError("texts is a set: its order, and so the ids, depend on PYTHONHASHSEED. Give a sorted list.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -259,19 +247,19 @@ def pack_documents(
     """
     Pack documents into rows of one length.
 
-    Each document is closed by the closing token; one that is longer than a row is cut into rows. Some thousand
-    documents are taken together, and their order among themselves is given up to fill rows well. What is left of a row
-    is padded. Special tokens spelt in the text are tokenised as plain text.
+    Each document is closed by the closing token; a document longer than a row is cut. About two thousand documents are
+    packed together, out of order, so that little room is left. The rest of a row is padded. Special tokens spelt in
+    the text are tokenised as plain text.
 
     Args:
         corpus (`Dataset` or `IterableDataset`): with the column `text`.
         tokenizer (`PreTrainedTokenizerBase`): its `eos_token` closes documents.
-        row_tokens (`int`): tokens a row.
+        row_tokens (`int`): tokens in each row.
 
     Returns:
         `Dataset` (in memory; for a corpus larger than memory, stream) or `IterableDataset`: columns `input_ids`,
-        `position_ids` and `labels`, lists of `row_tokens` ids. The first label of a document is -100: nothing predicts
-        it.
+        `position_ids` and `labels`, lists of `row_tokens` ids. The first label of a document is -100, because no token
+        predicts it.
 
     Raises:
         ValueError: if `row_tokens` is below 2, the tokenizer has no closing token, or the corpus is empty.
@@ -295,7 +283,7 @@ def _text_rows(corpus: Any, tokenizer: PreTrainedTokenizerBase, row_tokens: int)
         encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
         documents = [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
         pieces = [ids[i : i + row_tokens] for ids in documents for i in range(0, len(ids), row_tokens)]
-        pieces = [piece for piece in pieces if len(piece) > 1]  # a single token teaches nothing
+        pieces = [piece for piece in pieces if len(piece) > 1]  # a single token has no label
         sizes = [len(piece) for piece in pieces]
         order = longest_first(sizes, range(len(pieces)))
         for members, size in fill_rows(sizes, order, row_tokens):
@@ -303,6 +291,6 @@ def _text_rows(corpus: Any, tokenizer: PreTrainedTokenizerBase, row_tokens: int)
             chosen = [pieces[index] for index in members]
             yield {
                 "input_ids": [token for piece in chosen for token in piece] + [pad] * padding,
-                "position_ids": [place for piece in chosen for place in range(len(piece))] + [0] * padding,
+                "position_ids": [position for piece in chosen for position in range(len(piece))] + [0] * padding,
                 "labels": [label for piece in chosen for label in (IGNORED, *piece[1:])] + [IGNORED] * padding,
             }

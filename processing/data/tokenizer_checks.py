@@ -1,6 +1,6 @@
-"""Which tokenizer a model was trained with: a fingerprint to store beside it, and the refusal of any other.
+"""Fingerprints of tokenizers, to check that a model is used with the tokenizer that it was trained with.
 
-A language model under another tokenizer than its own raises nothing and loses up to half of what it knows.
+A language model under another tokenizer raises no error and loses up to 50 points of accuracy.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 
-# Words, numbers, punctuation, white space, other scripts: what tokenizers cut in different ways
+# Words, numbers, punctuation, white space and other scripts, which tokenizers split differently.
 PROBE = (
     "The 2nd quick-brown fox, isn't it?  It's 12,345.67\n\n\tdéjà vu; Ünïcode - 日本語 ☃ 🙂 def f(x):\n"
     "    return x_1 != 0"
@@ -18,15 +18,15 @@ PROBE = (
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
     """
-    A short text that is the same for tokenizers that give the same ids.
+    A short text that is equal for tokenizers that give the same ids.
 
-    Covers the entries with ids below `size`, and the ids they give to a text of every sort of character, so that two
-    ways of cutting text into the same entries differ too. Tokens added behind (image, padding) leave the fingerprint
-    of the first `size` entries as it was.
+    It covers the entries with ids below `size`, and the ids of a text with all kinds of characters, so that two
+    tokenizers with equal entries that split text differently have different fingerprints. Tokens added later (image,
+    padding) do not change the fingerprint of the first `size` entries.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer.
-        size (`int`, *optional*): entries to cover; all of them when not given.
+        size (`int`, *optional*): number of entries to cover; by default all.
 
     Returns:
         `str`: `"{size}:{sha256}"`.
@@ -48,16 +48,15 @@ def check_tokenizer(
     fingerprint: str, tokenizer: PreTrainedTokenizerBase, *, model_name: str, tokenizer_name: str
 ) -> None:
     """
-    Refuse a tokenizer that is not a model's own.
+    Raise if a tokenizer is not the one that a model was trained with.
 
     Args:
-        fingerprint (`str`): as [`tokenizer_fingerprint`] gave it for the model's tokenizer. Further tokens may have
-            been added.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used.
-        model_name (`str`), tokenizer_name (`str`): both are named in the error.
+        fingerprint (`str`): [`tokenizer_fingerprint`] of the model's tokenizer. The tokenizer may have further tokens.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer to check.
+        model_name (`str`), tokenizer_name (`str`): names for the error.
 
     Raises:
-        ValueError: if the tokenizer gives other ids, or the fingerprint is not one.
+        ValueError: if the tokenizer gives other ids, or the fingerprint is malformed.
     """
     head = fingerprint.split(":")[0]
     if not head.isdigit():

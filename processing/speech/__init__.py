@@ -1,8 +1,7 @@
-"""Spoken questions: WhisperX in a process of its own, and transcripts stored beside a data file."""
+"""Transcribes spoken questions with WhisperX, which runs in a process of its own."""
 
 from .recordings import Transcript, TranscriptionError
-from .stored_transcripts import StoredTranscripts
 from .transcriber import Transcriber
 
 
-__all__ = ["StoredTranscripts", "Transcriber", "Transcript", "TranscriptionError"]
+__all__ = ["Transcriber", "Transcript", "TranscriptionError"]

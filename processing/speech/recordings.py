@@ -1,4 +1,4 @@
-"""What goes into a transcription and what comes out: samples as a file, the speech model's name, text or an error."""
+"""Values of the transcriber: transcripts, errors, speech model names and WAV files from samples."""
 
 import re
 import struct
@@ -14,13 +14,13 @@ VOCABULARY_FILES = ("vocabulary.json", "vocabulary.txt")
 
 class TranscriptionError(RuntimeError):
     """
-    A recording could not be transcribed. Its text is for people: what happened and what to do.
+    A recording could not be transcribed.
 
     Args:
-        message (`str`): the text; it names files by their last part only.
-        kind (`str`): one word for programs: `audio` (the file's fault), `too_long`, `environment` (nothing to run
-            WhisperX with), `network`, `model`, `timeout`, `crash`, `closed` or `internal`.
-        details (`str`, *optional*): the last lines the worker logged, for the log and not for a visitor.
+        message (`str`): the problem and the remedy, for users; contains file names without directories.
+        kind (`str`): the kind of error, for programs: `audio` (a bad file), `too_long`, `environment` (WhisperX can't
+            be run), `network`, `model`, `timeout`, `crash`, `closed` or `internal`.
+        details (`str`, *optional*): the last lines that the worker logged; for the log, not for users.
     """
 
     def __init__(self, message: str, kind: str, details: str = ""):
@@ -32,14 +32,14 @@ class TranscriptionError(RuntimeError):
 @dataclass(frozen=True)
 class Transcript:
     """
-    What was said in a recording.
+    The text of a recording.
 
     Args:
-        text (`str`): the words; empty if no speech was heard.
-        language (`str`, *optional*): the language's code; `None` without speech.
+        text (`str`): the words; empty if the recording has no speech.
+        language (`str`, *optional*): code of the language; `None` without speech.
         seconds (`float`): length of the recording.
         model (`str`): the speech model.
-        elapsed (`float`): seconds the transcription took, without waiting for the model to load.
+        elapsed (`float`): seconds that the transcription took, without loading the model.
     """
 
     text: str
@@ -51,17 +51,20 @@ class Transcript:
 
 def speech_model(model: str | Path) -> str:
     """
-    The name that WhisperX knows a speech model by.
+    WhisperX's name of a speech model.
 
     Args:
-        model (`str` or `Path`): a size, OpenAI's Hub id of one, another Hub id, or a folder.
+        model (`str` or `Path`): a size, OpenAI's Hub id of a size, another Hub id, or a directory.
 
     Returns:
-        `str`: `openai/whisper-small` becomes `small`; a folder, its absolute path; other names stay.
+        `str`: `openai/whisper-small` becomes `small`; a directory becomes its absolute path; other names are
+            unchanged.
 
     Raises:
-        ValueError: if a folder lacks files of a CTranslate2 checkpoint (names them), or does not exist.
+        ValueError: if a directory lacks files of a CTranslate2 checkpoint (the message lists them), or does not exist.
     """
+    from jnana.processing.data.paths import names_local_path  # `processing.data` imports this module
+
     name = str(model)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -72,33 +75,35 @@ def speech_model(model: str | Path) -> str:
             return str(path.resolve())
         is_transformers = any(path.glob("*.safetensors")) or (path / "pytorch_model.bin").is_file()
         remedy = (
-            "It is a transformers checkpoint: convert it with `ct2-transformers-converter --model FOLDER --output_dir "
-            "NEW --copy_files tokenizer.json preprocessor_config.json`."
+            "It is a transformers checkpoint: convert it with `ct2-transformers-converter --model DIRECTORY "
+            "--output_dir NEW --copy_files tokenizer.json preprocessor_config.json`."
             if is_transformers
-            else "Name the folder of a Whisper checkpoint in CTranslate2's format, or a size such as 'small'."
+            else "Pass the directory of a Whisper checkpoint in CTranslate2's format, or a model size such as 'small'."
         )
         raise ValueError(f"model={name!r} lacks {', '.join(missing)}. {remedy}")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model={name!r} is no folder. Name one, a size such as 'small', or a Hub id.")
+    if names_local_path(name):
+        raise ValueError(
+            f"model={name!r} is not a directory; pass a directory, a model size such as 'small', or a Hub id."
+        )
     openai = re.fullmatch(r"(?:openai/)?whisper-(.+)", name)
     return openai.group(1) if openai else name
 
 
 def wav_bytes(samples: np.ndarray, sampling_rate: int) -> bytes:
     """
-    A WAV file of float32 samples.
+    Samples as the bytes of a float32 WAV file.
 
     Args:
         samples (`numpy.ndarray`): `(num_samples,)` or `(num_samples, num_channels)`, floats or integers.
         sampling_rate (`int`): in Hz.
 
     Raises:
-        TranscriptionError: if the array holds no samples of sound, or the rate is not positive.
+        TranscriptionError: if the array does not have the shape or type of a recording, or the rate is not positive.
     """
     if samples.ndim not in (1, 2) or samples.dtype.kind not in "fiu" or (samples.ndim == 2 and samples.shape[1] > 16):
         raise TranscriptionError(
-            f"An array of shape {samples.shape} and type {samples.dtype} is no recording: (num_samples,) or "
-            "(num_samples, num_channels) of numbers is.",
+            f"An array of shape {samples.shape} and type {samples.dtype} is not a recording; pass numbers of shape "
+            "(num_samples,) or (num_samples, num_channels).",
             "audio",
         )
     if int(sampling_rate) < 1:

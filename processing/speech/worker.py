@@ -2,22 +2,23 @@
 # requires-python = ">=3.10,<3.14"
 # dependencies = ["whisperx==3.8.6"]
 # ///
-"""The program that turns speech into text with WhisperX, in an environment of its own.
+"""Worker program: transcribes recordings with WhisperX, in an environment of its own.
 
-WhisperX (Bain et al., https://arxiv.org/abs/2303.00747) pins packages that can't be installed beside transformers 5,
-so `transcriber.py` runs this file with `uv run --script`, which reads the header above and provisions the
-environment the first time. It can be run by hand too, by any python that has whisperx:
+WhisperX (Bain et al., https://arxiv.org/abs/2303.00747) pins packages that can't be installed with transformers 5, so
+`transcriber.py` runs this file with `uv run --script`, which reads the header above and creates the environment at the
+first start. Any python that has whisperx can run it by hand:
 
     uv run --script processing/speech/worker.py --model small
     {"op": "transcribe", "id": 1, "path": "question.wav"}
 
-One JSON object a line, in and out. It says `{"event": "started"}` at once and `{"event": "ready", ...}` when the model
-is loaded, or `{"event": "fatal", "kind", "message", "details"}`. A request has an `id` and an `op`, `transcribe` or
-`ping`; its reply has the same `id`, `ok`, and either the result or `{"error": {"kind", "message"}}`. The end of
-standard input ends the program. Only the replies reach standard output, whatever the libraries print.
+Protocol: one JSON object per line on standard input and output. The program writes `{"event": "started"}` at once and
+`{"event": "ready", ...}` when the model is loaded, or `{"event": "fatal", "kind", "message", "details"}`. A request
+has an `id` and an `op`, `transcribe` or `ping`. Its reply has the same `id`, `ok`, and either the result or
+`{"error": {"kind", "message"}}`. The program ends at the end of standard input. Output of the libraries goes to
+standard error.
 
-Needs the standard library until the model is loaded. No other file of this package imports it but `transcriber.py`,
-where whisperx is importable anyway.
+Only the standard library is needed until the model is loaded. Of this package only `transcriber.py` imports this file,
+and only if whisperx can be imported.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from typing import Any
 
 
 SAMPLING_RATE = 16_000
-# Containers of recordings. Not among them: play lists, which name other files and addresses to open
+# Containers of recordings. Playlists are excluded, because they make FFmpeg open other files and URLs.
 AUDIO_FORMATS = (
     "aac,ac3,aiff,amr,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,ogg,opus,rm,tta,w64,"
     "wav,wv"
@@ -44,7 +45,7 @@ NETWORK_ERRORS = (
     "OfflineModeIsEnabled",
     "ReadTimeout",
 )
-# pyannote reports every file's length, onnxruntime that it runs, huggingface_hub what is downloaded by what
+# pyannote would report the length of each file, onnxruntime its use, huggingface_hub the downloads.
 NO_TELEMETRY = {
     "PYANNOTE_METRICS_ENABLED": "false",
     "ORT_DISABLE_TELEMETRY": "1",
@@ -53,8 +54,14 @@ NO_TELEMETRY = {
 }
 
 
-class Refused(Exception):
-    """What a request, or the start, failed of, for people: `kind` is one word for programs."""
+class WorkerError(Exception):
+    """
+    The start or a request failed.
+
+    Args:
+        kind (`str`): the kind of error, for programs, as in `TranscriptionError`.
+        message (`str`): the problem and the remedy, for users.
+    """
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -63,22 +70,22 @@ class Refused(Exception):
 
 class Recogniser:
     """
-    WhisperX with its model loaded.
+    WhisperX with a loaded model.
 
-    Speech is looked for with the Silero network that faster-whisper carries with it: WhisperX's own choices unpickle a
-    checkpoint (pyannote) or fetch code (its `silero`). Words are not aligned: the text is all that is needed.
+    Speech is detected with the Silero network that is part of faster-whisper. WhisperX's own options unpickle a
+    checkpoint (pyannote) or download code (its `silero`). Words are not aligned, because only the text is needed.
 
     Args:
-        model (`str`): a size (`small`), a Hub id, or a folder, of a CTranslate2 Whisper checkpoint.
-        language (`str`, *optional*): code of the language spoken; detected in every recording when not given.
+        model (`str`): a size (`small`), or the Hub id or directory of a CTranslate2 Whisper checkpoint.
+        language (`str`, *optional*): code of the spoken language; by default detected in each recording.
         device (`str`, *optional*, defaults to `"auto"`): `cpu`, `cuda`, or `auto`.
         compute_type (`str`, *optional*, defaults to `"default"`): `float32`, `float16`, `int8` ...
         beam_size (`int`, *optional*, defaults to 5): hypotheses kept while decoding.
         threads (`int`, *optional*, defaults to 4): CPU threads.
-        max_seconds (`float`, *optional*, defaults to 300): longer recordings are refused.
+        max_seconds (`float`, *optional*, defaults to 300): longer recordings raise.
 
     Raises:
-        Refused: if WhisperX is not installed, or the model can't be had.
+        WorkerError: if WhisperX is not installed or the model can't be loaded.
     """
 
     def __init__(
@@ -100,7 +107,7 @@ class Recogniser:
             from whisperx.diarize import Segment
             from whisperx.vads import Vad
         except ImportError as error:
-            raise Refused("environment", f"WhisperX can't be imported by {sys.executable}: {error}") from error
+            raise WorkerError("environment", f"WhisperX can't be imported by {sys.executable}: {error}") from error
 
         def speech_in(samples: Any, longest: float) -> list[tuple[float, float]]:
             found = get_speech_timestamps(
@@ -109,7 +116,7 @@ class Recogniser:
             return [(speech["start"] / SAMPLING_RATE, speech["end"] / SAMPLING_RATE) for speech in found]
 
         class SpeechDetector(Vad):
-            """Hands WhisperX the stretches of speech; they are then merged up to 30 s by `Vad`."""
+            """Gives WhisperX the segments of speech, which `Vad` merges to up to 30 s."""
 
             def __call__(self, audio, **kwargs):
                 return [Segment(start, end, "UNKNOWN") for start, end in speech_in(audio["waveform"], 30.0)]
@@ -133,89 +140,91 @@ class Recogniser:
                 threads=threads,
             )
         except Exception as error:
-            raise _why_not_loaded(model, error) from error
-        # what has been loaded stays: the collector need not walk through it in every request
+            raise _load_error(model, error) from error
+        # Exclude the loaded objects, which stay alive, from garbage collection.
         gc.collect()
         gc.freeze()
 
     def transcribe(self, path: str) -> dict[str, Any]:
         """
-        What is said in a recording.
+        Transcribe a recording.
 
         Args:
-            path (`str`): a local audio file, or a video's with sound.
+            path (`str`): a local audio file, or a video file with sound.
 
         Returns:
-            `dict[str, Any]`: `text` (`""` if no speech is heard), `language` (`None` then) and `seconds`.
+            `dict[str, Any]`: `text` (`""` without speech), `language` (`None` without speech) and `seconds`.
 
         Raises:
-            Refused: if the file can't be used.
+            WorkerError: if the file can't be used.
         """
         samples = decode_audio(path, self.max_seconds)
         result: dict[str, Any] = {"text": "", "language": None, "seconds": len(samples) / SAMPLING_RATE}
         if self._speech_in(samples, 30.0):
-            # `task` always: without it a second language fails on the tokenizer of the first
-            heard = self.pipeline.transcribe(samples, batch_size=1, language=self.language, task="transcribe")
-            result["text"] = " ".join(" ".join(segment["text"].split()) for segment in heard["segments"]).strip()
-            result["language"] = heard["language"] if result["text"] else None
+            # Without `task`, a recording in a second language fails with the tokenizer of the first language.
+            transcription = self.pipeline.transcribe(samples, batch_size=1, language=self.language, task="transcribe")
+            result["text"] = " ".join(
+                " ".join(segment["text"].split()) for segment in transcription["segments"]
+            ).strip()
+            result["language"] = transcription["language"] if result["text"] else None
         return result
 
     def answer(self, request: Any) -> dict[str, Any]:
-        """The reply to a request, whatever the request is: errors are replies as well."""
+        """The reply to a request. Errors, also of malformed requests, become replies."""
         reply: dict[str, Any] = {"id": request.get("id") if isinstance(request, dict) else None}
         try:
             return {**reply, "ok": True, **self._perform(request)}
-        except Refused as refusal:
-            error = {"kind": refusal.kind, "message": str(refusal)}
-        except Exception as failure:  # a request must not end the worker
+        except WorkerError as failure:
+            error = {"kind": failure.kind, "message": str(failure)}
+        except Exception as failure:  # an error must not end the worker
             traceback.print_exc()
             error = {"kind": "internal", "message": f"The transcription failed ({type(failure).__name__}: {failure})."}
         return {**reply, "ok": False, "error": error}
 
     def _perform(self, request: Any) -> dict[str, Any]:
         if not isinstance(request, dict):
-            raise Refused("request", "Not a JSON object.")
+            raise WorkerError("request", "Not a JSON object.")
         if request.get("op") == "ping":
             return {}
         if request.get("op") != "transcribe":
-            raise Refused("request", f"op={request.get('op')!r} must be 'transcribe' or 'ping'.")
+            raise WorkerError("request", f"op={request.get('op')!r} must be 'transcribe' or 'ping'.")
         if not isinstance(request.get("path"), str):
-            raise Refused("request", f"path={request.get('path')!r} must be the path of a file.")
+            raise WorkerError("request", f"path={request.get('path')!r} must be the path of a file.")
         return self.transcribe(request["path"])
 
 
 def decode_audio(path: str, max_seconds: float) -> Any:
     """
-    The sound of a file, by the FFmpeg libraries that PyAV carries with it: no ffmpeg program is needed.
+    Decode the sound of a file with the FFmpeg libraries in PyAV. No ffmpeg program is needed.
 
     Args:
         path (`str`): the file.
-        max_seconds (`float`): what is longer is refused, before it is decoded if its header says so.
+        max_seconds (`float`): longer recordings raise, before they are decoded if the header shows it.
 
     Returns:
         `numpy.ndarray`: float32 samples `(num_samples,)` at 16 kHz, channels mixed.
 
     Raises:
-        Refused: of kind `audio` (missing, unreadable, without sound, in an unknown codec) or `too_long`.
+        WorkerError: of kind `audio` (missing, unreadable, without sound, unknown codec) or `too_long`.
     """
     import av
     import numpy as np
 
     name = Path(path).name
-    too_long = Refused(
+    too_long = WorkerError(
         "too_long",
-        f"{name} is longer than {max_seconds:g} seconds, the most that is transcribed. Cut out the question.",
+        f"{name} is longer than {max_seconds:g} seconds, the limit. Cut out the question.",
     )
     pieces, good, bad, num_samples = [], 0, 0, 0
     try:
-        # Opened here, so that no name is taken for an address, and with known formats only
+        # Opened by python, so that FFmpeg does not take the name for a URL, and in known formats only.
         with (
             open(path, "rb") as file,
             av.open(file, options={"format_whitelist": AUDIO_FORMATS}, metadata_errors="ignore") as container,
         ):
             if not container.streams.audio:
-                raise Refused("audio", f"{name} has no sound in it.")
-            # What a header says may be an estimate: only what is far too long is refused undecoded
+                raise WorkerError("audio", f"{name} has no sound.")
+            # The duration in the header may be an estimate, so only twice the limit raises here.
             if (container.duration or 0) / 1e6 > 2.0 * max_seconds:
                 raise too_long
             resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLING_RATE)
@@ -223,7 +232,7 @@ def decode_audio(path: str, max_seconds: float) -> Any:
                 try:
                     frames = packet.decode()
                     good += 1
-                except av.error.InvalidDataError:  # a hole in a recording, if it is not all holes
+                except av.error.InvalidDataError:  # damaged packets are skipped unless most are
                     bad += 1
                     continue
                 resampled = [piece for frame in frames for piece in resampler.resample(frame)]
@@ -233,41 +242,41 @@ def decode_audio(path: str, max_seconds: float) -> Any:
                     raise too_long
             pieces += [frame.to_ndarray().reshape(-1) for frame in resampler.resample(None)]
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise _why_not_decoded(name, error) from error
+        raise _decode_error(name, error) from error
     if bad > good:
-        raise Refused("audio", f"{name} is damaged: {bad} of its {bad + good} pieces can't be decoded.")
+        raise WorkerError("audio", f"{name} is damaged: {bad} of its {bad + good} packets can't be decoded.")
     samples = np.concatenate([np.zeros(0, np.float32), *pieces])
     return np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0).clip(-1.0, 1.0)
 
 
-def _why_not_decoded(name: str, error: Exception) -> Refused:
+def _decode_error(name: str, error: Exception) -> WorkerError:
     reason = type(error).__name__
     if isinstance(error, FileNotFoundError):
-        return Refused("audio", f"{name} does not exist.")
+        return WorkerError("audio", f"{name} does not exist.")
     if isinstance(error, PermissionError):
-        return Refused("audio", f"{name} may not be read.")
+        return WorkerError("audio", f"{name} can't be read: permission denied.")
     if reason in ("DecoderNotFoundError", "PatchWelcomeError", "UnknownCodecError"):
-        return Refused(
+        return WorkerError(
             "audio", f"{name} is in a codec that can't be decoded. Convert it to WAV, MP3, M4A, OGG or WebM."
         )
-    return Refused(
-        "audio", f"{name} is no readable audio file ({reason}). WAV, FLAC, MP3, M4A, OGG and WebM files can be read."
+    return WorkerError(
+        "audio", f"{name} is not a readable audio file ({reason}). WAV, FLAC, MP3, M4A, OGG and WebM can be read."
     )
 
 
-def _why_not_loaded(model: str, error: Exception) -> Refused:
+def _load_error(model: str, error: Exception) -> WorkerError:
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and len(chain) < 10:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     if not Path(model).is_dir() and any(type(item).__name__ in NETWORK_ERRORS for item in chain):
-        return Refused(
+        return WorkerError(
             "network",
             f"The speech model {model!r} is not on this machine and could not be downloaded. Connect to the network "
-            "once, or name the folder of a CTranslate2 Whisper checkpoint instead.",
+            "once, or pass the directory of a CTranslate2 Whisper checkpoint.",
         )
-    return Refused("model", f"The speech model {model!r} could not be loaded ({type(error).__name__}: {error}).")
+    return WorkerError("model", f"The speech model {model!r} could not be loaded ({type(error).__name__}: {error}).")
 
 
 def _version(package: str) -> str:
@@ -277,21 +286,21 @@ def _version(package: str) -> str:
 
 
 def main() -> None:
-    """Load the model and answer until standard input ends."""
-    # The streams are taken before anything is imported: libraries log to standard output, and children must not read
-    # our requests
+    """Load the model and answer requests until standard input ends."""
+    # Duplicate and redirect the streams before the imports: libraries write to standard output, and child processes
+    # must not read the requests.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     os.dup2(2, 1)
     sys.stdin, sys.stdout = open(os.devnull), sys.stderr  # noqa: SIM115
     if sys.path and sys.path[0] == str(Path(__file__).resolve().parent):
-        del sys.path[0]  # neighbours of this file must not be taken for installed packages
+        del sys.path[0]  # files of this directory must not shadow installed packages
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message).encode() + b"\n")
 
-    parser = argparse.ArgumentParser(description="Transcribes recordings named on standard input by WhisperX.")
+    parser = argparse.ArgumentParser(description="Transcribes recordings requested on standard input with WhisperX.")
     parser.add_argument("--model", default="small")
     parser.add_argument("--language")
     parser.add_argument("--device", default="auto")
@@ -300,19 +309,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--max_seconds", type=float, default=300.0)
     options = vars(parser.parse_args())
-    say({"event": "started", "pid": os.getpid()})
+    send({"event": "started", "pid": os.getpid()})
     try:
         recogniser = Recogniser(options.pop("model"), **options)
-    except Refused as refusal:
-        say({"event": "fatal", "kind": refusal.kind, "message": str(refusal), "details": traceback.format_exc()})
+    except WorkerError as error:
+        send({"event": "fatal", "kind": error.kind, "message": str(error), "details": traceback.format_exc()})
         sys.exit(1)
-    say({"event": "ready", **recogniser.about})
+    send({"event": "ready", **recogniser.about})
     for line in requests:
         try:
             request = json.loads(line)
         except ValueError:
             request = None
-        say(recogniser.answer(request))
+        send(recogniser.answer(request))
 
 
 if __name__ == "__main__":

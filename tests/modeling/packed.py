@@ -19,7 +19,8 @@ def conversations(seed: int = 0) -> list[list[EncodedConversation]]:
 
     def conversation(prompt: list[int], answer: list[int], *images: int) -> EncodedConversation:
         answer = [*answer, 0]
-        return EncodedConversation(prompt + answer, [0] * len(prompt) + [1] * len(answer), list(images))
+        mask = [0] * len(prompt) + [1] * len(answer)
+        return EncodedConversation(prompt + answer, mask, list(images), [SIZE] * len(images))
 
     separator, same = words(3), words(4)
     image = [IMAGE] * SIZE
@@ -37,7 +38,7 @@ def batch(
     """Model inputs of rows of groups, as `JnanaCollator` makes them."""
     if packing == "none":
         rows = [[[conversation]] for row in rows for group in row for conversation in group]
-    packed = [pack_row(row, IMAGE, SIZE, packing == "shared_image") for row in rows]
+    packed = [pack_row(row, IMAGE, packing == "shared_image") for row in rows]
     inputs = stack_rows(packed, 1, multiple_of)
     if packing == "none":
         inputs["attention_mask"] = (inputs["segment_ids"] >= 0).long()
@@ -56,14 +57,14 @@ def batches(how: str) -> list[dict[str, torch.Tensor]]:
 
     Args:
         how (`str`): `single` (a conversation a batch), `padded` (one batch), `rows` and `shared_image` (two rows of
-            different lengths), `blocks` (the same, padded to whole blocks of 128), `one tree a batch`.
+            different lengths), `blocks` (the same, padded to whole blocks of 128), `one group per batch`.
     """
     groups = conversations()
     if how == "single":
         return [batch([[[conversation]]], "none") for group in groups for conversation in group]
     if how == "padded":
         return [batch([groups], "none")]
-    if how == "one tree a batch":
+    if how == "one group per batch":
         return [batch([[group]], "shared_image") for group in groups]
     rows = [[groups[0], groups[3]], [groups[2], groups[1]]]
     return [batch(rows, "shared_image", 128)] if how == "blocks" else [batch(rows, how)]

@@ -39,7 +39,7 @@ def test_every_layout_trains_the_same(models, family):
     model = models(family)
     alone = loss_and_gradients(model, batches("single"))
     assert len(alone[1]) > 40
-    for how in ("padded", "rows", "shared_image", "blocks", "one tree a batch"):
+    for how in ("padded", "rows", "shared_image", "blocks", "one group per batch"):
         assert difference(loss_and_gradients(model, batches(how)), alone) < EXACT, how
 
 

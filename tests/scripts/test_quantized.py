@@ -17,13 +17,23 @@ from jnana.chat import ChatSession
 from jnana.training.adapters import adapter_reference
 from jnana.training.loading import load_model
 from jnana.training.merging import max_difference, merge_adapter, merging_base, probe_logits
+from tests import packed_kernel
 from tests.chat.test_session import largest_difference, reread
+from tests.packed_kernel import KERNELS, force_kernel
 from tests.scripts.conftest import options, sft_options
 from tests.scripts.test_chain import logits
 
 
+@pytest.fixture(scope="module", params=KERNELS)
+def kernel(request):
+    """Every test of a 4-bit model runs on both of bitsandbytes' ways to multiply (see packed_kernel.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        force_kernel(request.param, patch.setattr)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def quantized(aligned, data, tmp_path_factory) -> Path:
+def quantized(kernel, aligned, data, tmp_path_factory) -> Path:
     """Six steps on a 4-bit base, all in float32 so that nothing but the 4 bits rounds."""
     folder = tmp_path_factory.mktemp("qlora") / "sft"
     changes = {"quantization": "nf4", "learning_rate": "1e-2", "projector_learning_rate": "2e-3"}
@@ -40,6 +50,25 @@ def test_it_learns_and_says_what_it_rests_on(quantized):
         assert adapter_reference(str(folder))["quantization"]["quantization"] == "nf4"
         assert (folder / "modeling_jnana.py").is_file() and (folder / "processor_config.json").is_file()
         assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_evaluating_while_it_trains_changes_nothing(quantized, kernel, aligned, data, tmp_path, monkeypatch):
+    """Evaluations and samples between the steps leave the weights' bytes as they are without them."""
+    changes = {"quantization": "nf4", "learning_rate": "1e-2", "projector_learning_rate": "2e-3"}
+    changes |= {"eval_strategy": "steps", "eval_steps": 2, "sample_steps": 1, "sample_max_new_tokens": 2}
+    run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "sft", **changes))
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "sft" / name).read_bytes() == (quantized / name).read_bytes()
+    if kernel == "off":
+        return
+    # the control: with the layers as bitsandbytes makes them the gradients are wrong after the first sample, or none
+    monkeypatch.setattr("jnana.modeling.modeling_jnana.disable_packed_kernel", lambda model: None)
+    try:
+        run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "spoilt", **changes))
+    except RuntimeError as error:
+        assert "requires grad" in str(error)
+    else:
+        assert (tmp_path / "spoilt" / name).read_bytes() != (quantized / name).read_bytes()
 
 
 def test_merging_into_both_bases(quantized, data, tmp_path, capsys):
@@ -95,13 +124,14 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_an_adapter_folder_loads_in_a_fresh_interpreter(quantized, tmp_path):
+def test_an_adapter_folder_loads_in_a_fresh_interpreter(quantized, kernel, tmp_path):
     """By transformers alone, the repository not on the path: code, base, 4 bits, adapter and trained projector."""
     model, processor = load_model(str(quantized))
     expected = probe_logits(model, processor)[0].double().sum().item()
     earlier = probe_logits(*load_model(str(quantized / "checkpoint-3")))[0].double().sum().item()
+    force = f"exec(open({packed_kernel.__file__!r}).read())\nforce_kernel({kernel!r})\n"
     script = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    script += f"sys.path[:] = [p for p in sys.path if p not in ('', {str(Path.cwd())!r})]\n" + FRESH
+    script += f"sys.path[:] = [p for p in sys.path if p not in ('', {str(Path.cwd())!r})]\n" + force + FRESH
     run = subprocess.run(
         [sys.executable, "-I", "-c", script, str(quantized), str(quantized / "checkpoint-3")],
         cwd=tmp_path,
@@ -153,7 +183,7 @@ def test_a_second_round_adopts_everything(quantized, data, tmp_path):
 
 
 def test_eight_bits_train_too(aligned, data, tmp_path):
-    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "activation_checkpointing": "true"}
+    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "gradient_checkpointing": "true"}
     run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "int8", **changes))
     model, processor = load_model(str(tmp_path / "int8"))
     assert model.get_base_model().is_loaded_in_8bit and torch.isfinite(logits(model, processor, data)).all()

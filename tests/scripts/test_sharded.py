@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from jnana.training.loading import load_model
-from tests.scripts.conftest import sft_options
+from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import run_forked, succeed
 from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, use_deepspeed, watch_imageless
 
@@ -162,6 +162,21 @@ def test_fsdp2_with_an_adapter(start, adapter, tmp_path):
     load_model(str(tmp_path / "fsdp2"))
 
 
+def test_muon_under_fsdp2(start, tmp_path):
+    """The matrices are sharded by rows; torch gathers them for the products. It resumes to the byte, too."""
+    changes = {"optimizer": "muon", "learning_rate": "1e-3", "max_steps": 2, "save_steps": 1, "eval_steps": 1}
+    for how in ("one", "fsdp2"):
+        start(tmp_path / how, how, **changes)
+    folder = tmp_path / "fsdp2"
+    assert_same_run(folder, tmp_path / "one")
+    weights = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoint-2")
+    (folder / "model.safetensors").unlink()
+    assert f"resuming from {folder}/checkpoint-1 " in start(folder, "fsdp2", **changes)[0]
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert (folder / "checkpoint-1" / "model.safetensors").read_bytes() != weights  # the control
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("how", ["zero2", "zero3"])
 def test_zero_is_one_process(start, one, how, tmp_path):
@@ -200,3 +215,43 @@ def test_zero_with_an_adapter(start, second_round, how, tmp_path):
     assert (tmp_path / how / "checkpoint-2" / "global_step2").is_dir()
     assert_same_run(tmp_path / how, reference, "adapter_model.safetensors")
     load_model(str(tmp_path / how))
+
+
+@pytest.fixture(scope="module")
+def join(tmp_path_factory, data, vision, pretrained):
+    """Trains a pair that is joined from two backbones."""
+
+    def join(output, how: str, script: str, **changes) -> None:
+        sizes = {"max_steps": 2, "save_steps": 2, "adam_epsilon": "1e-3", "learning_rate": "1e-2"}
+        evaluation = {"eval_data": data / "captions.json", "eval_strategy": "steps", "eval_steps": 2}
+        sizes |= {"per_device_train_batch_size": 4 // (1 if how == "one" else 2), **evaluation}
+        words = align_options(data, vision, pretrained, output_dir=output, **{**sizes, **changes})
+        options = {"processes": 1 if how == "one" else 2}
+        if how != "one":
+            words.append("--ddp_backend=gloo")
+            environment = launch_environment(f"{how}.yaml", 2) | {"ACCELERATE_USE_CPU": "false"}
+            options |= {"prepare": use_deepspeed, "environment": environment}
+        succeed(run_forked(script, words, tmp_path_factory.mktemp("log"), **options))
+
+    return join
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("script", "changes", "weights"),
+    [
+        ("run_align", {}, "model.safetensors"),
+        ("run_sft", {"lora_r": 0}, "model.safetensors"),
+        ("run_sft", {"lora_r": 4}, "adapter_model.safetensors"),
+    ],
+    ids=["align", "sft", "sft with a new adapter"],
+)
+def test_zero3_joins_two_backbones(join, script, changes, weights, tmp_path):
+    """The model is whole until training starts: the projector, and a new adapter, get one process's random numbers."""
+    for how in ("one", "zero3"):
+        join(tmp_path / how, how, script, **changes)
+    assert sorted((tmp_path / "zero3" / "checkpoint-2" / "global_step2").glob("*optim_states.pt"))
+    assert_same_run(tmp_path / "zero3", tmp_path / "one", weights)
+    losses = history(tmp_path / "one", "loss")
+    assert (losses[0] - losses[1]).abs() > 1e-3  # the control: training did change something
+    load_model(str(tmp_path / "zero3"))

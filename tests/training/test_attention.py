@@ -30,12 +30,12 @@ def tried(monkeypatch, run) -> tuple[str, str]:
 def test_flex_is_taken_when_it_agrees_and_is_faster(monkeypatch):
     best, reason = tried(monkeypatch, lambda real, *given: (real("sdpa", *given)[0], 0.25))
     assert best == "flex_attention"
-    assert "250.0 ms against 1000.0 ms with sdpa for rows of 256 and 128 tokens, the same numbers" in reason
+    assert "250.0 ms against 1000.0 ms with sdpa for rows of 256 and 128 tokens, the same results" in reason
 
 
 def test_flex_is_not_taken_when_it_is_slower(monkeypatch):
     best, reason = tried(monkeypatch, lambda real, *given: (real("sdpa", *given)[0], 1.5))
-    assert best == "sdpa" and "no faster" in reason
+    assert best == "sdpa" and "not faster" in reason
 
 
 @pytest.mark.parametrize("name", ["segment_ids", "branch_ids", "position_ids"])
@@ -45,12 +45,12 @@ def test_flex_is_not_taken_when_it_computes_something_else(monkeypatch, name):
         return real("sdpa", config, [longer, {**shorter, name: torch.zeros_like(shorter[name])}])[0], 0.1
 
     best, reason = tried(monkeypatch, wrong)
-    assert best == "sdpa" and "computes something else" in reason
+    assert best == "sdpa" and "gives other results" in reason
 
 
 def test_flex_is_not_taken_when_it_gives_nan_or_fails(monkeypatch):
     best, reason = tried(monkeypatch, lambda real, *given: ([t * torch.nan for t in real("sdpa", *given)[0]], 0.1))
-    assert best == "sdpa" and "computes something else" in reason
+    assert best == "sdpa" and "gives other results" in reason
 
     def fails(real, config, rows):
         raise RuntimeError("no kernel")

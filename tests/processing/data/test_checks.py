@@ -1,4 +1,4 @@
-"""The check before training: every sort of bad row is found, named, and counted; good ones are measured."""
+"""The check before training finds, names and counts every kind of bad row, and measures the good ones."""
 
 import json
 import re
@@ -51,7 +51,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_each_sort_of_bad_row_is_found_and_named(read, pictures, processor, case):
+def test_each_kind_of_bad_row_is_found_and_named(read, pictures, processor, case):
     (pictures / "text.png").write_text("no picture")
     (pictures / "bomb.png").write_bytes(png_header(60_000, 60_000))
     bad, message = BAD[case]
@@ -90,13 +90,13 @@ def test_lengths_are_those_of_training(read, processor):
     assert [length for row in report.lengths for length in row] == [row[0] for row in flat.lengths]
 
 
-def test_long_answers_are_counted_not_refused(read, processor):
+def test_long_answers_are_counted_and_kept(read, processor):
     rows = read(record(turns=[QUESTION, {"from": "gpt", "value": "rook " * 60}]), record())
     report = check_rows(rows, processor, max_length=60, progress=False)
     assert report.kept_indices == [0, 1] and report.num_truncated == 1
 
 
-def test_an_image_behind_max_length_is_refused(read, processor):
+def test_an_image_behind_max_length_raises(read, processor):
     """A later turn's image may not be cut."""
     late = [{"from": "human", "value": "hi"}, ANSWER, {"from": "human", "value": "then <image>?"}, ANSWER]
     rows = read(record(turns=late), independent_turns=False)
@@ -117,7 +117,7 @@ def test_a_template_without_generation_blocks_supervises_nothing(read, processor
         check_rows(read(record()), broken, progress=False)
 
 
-def test_problems_are_gathered_listed_and_written(read, processor, tmp_path):
+def test_problems_are_listed_and_written(read, processor, tmp_path):
     rows = read(*[record(f"gone{i}.png") for i in range(15)], record())
     listing = tmp_path / "out" / "bad_samples.jsonl"
     with pytest.raises(BadSampleError) as caught:
@@ -127,7 +127,7 @@ def test_problems_are_gathered_listed_and_written(read, processor, tmp_path):
     assert lines[-1] == "  ... and 5 more"
     assert len(read_bad_samples(listing)) == 15 and "record 14" in read_bad_samples(listing)[14]
     check_rows(rows, processor, progress=False, bad_samples_file=listing, on_bad_sample="skip")
-    assert len(read_bad_samples(listing)) == 15  # met again, listed once
+    assert len(read_bad_samples(listing)) == 15  # found again, listed once
 
 
 def test_nothing_left_is_an_error_even_when_skipping(read, processor):

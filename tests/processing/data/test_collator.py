@@ -1,4 +1,4 @@
-"""Batches: labels on answers alone, images in order, and bad rows that neither crash nor vanish silently."""
+"""Batches: labels on answers only, images in order, bad rows raised or skipped and listed."""
 
 import json
 import pickle
@@ -95,13 +95,13 @@ def test_bad_rows_raise_with_file_and_record(processor, pictures):
         JnanaCollator(processor, on_bad_sample="ignore")
 
 
-def test_bad_rows_are_left_out_and_listed(processor, pictures, tmp_path):
+def test_bad_rows_are_skipped_and_listed(processor, pictures, tmp_path):
     listing = tmp_path / "out" / "bad_samples.jsonl"
     collator = JnanaCollator(processor, max_length=40, on_bad_sample="skip", bad_samples_file=listing)
     rows = [
         row([pictures / "2.jpg"]),
         row([pictures / "gone.png"], source="r1"),
-        row([pictures / "0.png"], question="rook " * 60, source="r2"),  # found only once it is tokenised
+        row([pictures / "0.png"], question="rook " * 60, source="r2"),  # found by tokenising it
         row([pictures / "1.png"], answer="three"),
     ]
     batch = collator(rows)
@@ -169,7 +169,7 @@ def test_the_collator_changes_no_row(processor, pictures):
     assert json.dumps(given) == before
 
 
-def test_pil_images_in_rows_are_taken(processor):
+def test_pil_images_in_rows(processor):
     given = row()
     given["images"] = [Image.new("RGB", (30, 20), "red")]
     given["conversations"][0][0]["content"].insert(0, IMAGE_PART)

@@ -1,7 +1,8 @@
-"""Packed rows hold what the conversations hold one by one: every (context -> token) pair, once, in full rows."""
+"""Packed rows supervise the same (context, token) pairs as unpacked rows, each once, and are well filled."""
 
 import pickle
 import random
+import sys
 from collections import Counter
 
 import datasets
@@ -9,9 +10,8 @@ import pytest
 from PIL import Image
 
 from jnana.processing.data import BadSampleError, JnanaCollator, check_rows, packed_rows, packed_stream, plan_rows
-from jnana.processing.data import plan as row_planning  # `plan` is a local name below
-from jnana.processing.data.packing import IGNORED, EncodedConversation, pack_row, shared_length
-from jnana.processing.data.plan import RowPlan
+from jnana.processing.data import prepare as prepare_function
+from jnana.processing.data.packing import IGNORED, EncodedConversation, RowPlan, pack_row, shared_length
 from jnana.processing.data.rows import IMAGE_PART, caption_conversation, make_row, message, rows_to_dataset, text_part
 from tests.processing.chats import random_text
 
@@ -20,13 +20,14 @@ IMAGE = 7
 
 
 def encoded(*conversations: str) -> list[EncodedConversation]:
-    """`"pp=aa"`: prompt and answer, a letter a token, `i` an image token."""
+    """Conversations from texts `"pp=aa"`: prompt and answer; each letter is a token, `i` an image token."""
     found = []
     for text in conversations:
         prompt, answer = text.split("=")
         ids = [IMAGE if letter == "i" else ord(letter) for letter in prompt + answer]
         images = [0] * (prompt.count("i") // 2)
-        found.append(EncodedConversation(ids, [0] * len(prompt) + [1] * len(answer), images))
+        mask = [0] * len(prompt) + [1] * len(answer)
+        found.append(EncodedConversation(ids, mask, images, [2] * len(images)))
     return found
 
 
@@ -35,30 +36,32 @@ def shared(*conversations: str) -> int:
     return shared_length([c.ids for c in group], [c.mask for c in group], IMAGE)
 
 
-def test_the_shared_part_stops_one_token_early():
+def test_the_shared_prefix_stops_one_token_early():
     assert shared("iic:=ab", "iic:=xyz") == 3  # `:` predicts both answers, so each has one
     assert shared("iic:ab=x", "iic:ac=y") == 4
 
 
-def test_the_shared_part_ends_before_every_answer():
+def test_the_shared_prefix_ends_before_every_answer():
     assert shared("iic:=same", "iic:=same", "iic:=same thing") == 3  # captions written alike count as often
-    assert shared("iic:=same, but longer", "iic:same? =no") == 3  # what is one's answer is another's question
+    assert (
+        shared("iic:=same, but longer", "iic:same? =no") == 3
+    )  # the answer of one is part of the question of the other
 
 
-def test_the_shared_part_never_ends_inside_an_image():
+def test_the_shared_prefix_never_ends_inside_an_image():
     assert shared("abii=x", "abii=y") == 2
     assert shared("ii=x", "ii=y") == 0
     assert shared("abiicd=x", "abiiiicd=y") == 2
 
 
-def test_what_shares_nothing():
+def test_conversations_without_a_shared_prefix():
     assert shared("abc=d") == 0
     assert shared("abc=d", "xbc=d") == 0
     assert shared("a=d", "a=e") == 0
 
 
 def test_the_layout_of_a_row():
-    row = pack_row([encoded("iic:=ab", "iic:=c"), encoded("q=de")], IMAGE, 2, share=True)
+    row = pack_row([encoded("iic:=ab", "iic:=c"), encoded("q=de")], IMAGE, share=True)
     letters = "".join("i" if token == IMAGE else chr(token) for token in row.ids)
     assert letters == "iic" + ":ab" + ":c" + "qde"
     assert row.positions == [0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2]
@@ -66,40 +69,40 @@ def test_the_layout_of_a_row():
     assert row.branches == [0, 0, 0, 1, 1, 1, 2, 2, 1, 1, 1]
     assert "".join(chr(label) if label != IGNORED else "." for label in row.labels) == "....ab.c.de"
     assert row.images == [0]
-    apart = pack_row([encoded("iic:=ab", "iic:=c")], IMAGE, 2, share=False)
+    apart = pack_row([encoded("iic:=ab", "iic:=c")], IMAGE, share=False)
     assert apart.positions == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4] and apart.images == [0, 0]
 
 
-# ---------------------------------------------------------------------- all that a batch teaches
+# ---------------------------------------------------------------------- the supervised pairs of a batch
 
 
-def lessons(batch: dict) -> Counter:
-    """What a batch supervises, told from its vectors alone: (positions and tokens that are seen, images) -> token."""
+def supervised_pairs(batch: dict) -> Counter:
+    """The (visible tokens with their images, target token) pairs of a batch, derived from its tensors alone."""
     found: Counter = Counter()
     packed = "segment_ids" in batch
     size = 4
     shown = iter(batch.get("image_indices", range(10**6)))
     for row, ids in enumerate(batch["input_ids"].tolist()):
         image_of, run = {}, 0
-        for place, token in enumerate(ids):
+        for position, token in enumerate(ids):
             if token == IMAGE_TOKEN:
                 if run % size == 0:
-                    picture = batch["pixel_values"][int(next(shown))].mean((1, 2)).argmax().item()
-                image_of[place], run = picture, run + 1
-        for place in range(len(ids) - 1):
+                    image = batch["pixel_values"][int(next(shown))].mean((1, 2)).argmax().item()
+                image_of[position], run = image, run + 1
+        for position in range(len(ids) - 1):
             if packed:
-                target = batch["shift_labels"][row, place].item()
+                target = batch["shift_labels"][row, position].item()
                 segments, branches = batch["segment_ids"][row].tolist(), batch["branch_ids"][row].tolist()
                 seen = [
                     k
-                    for k in range(place + 1)
-                    if segments[k] == segments[place] and branches[k] in (0, branches[place])
+                    for k in range(position + 1)
+                    if segments[k] == segments[position] and branches[k] in (0, branches[position])
                 ]
                 positions = [batch["position_ids"][row, k].item() for k in seen]
                 assert positions == list(range(len(seen))) or target == IGNORED
             else:
-                target, seen = batch["labels"][row, place + 1].item(), range(place + 1)
-            assert batch["logits_to_keep"][row, place] == (target != IGNORED)
+                target, seen = batch["labels"][row, position + 1].item(), range(position + 1)
+            assert batch["logits_to_keep"][row, position] == (target != IGNORED)
             if target != IGNORED:
                 found[tuple((ids[k], image_of.get(k)) for k in seen), target] += 1
     assert next(shown, None) is None or not packed
@@ -116,47 +119,47 @@ def image_token(processor):
 
 
 def random_row(rng: random.Random, number: int) -> dict:
-    """A row with none to two pictures and one to five conversations, some alike, some about no picture."""
-    pictures = [
+    """A row with up to two images and one to five conversations, some identical, some without an image."""
+    images = [
         Image.new("RGB", (30, 24), rng.choice(["red", "green", "blue"])) for _ in range(rng.choice([0, 1, 1, 2]))
     ]
     say = [random_text(rng, 3) + "x" for _ in range(2)]
     chats = []
     for _ in range(rng.randint(1, 5)):
-        parts = [IMAGE_PART] * len(pictures) if rng.random() < 0.9 else []
+        parts = [IMAGE_PART] * len(images) if rng.random() < 0.9 else []
         question = [text_part(rng.choice([*say, random_text(rng, 3)]))] if rng.random() < 0.7 or not parts else []
         chat = [message("user", *parts, *question), message("assistant", text_part(rng.choice(say)))]
         if rng.random() < 0.3:
             chat += [message("user", text_part("and?")), message("assistant", text_part(random_text(rng, 3) + "y"))]
         chats.append(chat)
-    return make_row(pictures, chats, f"row {number}")
+    return make_row(images, chats, f"row {number}")
 
 
 @pytest.mark.parametrize("packing", ["rows", "shared_image"])
-def test_packed_rows_teach_what_single_rows_teach(processors, packing):
+def test_packed_rows_supervise_what_single_rows_supervise(processors, packing):
     """Over all templates and random conversations."""
     for seed, processor in enumerate(processors.values()):
         rng = random.Random(seed)
         rows = [random_row(rng, number) for number in range(8)]
         max_length = rng.choice([None, 60])
         options = {"max_length": max_length, "on_bad_sample": "skip"}
-        alone = lessons(JnanaCollator(processor, **options)(rows))
-        items = [{"trees": rows[:4]}, {"trees": rows[4:5]}, {"trees": rows[5:]}]
-        packed = lessons(JnanaCollator(processor, packing=packing, **options)(items))
+        alone = supervised_pairs(JnanaCollator(processor, **options)(rows))
+        items = [{"groups": rows[:4]}, {"groups": rows[4:5]}, {"groups": rows[5:]}]
+        packed = supervised_pairs(JnanaCollator(processor, packing=packing, **options)(items))
         assert packed == alone and alone.total() > 50
 
 
-def test_the_lessons_tell_a_wrong_layout(processor):
+def test_a_wrong_layout_supervises_other_pairs(processor):
     rows = [random_row(random.Random(seed), 0) for seed in range(6)]
-    right = lessons(batch := JnanaCollator(processor, packing="shared_image")([{"trees": rows}]))
+    right = supervised_pairs(batch := JnanaCollator(processor, packing="shared_image")([{"groups": rows}]))
     batch["branch_ids"][batch["branch_ids"] == 2] = 1
     with pytest.raises(AssertionError):
-        assert lessons(batch) == right
+        assert supervised_pairs(batch) == right
 
 
-def test_rows_padded_to_blocks_teach_the_same(processor):
-    """What is added is padding and nothing else: no segment, no label."""
-    rows = [{"trees": [random_row(random.Random(seed), 0) for seed in range(2)]}]
+def test_rows_padded_to_blocks_supervise_the_same(processor):
+    """Only padding is added: no segment, no label."""
+    rows = [{"groups": [random_row(random.Random(seed), 0) for seed in range(2)]}]
     tight = JnanaCollator(processor, packing="shared_image")(rows)
     wide = JnanaCollator(processor, packing="shared_image", pad_to_multiple_of=128)(rows)
     width = tight["input_ids"].shape[1]
@@ -164,18 +167,18 @@ def test_rows_padded_to_blocks_teach_the_same(processor):
     fillers = {"segment_ids": -1, "branch_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
     for name, filler in {**fillers, "logits_to_keep": False}.items():
         assert wide[name][:, :width].equal(tight[name]) and (wide[name][:, width:] == filler).all(), name
-    assert lessons(wide) == lessons(tight)
+    assert supervised_pairs(wide) == supervised_pairs(tight)
     wide["shift_labels"][0, width], wide["logits_to_keep"][0, width] = 5, True
-    assert lessons(wide) != lessons(tight)
+    assert supervised_pairs(wide) != supervised_pairs(tight)
 
 
 def test_an_image_is_opened_once(processor, pictures):
     chats = [caption_conversation(text, None) for text in ("red", "a red one")]
     rows = [make_row([{"path": str(pictures / name), "bytes": None}], chats, name) for name in ("2.jpg", "0.png")]
-    batch = JnanaCollator(processor, packing="rows")([{"trees": [rows[0], rows[1]]}, {"trees": [rows[0]]}])
+    batch = JnanaCollator(processor, packing="rows")([{"groups": [rows[0], rows[1]]}, {"groups": [rows[0]]}])
     assert batch["pixel_values"].shape[0] == 2
     assert batch["image_indices"].tolist() == [0, 0, 1, 1, 0, 0]
-    shared = JnanaCollator(processor, packing="shared_image")([{"trees": [rows[0], rows[1]]}, rows[0]])
+    shared = JnanaCollator(processor, packing="shared_image")([{"groups": [rows[0], rows[1]]}, rows[0]])
     assert shared["image_indices"].tolist() == [0, 1, 0]
 
 
@@ -183,14 +186,14 @@ def test_bad_rows_leave_a_packed_row(processor, pictures):
     good = make_row([{"path": str(pictures / "0.png"), "bytes": None}], [caption_conversation("red", None)], "good")
     bad = {**good, "images": [{"path": str(pictures / "gone.png"), "bytes": None}], "source": "bad"}
     collator = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")
-    batch = collator([{"trees": [bad, good]}, {"trees": [bad]}])
-    only = JnanaCollator(processor, packing="shared_image")([{"trees": [good]}])
+    batch = collator([{"groups": [bad, good]}, {"groups": [bad]}])
+    only = JnanaCollator(processor, packing="shared_image")([{"groups": [good]}])
     assert all(batch[name].equal(only[name]) for name in only) and collator.num_bad_samples == 2
-    assert all(collator([{"trees": [bad]}])[name].equal(only[name]) for name in only)  # the last good one
-    blank = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")([{"trees": [bad]}])
+    assert all(collator([{"groups": [bad]}])[name].equal(only[name]) for name in only)  # the last good one
+    blank = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")([{"groups": [bad]}])
     assert (blank["labels"] != IGNORED).any() and blank["image_indices"].tolist() == [0]
     with pytest.raises(BadSampleError, match="^bad: image .*gone.png"):
-        JnanaCollator(processor, packing="shared_image")([{"trees": [good, bad]}])
+        JnanaCollator(processor, packing="shared_image")([{"groups": [good, bad]}])
     with pytest.raises(ValueError, match="packing='images' must be 'none', 'rows' or 'shared_image'"):
         JnanaCollator(processor, packing="images")
 
@@ -207,16 +210,16 @@ def random_lengths(rng: random.Random, count: int) -> tuple[list[list[int]], lis
 def test_a_plan_holds_every_conversation_once_in_full_rows(share):
     lengths, shared = random_lengths(random.Random(0), 800)
     plan = plan_rows(lengths, shared if share else None, 512, seed=1)
-    held = Counter((row, chat) for trees in plan.rows for row, chats in trees for chat in chats)
+    held = Counter((row, chat) for groups in plan.rows for row, chats in groups for chat in chats)
     assert held == Counter((row, chat) for row, sizes in enumerate(lengths) for chat in range(len(sizes)))
-    for trees, size in zip(plan.rows, plan.sizes, strict=True):
-        prefix = [shared[row] if share else 0 for row, _ in trees]
+    for groups, size in zip(plan.rows, plan.sizes, strict=True):
+        prefix = [shared[row] if share else 0 for row, _ in groups]
         sizes = [
             once + sum(lengths[row][chat] - once for chat in chats)
-            for (row, chats), once in zip(trees, prefix, strict=True)
+            for (row, chats), once in zip(groups, prefix, strict=True)
         ]
         assert size == sum(sizes) <= 512
-        assert share or all(len(chats) == 1 for _, chats in trees)
+        assert share or all(len(chats) == 1 for _, chats in groups)
     assert sum(plan.sizes) > 0.96 * 512 * len(plan.rows)
 
 
@@ -228,7 +231,7 @@ def test_a_plan_depends_on_lengths_and_seed_alone():
     assert plan_rows(lengths, shared, 512).rows[0][0] == (0, list(range(len(lengths[0]))))
 
 
-def test_a_tree_that_is_too_long_becomes_several():
+def test_a_group_that_is_too_long_becomes_several():
     plan = plan_rows([[30, 30, 40, 25]], [20], 60)
     assert plan.rows == [[(0, [0, 1, 2])], [(0, [3])]]  # 20 + 10 + 10 + 20, then 25 with its own prefix
     assert plan.sizes == [60, 25]
@@ -237,10 +240,10 @@ def test_a_tree_that_is_too_long_becomes_several():
     assert plan_rows([[10], [61]], [0, 0], 60, max_length=50).sizes == [60]
 
 
-def test_a_plan_says_what_it_saves():
+def test_a_plan_is_described_with_its_savings():
     plan = RowPlan([[(0, [0, 1])], [(1, [0])]], [90, 60], 200)
     assert str(plan) == (
-        "2 packed rows of up to 90 tokens with 1.0 trees each, at most 16.7% of them padding; 150 tokens instead of "
+        "2 packed rows of up to 90 tokens with 1.0 groups each, at most 16.7% of them padding; 150 tokens instead of "
         "200 (25% saved)"
     )
 
@@ -250,10 +253,10 @@ def test_a_plan_says_what_it_saves():
 
 def caption_rows(count: int, words: int = 5) -> list[dict]:
     rng = random.Random(5)
-    picture = {"path": "shared.png", "bytes": None}
+    image = {"path": "shared.png", "bytes": None}
     return [
         make_row(
-            [picture],
+            [image],
             [caption_conversation("rook " * rng.randint(1, words), None) for _ in range(rng.randint(1, 5))],
             f"row {number}",
         )
@@ -262,7 +265,7 @@ def caption_rows(count: int, words: int = 5) -> list[dict]:
 
 
 def sources(items) -> list[list[str]]:
-    return [[row["source"] for row in item["trees"]] for item in items]
+    return [[row["source"] for row in item["groups"]] for item in items]
 
 
 def test_planned_sizes_are_the_batches_sizes(processor, pictures):
@@ -276,14 +279,14 @@ def test_planned_sizes_are_the_batches_sizes(processor, pictures):
     collator = JnanaCollator(processor, packing="shared_image")
     for size, item in zip(plan.sizes, packed, strict=True):
         assert collator([item])["input_ids"].shape == (1, size)
-    assert sum(len(row["conversations"]) for item in packed for row in item["trees"]) == sum(map(len, report.lengths))
+    assert sum(len(row["conversations"]) for item in packed for row in item["groups"]) == sum(map(len, report.lengths))
     again = pickle.loads(pickle.dumps(packed.shuffle(seed=1).select(range(3))))
     assert sources(again) == sources(packed.shuffle(seed=1).select(range(3)))
-    assert packed.column_names == ["trees"]
+    assert packed.column_names == ["groups"]
 
 
 def test_a_stream_is_packed_while_it_is_read(processor, monkeypatch):
-    monkeypatch.setattr(row_planning, "STREAM_BUFFER", 32)
+    monkeypatch.setattr(sys.modules[prepare_function.__module__], "STREAM_BUFFER", 32)
     rows = caption_rows(100)
     stream = packed_stream(
         rows_to_dataset(rows).to_iterable_dataset(), processor, share=True, max_row_tokens=128, max_length=64

@@ -1,4 +1,4 @@
-"""Stage 0's text: read, tokenised the same under any hash seed, packed without losing a token."""
+"""Text corpora: reading, tokenizers independent of the hash seed, packing without losing a token."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_a_name_in_capitals_and_windows_line_ends(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_text_of_another_encoding_or_format_is_refused(tmp_path, streaming):
+def test_text_of_another_encoding_or_format_raises(tmp_path, streaming):
     for name in ("latin.txt", "latin.jsonl"):
         (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
         with pytest.raises(ValueError, match=f"{name} is not UTF-8 text"):
@@ -79,7 +79,7 @@ def test_wrong_sources_are_named(tmp_path):
     with pytest.raises(ValueError, match="bad.jsonl, line 2, column"):
         load_text(tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    with pytest.raises(ValueError, match="bad.jsonl, line 2: no text under 'text'"):
+    with pytest.raises(ValueError, match="bad.jsonl, record 1: no text under 'text'"):
         load_text(tmp_path / "bad.jsonl")
 
 
@@ -93,7 +93,7 @@ def test_blocks_joined_are_exactly_the_documents(tmp_path, tokenizer, streaming)
     assert all(len(block["input_ids"]) == 37 for block in blocks)
     joined = [index for block in blocks for index in block["input_ids"]]
     assert joined == expected[: len(joined)]
-    assert len(expected) - len(joined) < 37  # less than a block is dropped
+    assert len(expected) - len(joined) < 37  # an incomplete block is dropped
     assert joined.count(tokenizer.pad_token_id) == 0
     for block in blocks:
         assert block["labels"] == [-100, *block["input_ids"][1:]]
@@ -101,7 +101,7 @@ def test_blocks_joined_are_exactly_the_documents(tmp_path, tokenizer, streaming)
     assert closed[0] == DOCUMENTS[0] and closed[1] == DOCUMENTS[1]
 
 
-def test_blocks_that_cannot_be_are_refused(tmp_path, tokenizer):
+def test_impossible_block_sizes_raise(tmp_path, tokenizer):
     corpus = load_text(write(tmp_path, "jsonl"))
     with pytest.raises(ValueError, match="block_size=1 must be at least 2"):
         pack_blocks(corpus, tokenizer, 1)
@@ -109,7 +109,7 @@ def test_blocks_that_cannot_be_are_refused(tmp_path, tokenizer):
         pack_blocks(corpus, tokenizer, 1_000_000)
 
 
-def test_the_tokenizer_is_a_gpt2_like_one(tokenizer):
+def test_the_tokenizer_is_like_gpt2(tokenizer):
     assert len(tokenizer) == 320
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
     assert tokenizer.bos_token == tokenizer.unk_token == tokenizer.eos_token
@@ -136,11 +136,11 @@ def test_the_tokenizer_is_the_same_under_any_hash_seed():
     ]
     outputs = [process.communicate()[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0][0] != outputs[1][0]  # the seeds did something
+    assert outputs[0][0] != outputs[1][0]  # the control: hash seeds differ
     assert outputs[0][1] == outputs[1][1] == tokenizer_fingerprint(train_tokenizer(DOCUMENTS, 320))
 
 
-def test_a_corpus_without_order_is_refused():
+def test_a_corpus_without_order_raises():
     with pytest.raises(TypeError, match="texts is a set.*PYTHONHASHSEED"):
         train_tokenizer(set(DOCUMENTS), 320)
     with pytest.raises(ValueError, match="vocab_size=200 must be at least 258"):

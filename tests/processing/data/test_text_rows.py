@@ -1,4 +1,4 @@
-"""Documents packed whole into rows: all of them, invisible to one another, in a stock language model."""
+"""Rows of whole documents: every document is kept, and a stock language model attends within documents only."""
 
 import datasets
 import pytest
@@ -23,10 +23,10 @@ def documents(tokenizer, most: int) -> list[list[int]]:
     return sorted(piece for piece in pieces if len(piece) > 1)
 
 
-def taken_apart(rows) -> list[list[int]]:
+def documents_in(rows) -> list[list[int]]:
     found = []
     for row in rows:
-        starts = [i for i, place in enumerate(row["position_ids"]) if place == 0] + [len(row["position_ids"])]
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0] + [len(row["position_ids"])]
         pieces = [row["input_ids"][a:b] for a, b in zip(starts, starts[1:], strict=False)]
         found += [piece for piece in pieces if len(piece) > 1]
     return sorted(found)
@@ -36,7 +36,7 @@ def taken_apart(rows) -> list[list[int]]:
 def test_rows_hold_every_document(tokenizer, streaming):
     corpus = datasets.Dataset.from_dict({"text": TEXTS})
     rows = list(pack_documents(corpus.to_iterable_dataset() if streaming else corpus, tokenizer, 64))
-    assert taken_apart(rows) == documents(tokenizer, 64)
+    assert documents_in(rows) == documents(tokenizer, 64)
     assert {len(row[name]) for row in rows for name in row} == {64}
     tokens = sum(label != -100 for row in rows for label in row["labels"])
     assert tokens == sum(len(document) - 1 for document in documents(tokenizer, 64)) > 0.8 * 64 * len(rows)
@@ -64,7 +64,7 @@ def test_stock_models_see_each_document_alone(tokenizer, family):
     assert abs(wrong - expected) > 1e-3 * expected
 
 
-def test_what_cannot_be_packed_is_refused(tokenizer):
+def test_a_corpus_that_can_not_be_packed_raises(tokenizer):
     corpus = datasets.Dataset.from_dict({"text": [""]})
     with pytest.raises(ValueError, match="holds no text"):
         pack_documents(corpus, tokenizer, 8)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from jnana import run_transcribe
 from jnana.processing import transcribe_chat
-from jnana.processing.data import BadSampleError, JnanaCollator, check_rows, load_rows
-from jnana.processing.speech import StoredTranscripts, Transcriber, TranscriptionError
+from jnana.processing.data import BadSampleError, JnanaCollator, StoredTranscripts, check_rows, load_rows
+from jnana.processing.speech import Transcriber, TranscriptionError
 
 
 STAND_IN = Path(__file__).with_name("stand_in_worker.py")
@@ -199,7 +199,7 @@ EXPECTED = [
 def test_rows_hold_the_words_that_were_transcribed_once(spoken, monkeypatch, processor, caplog):
     started: list = []
     assert transcribe(spoken, monkeypatch, "--model", "small", started=started) == 0
-    assert "silent.wav: no speech heard" in caplog.text
+    assert "silent.wav: no speech found" in caplog.text
     assert len(started) == 3  # one for each recording, not for each mention
     assert questions(spoken) == questions(spoken, streaming=True) == EXPECTED
     assert questions(spoken, format="dataset") == EXPECTED

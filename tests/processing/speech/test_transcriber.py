@@ -80,7 +80,7 @@ def test_one_worker_answers_many_requests(make, recording):
     assert transcriber.ready
     worker = transcriber._worker
     transcriber.transcribe(recording("three"))
-    assert transcriber._worker is worker and worker.last_words == "starting small"
+    assert transcriber._worker is worker and worker.last_output == "starting small"
 
 
 def test_error_replies_leave_the_worker_alive(make, recording):
@@ -162,7 +162,7 @@ def test_background_start_logs_what_fails_and_is_tried_again(make, recording, ca
         assert starting.transcribe(recording("waits")).text == "waits"
 
 
-def test_worker_that_ends_at_once_gives_its_last_words(make, recording):
+def test_worker_that_ends_at_once_gives_its_last_output(make, recording):
     error = refusal(make("ends"), recording("x"))
     assert error.kind == "crash" and "exit status 3" in str(error) and "Something is missing." in str(error)
 
@@ -174,7 +174,7 @@ def test_close_ends_the_worker_even_in_mid_request(make, recording):
     begin = time.monotonic()
     transcriber.close()
     assert time.monotonic() - begin < 2.5, "it was killed instead of asked"
-    assert "input has ended" in worker.last_words
+    assert "input has ended" in worker.last_output
     assert_gone(worker.pid)
     assert refusal(transcriber, recording("x")).kind == "closed"
 
@@ -183,7 +183,7 @@ def test_close_ends_the_worker_even_in_mid_request(make, recording):
     thread = threading.Thread(target=lambda: errors.append(refusal(transcriber, recording("hang"))))
     thread.start()
     deadline = time.monotonic() + 10
-    while "hanging" not in worker.last_words and time.monotonic() < deadline:
+    while "hanging" not in worker.last_output and time.monotonic() < deadline:
         time.sleep(0.02)
     transcriber.close()
     thread.join(10)
@@ -281,9 +281,9 @@ def test_no_network_at_the_first_provisioning(recording, monkeypatch, tmp_path):
     ],
 )
 def test_what_uv_complains_of(words, kind):
-    message, found = module._why_not_started(module.WorkerEnded("the worker ended", words), started=False)
+    message, found = module._start_error(module.WorkerEnded("the worker ended", words), started=False)
     assert found == kind and "could not be" in message
-    assert module._why_not_started(module.WorkerEnded("the worker ended", words), started=True)[1] == "crash"
+    assert module._start_error(module.WorkerEnded("the worker ended", words), started=True)[1] == "crash"
 
 
 def test_python_without_whisperx_is_named(recording):
@@ -317,7 +317,7 @@ def test_names_of_speech_models(tmp_path):
     assert speech_model("openai/whisper-large-v3-turbo") == "large-v3-turbo"
     assert speech_model("large-v2") == "large-v2"
     assert speech_model("Systran/faster-whisper-small") == "Systran/faster-whisper-small"
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a directory"):
         speech_model(tmp_path / "missing")
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="lacks model.bin, tokenizer.json, vocabulary.json"):
@@ -391,3 +391,32 @@ def test_only_replies_reach_standard_output(tmp_path):
 
 
 RUN_WORKER = f"import runpy; runpy.run_path({str(module.WORKER_SCRIPT)!r}, run_name='__main__')"
+
+
+WITHOUT_PROCESS_GROUPS = """
+import os, signal, sys
+saved = {name: getattr(os, name) for name in ("killpg", "waitid")}
+for name in saved:
+    delattr(os, name)  # as on Windows
+from jnana import Transcriber
+from jnana.processing.speech import TranscriptionError
+transcriber = Transcriber("small", python=sys.executable, worker_script=sys.argv[1])
+try:
+    transcriber.transcribe(sys.argv[1])
+except TranscriptionError as error:
+    print(error.kind, error)
+for name, function in saved.items():  # the control
+    setattr(os, name, function)
+print("then", transcriber.transcribe(sys.argv[1]).language)
+transcriber.close()
+"""
+
+
+def test_systems_without_process_groups_raise_when_speech_is_used():
+    """Importing works. This is also the one test that imports `Transcriber` before `processing.data`."""
+    command = [sys.executable, "-c", WITHOUT_PROCESS_GROUPS, str(WORKER)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    error, control = found.stdout.splitlines()
+    assert error.startswith("environment Spoken questions need Linux or macOS: ") and "os.killpg" in error
+    assert control == "then en"

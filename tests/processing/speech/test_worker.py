@@ -119,16 +119,16 @@ def test_what_is_no_speech_gives_no_text(transcriber, sound):
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
-        ("empty.wav", "audio", "no readable audio"),
-        ("text.wav", "audio", "no readable audio"),
+        ("empty.wav", "audio", "not a readable audio"),
+        ("text.wav", "audio", "not a readable audio"),
         ("random.mp3", "audio", ""),
         ("codec.wav", "audio", "codec that can't be decoded"),
-        ("mute.mp4", "audio", "no sound in it"),
+        ("mute.mp4", "audio", "has no sound"),
         ("hour.flac", "too_long", "longer than 30 seconds"),
         ("minute.wav", "too_long", "longer than 30 seconds"),
         # play lists, which FFmpeg would follow to other files and addresses
-        ("list.wav", "audio", "no readable audio"),
-        ("list.mp3", "audio", "no readable audio"),
+        ("list.wav", "audio", "not a readable audio"),
+        ("list.mp3", "audio", "not a readable audio"),
     ],
 )
 def test_files_that_are_no_recording_are_errors_and_the_worker_lives(transcriber, files, name, kind, words):

@@ -1,8 +1,7 @@
-"""Transcripts of a data file's recordings, made once and kept beside it.
+"""Transcripts of the recordings in a data file, made once by `run_transcribe.py` and stored beside the file.
 
-What is said in a recording never changes, so training and evaluation read it instead of hearing it in every epoch and
-every process: `run_transcribe.py` writes `<data file>.transcripts.jsonl`, and the readers put its texts where the
-recordings stand. Rows therefore hold text, and everything behind the readers is as for typed questions.
+Training and evaluation then read the text instead of transcribing in every epoch and every process. The readers
+replace each recording by its transcript, so rows hold text only, as for typed questions.
 """
 
 import hashlib
@@ -13,23 +12,29 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from jnana.processing.data.records import parse_lines
+from jnana.processing.speech.recordings import Transcript, TranscriptionError
 
-from .recordings import Transcript, TranscriptionError
+from .records import read_json_lines
 
 
 SUFFIX = ".transcripts.jsonl"
 AUDIO_COLUMNS = ("audios", "audio")
-ONE_RECORDINGS = ("audio", "too_long", "timeout", "crash", "internal")  # errors that end one transcription, not all
-LOST_FOR_GOOD = 3
+# Kinds of `TranscriptionError` that concern one recording; any other kind ends `make`.
+RECORDING_ERRORS = ("audio", "too_long", "timeout", "crash", "internal")
+# `make` gives up when the worker crashed or timed out this many times in a row.
+MAX_WORKER_FAILURES = 3
 
 
 class StoredTranscripts:
     """
-    Transcripts that have been made; takes the place of a `Transcriber` for recordings named in a data file.
+    The stored transcripts of a data file. Has the method `transcribe` of a `Transcriber`, for recordings that the data
+    file names.
 
     Args:
-        source (`str` or `Path`): the data file. Paths of recordings are relative to its folder.
+        source (`str` or `Path`): the data file. Paths of recordings are relative to its directory.
+
+    Raises:
+        ValueError: if the transcript file has a malformed line. An incomplete last line is skipped.
     """
 
     def __init__(self, source: str | Path):
@@ -37,25 +42,13 @@ class StoredTranscripts:
         self.file = Path(f"{self.source}{SUFFIX}")
         self.records: dict[str, dict[str, Any]] = {}
         if self.file.is_file():
-            for record in parse_lines(self._whole_lines().decode("utf-8"), self.file):
+            for record in read_json_lines(self.file, torn="skip_last"):
                 if not isinstance(record, dict):
                     raise ValueError(f"{self.file}: an object with named fields is needed, not {record!r:.80}.")
-                self.records[str(record.get("audio"))] = record  # a later record takes the place of an earlier one
-
-    def _whole_lines(self) -> bytes:
-        """
-        The file, ending with a whole line: an editor may have left out the line's end, and a full disk or a kill the
-        rest of a record, which is then made again.
-        """
-        data = self.file.read_bytes()
-        start = data.rfind(b"\n") + 1
-        try:
-            return data if start == len(data) else data[:start] + json.dumps(json.loads(data[start:])).encode() + b"\n"
-        except ValueError:
-            return data[:start]
+                self.records[str(record.get("audio"))] = record  # a later record replaces an earlier one
 
     def path_of(self, recording: str) -> Path:
-        """Where a recording named in the data file is."""
+        """The path of a recording that the data file names."""
         return self.source.parent / recording
 
     def transcribe(self, recording: Any, sampling_rate: int | None = None) -> Transcript:
@@ -63,12 +56,12 @@ class StoredTranscripts:
         The stored transcript of a recording.
 
         Args:
-            recording (`str`): its path as the data file names it.
+            recording (`str`): its path as in the data file.
 
         Raises:
-            TranscriptionError: if there is none, or the recording has changed in size since.
+            TranscriptionError: if there is none, or the size of the recording has changed since.
         """
-        remedy = f"Make them once: python run_transcribe.py {self.source}"
+        remedy = f"Make the transcripts once: python run_transcribe.py {self.source}"
         record = self.records.get(recording) if isinstance(recording, str) else None
         if record is None:
             raise TranscriptionError(f"the recording {str(recording):.200} has no transcript. {remedy}", "audio")
@@ -81,27 +74,28 @@ class StoredTranscripts:
 
     def make(self, transcriber: Any, recordings: Iterable[str], progress: bool = True) -> list[str]:
         """
-        Transcribe what has no transcript of this content by this model yet; each is written as soon as it is made.
+        Transcribe the recordings that this model has not transcribed with their present content. Each transcript is
+        written as soon as it is made.
 
         Args:
-            transcriber (`Transcriber`): asked for those that are missing, and not started if none is.
-            recordings (`Iterable[str]`): paths as the data file names them.
+            transcriber (`Transcriber`): not started if no recording needs it.
+            recordings (`Iterable[str]`): paths as in the data file.
             progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
         Returns:
-            `list[str]`: the problems of those that could not be transcribed.
+            `list[str]`: one problem for each recording that could not be transcribed.
 
         Raises:
-            TranscriptionError: if it can't go on at all (nothing to run WhisperX with, no model, lost three times in
-                a row).
+            TranscriptionError: if no recording can be transcribed (WhisperX or its model can't be loaded, or the
+                worker failed three times in a row).
         """
         problems = []
-        lost = 0  # times in a row that the speech recogniser crashed or hung
-        wanted = list(dict.fromkeys(recordings))
-        if self.file.is_file() and (whole := self._whole_lines()) != self.file.read_bytes():
-            self.file.write_bytes(whole)
+        failures = 0  # of the worker, in a row
+        self._complete_last_line()
         with self.file.open("a", encoding="utf-8") as file:
-            for recording in tqdm(wanted, desc="Transcribing", unit="recording", disable=not progress):
+            for recording in tqdm(
+                list(dict.fromkeys(recordings)), desc="Transcribing", unit="recording", disable=not progress
+            ):
                 path = self.path_of(recording)
                 if not path.is_file():
                     problems.append(f"{recording}: does not exist in {path.parent}")
@@ -111,52 +105,65 @@ class StoredTranscripts:
                 if known.get("sha256") == digest["sha256"] and known.get("model") == transcriber.model:
                     continue
                 try:
-                    heard = transcriber.transcribe(path)
+                    transcript = transcriber.transcribe(path)
                 except TranscriptionError as error:
-                    lost = lost + 1 if error.kind in ("timeout", "crash") else 0
-                    if error.kind not in ONE_RECORDINGS or lost == LOST_FOR_GOOD:
+                    failures = failures + 1 if error.kind in ("timeout", "crash") else 0
+                    if error.kind not in RECORDING_ERRORS or failures == MAX_WORKER_FAILURES:
                         raise
                     problems.append(f"{recording}: {error}")
                     continue
-                lost = 0
+                failures = 0
                 self.records[recording] = record = {
                     "audio": recording,
-                    "text": heard.text,
-                    "language": heard.language,
-                    "seconds": heard.seconds,
-                    "model": heard.model,
+                    "text": transcript.text,
+                    "language": transcript.language,
+                    "seconds": transcript.seconds,
+                    "model": transcript.model,
                     **digest,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
         return problems
 
+    def _complete_last_line(self) -> None:
+        """End the file with a line break, so that the next record starts a line. An incomplete record is deleted."""
+        data = self.file.read_bytes() if self.file.is_file() else b""
+        start = data.rfind(b"\n") + 1
+        if start == len(data):
+            return
+        try:
+            json.loads(data[start:])
+        except ValueError:
+            self.file.write_bytes(data[:start])
+        else:
+            self.file.write_bytes(data + b"\n")
+
 
 def with_recordings(messages: list[dict], record: dict) -> list[dict]:
     """
-    Messages whose audio parts name their recordings.
+    Messages in which each audio part holds the path of its recording.
 
     Args:
         messages (`list[dict]`): chat messages; an audio part may hold its path under `path` or `audio`.
-        record (`dict`): the record they are of; paths in its column `audios` or `audio` belong, in order, to the audio
-            parts that hold none.
+        record (`dict`): the record of the messages. Paths in its column `audios` or `audio` belong, in order, to the
+            audio parts without a path.
 
     Returns:
-        `list[dict]`: a copy, each audio part with its `path` (`None` if nothing names it).
+        `list[dict]`: a copy; each audio part has a `path`, `None` if no path is given for it.
     """
     column: Any = next((record[name] for name in AUDIO_COLUMNS if record.get(name)), [])
     remaining = iter(column if isinstance(column, list) else [column])
 
-    def named(part: Any) -> Any:
+    def with_path(part: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") != "audio":
             return part
         path = next((part[name] for name in ("path", "audio") if part.get(name)), None) or next(remaining, None)
-        if isinstance(path, dict):  # as data sets hold a file: {"path", "bytes"}
+        if isinstance(path, dict):  # the `Audio` feature of `datasets`: {"path", "bytes"}
             path = path.get("path")
         return {"type": "audio", "path": path}
 
     return [
-        {**message, "content": [named(part) for part in message["content"]]}
+        {**message, "content": [with_path(part) for part in message["content"]]}
         if isinstance(message, dict) and isinstance(message.get("content"), list)
         else message
         for message in messages
@@ -164,11 +171,11 @@ def with_recordings(messages: list[dict], record: dict) -> list[dict]:
 
 
 def recordings_in(records: Iterable[dict]) -> Iterator[str]:
-    """The paths of all recordings that the `messages` of a data file's records name."""
+    """The paths of all recordings in the `messages` of a data file's records. Malformed records have none."""
     for record in records:
         messages = record.get("messages")
         if not isinstance(messages, list):
-            continue  # the readers say what is wrong with such a record
+            continue
         for message in with_recordings(messages, record):
             content = message.get("content") if isinstance(message, dict) else None
             for part in content if isinstance(content, list) else []:

@@ -1,0 +1,141 @@
+"""Work for the first process, and waits of the others, in real processes over gloo."""
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from accelerate import PartialState
+
+from jnana.training import distributed
+from jnana.training.distributed import main_process_first, process_group, run_on_main_process, unpartitioned
+
+
+WAIT = 4  # seconds that the first process works
+
+
+def run_two(function, folder, timeout: int = 120) -> list[str]:
+    """Call `function(folder)` in two processes of a group that gives up after 2 seconds; what each returned."""
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_child, args=(function, folder, rank)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout)
+        if child.exitcode is None:
+            child.kill()
+    return [(folder / f"{rank}.txt").read_text() for rank in range(2)]
+
+
+def _child(function, folder, rank: int) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"})
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    PartialState(cpu=True)
+    try:
+        result = function(folder)
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.txt").write_text(str(result))
+    dist.barrier() if "Error" not in str(result) else None
+    os._exit(0)
+
+
+def work_slowly() -> str:
+    time.sleep(WAIT)
+    return f"by {dist.get_rank()}"
+
+
+def fail() -> None:
+    raise ValueError("row 7 has no answer")
+
+
+def once(folder) -> str:
+    return run_on_main_process(work_slowly)
+
+
+def once_failing(folder) -> str:
+    return run_on_main_process(fail)
+
+
+def first(folder) -> str:
+    with main_process_first():
+        found = (folder / "cache").is_file()
+        if not found:
+            time.sleep(WAIT)
+            (folder / "cache").write_text("")
+    return f"found: {found}"
+
+
+def first_failing(folder) -> str:
+    with main_process_first():
+        fail()
+    return "not reached"
+
+
+def training_group(folder) -> str:
+    time.sleep(WAIT if dist.get_rank() == 0 else 0)
+    dist.barrier()
+    return "waited"
+
+
+def test_once_and_longer_than_the_training_group_waits(tmp_path):
+    assert run_two(once, tmp_path) == ["by 0", "by 0"]
+
+
+def test_the_training_group_would_not_wait(tmp_path):
+    """The control."""
+    assert "Error" in run_two(training_group, tmp_path)[1]
+
+
+def test_an_error_reaches_all(tmp_path):
+    assert run_two(once_failing, tmp_path) == ["ValueError: row 7 has no answer"] * 2
+
+
+def test_the_first_process_first(tmp_path):
+    assert run_two(first, tmp_path) == ["found: False", "found: True"]
+
+
+def test_an_error_in_the_first_process_leaves_nobody_waiting(tmp_path):
+    assert run_two(first_failing, tmp_path) == ["ValueError: row 7 has no answer"] * 2
+
+
+def test_one_process_alone():
+    assert run_on_main_process(lambda: 3) == 3
+    with pytest.raises(ValueError, match="row 7"):
+        run_on_main_process(fail)
+    with main_process_first(), process_group() as group:
+        assert (group.rank, group.size, group.gather("a")) == (0, 1, ["a"])
+
+
+class TestUnpartitioned:
+    """Whether transformers sees ZeRO-3 while a model is built; tests/scripts/test_sharded.py tests the training after it."""
+
+    class Plugin:
+        def __init__(self, zero3_init_flag: bool):
+            self.zero3_init_flag = zero3_init_flag
+            self.restored = False
+
+        def set_deepspeed_weakref(self) -> None:
+            self.restored = True
+
+    @pytest.mark.parametrize(
+        ("flag", "pair", "hidden"),
+        [(False, True, True), (False, False, True), (True, True, True), (True, False, False)],
+    )
+    def test_under_zero3(self, monkeypatch, flag, pair, hidden):
+        calls = []
+        monkeypatch.setattr(distributed, "is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr(distributed, "unset_hf_deepspeed_config", lambda: calls.append("hidden"))
+        args = type("Args", (), {"deepspeed_plugin": self.Plugin(flag)})
+        with unpartitioned(args, pair):
+            assert calls == ["hidden"] * hidden and not args.deepspeed_plugin.restored
+        assert args.deepspeed_plugin.restored == hidden
+
+    def test_elsewhere(self, monkeypatch):
+        monkeypatch.setattr(distributed, "unset_hf_deepspeed_config", lambda: pytest.fail("called"))
+        for args in (None, type("Args", (), {"deepspeed_plugin": None})):
+            with unpartitioned(args, pair=True):
+                pass

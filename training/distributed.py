@@ -1,0 +1,134 @@
+"""The processes of a run outside of training steps: long waits, work for the first process, what is sharded and how.
+
+The process group that trains gives up after `ddp_timeout` (30 minutes). Reading and checking data may take hours, so
+the processes wait for one another in gloo groups of their own.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+
+LONGEST_WAIT = timedelta(days=2)  # for the slowest process, outside of training steps
+
+T = TypeVar("T")
+
+
+class ProcessGroup:
+    """A group of all processes that may wait for the slowest one up to `LONGEST_WAIT`.
+
+    Args:
+        handle (*optional*): A group of torch.distributed; `None` where there is only one process.
+    """
+
+    def __init__(self, handle: Any = None):
+        self.handle = handle
+        self.rank = 0 if handle is None else dist.get_rank()
+        self.size = 1 if handle is None else dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of ranks."""
+        if self.handle is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def wait(self) -> None:
+        """Return when all processes have called this."""
+        self.gather(None)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[ProcessGroup]:
+    """A [`ProcessGroup`] of all processes; every process must enter and leave it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield ProcessGroup()
+        return
+    handle = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    try:
+        yield ProcessGroup(handle)
+    finally:
+        dist.destroy_process_group(handle)
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let the first process of each machine run the block before the others do, which find what it cached.
+
+    As `TrainingArguments.main_process_first`, but the others wait longer than `ddp_timeout`.
+    """
+    first = PartialState().is_local_main_process
+    with process_group() as group:
+        if not first:
+            group.wait()
+        try:
+            yield
+        finally:  # after an error too, or the others would wait for nothing
+            if first:
+                group.wait()
+
+
+def run_on_main_process(function: Callable[[], T]) -> T:
+    """Call a function in the first process and return its result in all of them.
+
+    Args:
+        function (`Callable`): Takes no arguments; what it returns or raises must be picklable.
+
+    Raises:
+        Exception: what `function` raised, in every process.
+    """
+    result, error = None, None
+    with process_group() as group:
+        if group.rank == 0:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        result, error = group.gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def sharding_of(args: TrainingArguments) -> Literal["fsdp", "zero1", "zero2", "zero3"] | None:
+    """How `accelerate launch`'s file or the arguments shard the model, or `None` where each process holds it whole.
+
+    accelerate reads the environment only when the Trainer is made, long after what must be refused early.
+    """
+    if args.deepspeed_plugin is not None:
+        stage = args.deepspeed_plugin.zero_stage
+        return f"zero{stage}" if stage in (1, 2, 3) else None  # type: ignore[return-value]
+    return "fsdp" if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+
+
+@contextlib.contextmanager
+def unpartitioned(args: TrainingArguments | None, pair: bool) -> Iterator[None]:
+    """Under ZeRO-3, build and load models whole within the block; DeepSpeed partitions them when training starts.
+
+    transformers partitions each weight as soon as it is made, whenever ZeRO-3 is configured. A pair of backbones can't
+    be joined from such parts, and a new adapter gets other random numbers than on one process.
+
+    Args:
+        args (`TrainingArguments`, *optional*): Of the run.
+        pair (`bool`): Whether two backbones are joined. A checkpoint is partitioned while it is read if
+            `zero3_init_flag` asks for it.
+    """
+    if args is None or args.deepspeed_plugin is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    if args.deepspeed_plugin.zero3_init_flag and not pair:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        args.deepspeed_plugin.set_deepspeed_weakref()

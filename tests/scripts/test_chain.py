@@ -202,7 +202,7 @@ def test_sft_of_a_pair_without_align(pretrained, vision, data, tmp_path):
         "max_steps": 2,
         "output_dir": output,
         "merge_adapter": "true",
-        "activation_checkpointing": "true",
+        "gradient_checkpointing": "true",
     }
     run_sft.main(options(**arguments))
     adapted = logits(*load_model(str(output)), data)
@@ -215,7 +215,7 @@ def test_full_fine_tuning(aligned, data, tmp_path):
     changes = {
         "lora_r": 0,
         "max_steps": 2,
-        "activation_checkpointing": "true",
+        "gradient_checkpointing": "true",
         "optimizer": "muon",
         "dataloader_num_workers": 1,
     }

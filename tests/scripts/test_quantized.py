@@ -183,7 +183,7 @@ def test_a_second_round_adopts_everything(quantized, data, tmp_path):
 
 
 def test_eight_bits_train_too(aligned, data, tmp_path):
-    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "activation_checkpointing": "true"}
+    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "gradient_checkpointing": "true"}
     run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "int8", **changes))
     model, processor = load_model(str(tmp_path / "int8"))
     assert model.get_base_model().is_loaded_in_8bit and torch.isfinite(logits(model, processor, data)).all()
@@ -226,3 +226,14 @@ def test_evaluation_says_before_loading_that_bitsandbytes_is_missing(quantized, 
     values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "output_dir": tmp_path}
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes"):
         run_evaluate.main(options(model_name_or_path=quantized / "merged", quantization="nf4", **values))
+
+
+def test_merging_with_a_build_that_knows_cuda(tuned, tmp_path, monkeypatch):
+    """`pip install torch` gives such a build on machines without a GPU too; the merge is computed on the CPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")  # the control
+    merge_adapter(str(tuned), tmp_path)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, tuned / "merged"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

@@ -1,13 +1,13 @@
-"""Time to the first token and tokens a second, beside stock LLaVA; what a second question about a picture costs.
+"""Time to the first token, and tokens per second, of a chat with two questions about one image; beside stock LLaVA.
 
     python -m benchmarks.generate_latency                                # CPU, small models, 49 and 576 image tokens
     python -m benchmarks.generate_latency --scale phi2 --device cuda     # full Phi-2, random weights in bfloat16
 
-A chat of two questions about one picture is answered three ways: by stock `LlavaForConditionalGeneration.generate`,
-which reads the whole chat and its picture at every turn; by a `ChatSession` that keeps nothing; and by a `ChatSession`
-that keeps the keys and values. All hold the same weights and decode greedily. In float32 the three must write the same
-answers, or the run ends. The ways take turns in rotating order; ratios are taken within a round. The clock of a turn
-starts before the picture file is opened.
+Three methods answer the chat: stock `LlavaForConditionalGeneration.generate`, which processes the whole chat and its
+image in every turn; a `ChatSession` without a cache; and a `ChatSession` that keeps its cache between turns. All have
+the same weights and decode greedily. In float32 they must write the same answers, or the run ends. The methods take
+turns in rotating order; ratios are computed within a round. The clock of a turn starts before the image file is
+opened.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.machine import describe_machine, synchronize, write_result
 from benchmarks.throughput_report import spread
-from benchmarks.workloads import SCALES, make_models, make_pictures, make_processor, words
+from benchmarks.workloads import SCALES, make_images, make_models, make_processor, words
 from jnana.chat import ChatSession
 from jnana.processing import JnanaProcessor
 
 
-WAYS = ("llava", "anew", "kept")
+METHODS = ("llava", "uncached", "cached")
 LABELS = {
     "llava": "stock LLaVA",
-    "anew": "ChatSession, nothing kept",
-    "kept": "ChatSession",
+    "uncached": "ChatSession, keep_cache=False",
+    "cached": "ChatSession",
 }
 
 
 @dataclasses.dataclass
 class Timed:
-    """One answer: its text, seconds to its first token, tokens a second behind the first."""
+    """One answer: its text, seconds to its first token, and tokens per second after the first."""
 
     text: str
     first: float
@@ -47,14 +47,14 @@ class Timed:
 
 
 class Clock(BaseStreamer):
-    """Notes when tokens come."""
+    """Records the time of each token."""
 
     def __init__(self, device: torch.device):
         self.device, self.times = device, []
 
     def put(self, value: torch.Tensor) -> None:
         synchronize(self.device)
-        self.times.append(time.perf_counter())  # the prompt's comes first
+        self.times.append(time.perf_counter())  # the first entry is the prompt's
 
     def end(self) -> None:
         pass
@@ -63,7 +63,7 @@ class Clock(BaseStreamer):
 def answer_by_llava(
     llava: LlavaForConditionalGeneration, processor: JnanaProcessor, chat: list[dict], new_tokens: int
 ) -> Timed:
-    """One turn of stock LLaVA: the whole chat, picture included."""
+    """One turn of stock LLaVA, which processes the whole chat and its image."""
     started, clock = time.perf_counter(), Clock(llava.device)
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -77,21 +77,21 @@ def answer_by_llava(
     return Timed(text, first - started, (len(made) - 1) / max(last - first, 1e-9))
 
 
-def chat_by_llava(llava, processor, picture: Path, questions: list[str], new_tokens: int) -> list[Timed]:
+def chat_by_llava(llava, processor, image: Path, questions: list[str], new_tokens: int) -> list[Timed]:
     turns: list[Timed] = []
     chat: list[dict] = []
     for number, question in enumerate(questions):
-        parts = [{"type": "image", "path": str(picture)}] if number == 0 else []
+        parts = [{"type": "image", "path": str(image)}] if number == 0 else []
         chat.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         turns.append(answer_by_llava(llava, processor, chat, new_tokens))
         chat.append({"role": "assistant", "content": [{"type": "text", "text": turns[-1].text}]})
     return turns
 
 
-def chat_by_session(session: ChatSession, picture: Path, questions: list[str], new_tokens: int) -> list[Timed]:
+def chat_by_session(session: ChatSession, image: Path, questions: list[str], new_tokens: int) -> list[Timed]:
     turns = []
     for number, question in enumerate(questions):
-        for _ in session.ask(question, [picture] if number == 0 else [], max_new_tokens=new_tokens):
+        for _ in session.ask(question, [image] if number == 0 else [], max_new_tokens=new_tokens):
             pass
         text = session.messages[-1]["content"][0]["text"]
         turn = session.last_turn
@@ -102,34 +102,34 @@ def chat_by_session(session: ChatSession, picture: Path, questions: list[str], n
 
 
 def measure(arguments: argparse.Namespace, tokens: int, device: torch.device) -> dict[str, Any]:
-    """One case: `tokens` image tokens."""
+    """Measure one number of image tokens."""
     scale = SCALES[arguments.scale]
     processor = make_processor(scale, tokens)
     llava, jnana = make_models(scale, tokens, processor.image_token_id, device)
     for model in (llava.eval(), jnana.eval()):
-        # Only words are written, whose logits are the largest, so that answers are told apart by their text ...
+        # Only entries of the tokenizer are generated, so that different answers differ in their text ...
         model.lm_head.weight.data[len(processor.tokenizer) :] = 0
-        # ... and no end of text: every answer has its full length
+        # ... and no end tokens, so that every answer has its full length
         model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
     questions = [" ".join(words()[start : start + 12]) for start in (0, 40)]
     rounds: list[dict[str, list[Timed]]] = []
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        picture = make_pictures(Path(folder), 1)[0]
-        for number in range(arguments.rounds + 1):  # the first is not counted
-            order = [WAYS[(number + shift) % len(WAYS)] for shift in range(len(WAYS))]
+        image = make_images(Path(folder), 1)[0]
+        for number in range(arguments.rounds + 1):  # the first round is a warm-up
+            order = [METHODS[(number + shift) % len(METHODS)] for shift in range(len(METHODS))]
             turn: dict[str, list[Timed]] = {}
-            for way in order:
-                if way == "llava":
+            for method in order:
+                if method == "llava":
                     with torch.inference_mode():
-                        turn[way] = chat_by_llava(llava, processor, picture, questions, arguments.new_tokens)
+                        turn[method] = chat_by_llava(llava, processor, image, questions, arguments.new_tokens)
                     continue
-                session = ChatSession(jnana, processor, keep_cache=way == "kept")
-                turn[way] = chat_by_session(session, picture, questions, arguments.new_tokens)
-                if way == "kept":
+                session = ChatSession(jnana, processor, keep_cache=method == "cached")
+                turn[method] = chat_by_session(session, image, questions, arguments.new_tokens)
+                if method == "cached":
                     facts = {
                         "prompt_tokens_second_turn": session.last_turn.prompt_tokens,
-                        "kept_tokens_second_turn": session.last_turn.cached_tokens,
+                        "cached_tokens_second_turn": session.last_turn.cached_tokens,
                     }
             check_answers(turn, scale.dtype)
             if number > 0:
@@ -138,47 +138,49 @@ def measure(arguments: argparse.Namespace, tokens: int, device: torch.device) ->
 
 
 def check_answers(turn: dict[str, list[Timed]], dtype: torch.dtype) -> None:
-    """In float32 all three ways must have written the same; lower precision may part them at a tie."""
-    texts = {way: [timed.text for timed in turns] for way, turns in turn.items()}
-    if dtype == torch.float32 and not texts["llava"] == texts["anew"] == texts["kept"]:
-        raise SystemExit(f"The answers differ, so the times mean nothing: {texts}")
+    """In float32 all methods must have written the same answers; in lower precision ties may differ."""
+    texts = {method: [timed.text for timed in turns] for method, turns in turn.items()}
+    if dtype == torch.float32 and not texts["llava"] == texts["uncached"] == texts["cached"]:
+        raise SystemExit(f"The answers differ, so the times cannot be compared: {texts}")
 
 
 def summarize(rounds: list[dict[str, list[Timed]]]) -> dict[str, Any]:
-    """Medians and spreads by way and turn, and ratios within rounds."""
-    ways = {
-        way: {
-            "seconds_to_first_token": [spread([turn[way][number].first for turn in rounds]) for number in (0, 1)],
-            "tokens_per_second": spread([timed.speed for turn in rounds for timed in turn[way]]),
+    """Medians and spreads by method and turn, and ratios within rounds."""
+    methods = {
+        method: {
+            "seconds_to_first_token": [spread([turn[method][number].first for turn in rounds]) for number in (0, 1)],
+            "tokens_per_second": spread([timed.speed for turn in rounds for timed in turn[method]]),
         }
-        for way in WAYS
+        for method in METHODS
     }
     ratios = {
-        "llava/kept, first turn": spread([turn["llava"][0].first / turn["kept"][0].first for turn in rounds]),
-        "llava/kept, second turn": spread([turn["llava"][1].first / turn["kept"][1].first for turn in rounds]),
-        "anew/kept, second turn": spread([turn["anew"][1].first / turn["kept"][1].first for turn in rounds]),
-        "kept, first/second turn": spread([turn["kept"][0].first / turn["kept"][1].first for turn in rounds]),
-        "tokens per second, kept/llava": spread(
+        "llava/cached, first turn": spread([turn["llava"][0].first / turn["cached"][0].first for turn in rounds]),
+        "llava/cached, second turn": spread([turn["llava"][1].first / turn["cached"][1].first for turn in rounds]),
+        "uncached/cached, second turn": spread(
+            [turn["uncached"][1].first / turn["cached"][1].first for turn in rounds]
+        ),
+        "cached, first/second turn": spread([turn["cached"][0].first / turn["cached"][1].first for turn in rounds]),
+        "tokens per second, cached/llava": spread(
             [
-                statistics.median(timed.speed for timed in turn["kept"])
+                statistics.median(timed.speed for timed in turn["cached"])
                 / statistics.median(timed.speed for timed in turn["llava"])
                 for turn in rounds
             ]
         ),
     }
-    return {"ways": ways, "ratios": ratios}
+    return {"methods": methods, "ratios": ratios}
 
 
 def table(case: dict[str, Any]) -> str:
     lines = [f"{case['image_tokens']} image tokens; milliseconds to the first token, median (smallest-largest)"]
     lines.append(f"{'':28}{'first question':>24}{'second question':>24}{'tokens/s':>12}")
-    for way, measured in case["ways"].items():
+    for method, measured in case["methods"].items():
         cells = [
             f"{1e3 * s['median']:.0f} ({1e3 * s['min']:.0f}-{1e3 * s['max']:.0f})"
             for s in measured["seconds_to_first_token"]
         ]
         speed = measured["tokens_per_second"]["median"]
-        lines.append(f"{LABELS[way]:28}{cells[0]:>24}{cells[1]:>24}{speed:>12.1f}")
+        lines.append(f"{LABELS[method]:28}{cells[0]:>24}{cells[1]:>24}{speed:>12.1f}")
     for name, ratio in case["ratios"].items():
         lines.append(f"  {name}: {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})")
     return "\n".join(lines)
@@ -187,11 +189,11 @@ def table(case: dict[str, Any]) -> str:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
-    parser.add_argument("--image_tokens", type=int, nargs="+", help="default: all that the scale has")
+    parser.add_argument("--image_tokens", type=int, nargs="+", help="default: all of the scale")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new_tokens", type=int, default=24)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="a JSON file; nothing is written without it")
+    parser.add_argument("--output", type=Path, help="JSON file for the result; default: none is written")
     return parser.parse_args(argv)
 
 

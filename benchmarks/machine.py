@@ -1,4 +1,4 @@
-"""What a measurement ran on, so that a figure is never seen without its machine."""
+"""Describes the machine of a measurement, measures peak memory, and writes results."""
 
 import ctypes
 import datetime
@@ -18,7 +18,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, GPU, threads, load and versions.
 
     Args:
-        device (`torch.device`): Where the models run.
+        device (`torch.device`): Device of the models.
     """
     described = {
         "date": datetime.date.today().isoformat(),
@@ -40,7 +40,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel has it."""
+    """The processor's name as the kernel reports it."""
     file = Path("/proc/cpuinfo")
     if file.is_file():
         for line in file.read_text().splitlines():
@@ -50,27 +50,27 @@ def cpu_name() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; clocks are read after that."""
+    """Wait until the device has finished all queued work. Call it before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def write_result(result: dict[str, Any], file: Path) -> None:
-    """Write what was measured as JSON; the folder is made where there is none."""
+    """Write a result as JSON; creates the directory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 class PeakMemory:
     """
-    The most memory that a block of code held beyond what was held when it began, in bytes.
+    Peak memory of a block of code in bytes, minus the memory held at its start.
 
-    On a GPU what torch allocated; on Linux the process's resident memory, whose high-water mark the kernel resets.
-    What was freed before is given back to the system first: memory taken from it again would not show.
-    `None` where neither is known.
+    On a GPU it counts torch's allocations; on Linux without a GPU the resident memory of the process, whose high-water
+    mark the kernel can reset. Freed memory is returned to the system first, because reused memory would not be
+    counted. The value is `None` on other systems.
 
     Args:
-        device (`torch.device`): Where the model runs.
+        device (`torch.device`): Device of the model.
     """
 
     def __init__(self, device: torch.device):
@@ -83,7 +83,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            give_back_freed_memory()
+            return_freed_memory()
             try:
                 Path("/proc/self/clear_refs").write_text("5")
                 self.resettable = True
@@ -99,8 +99,8 @@ class PeakMemory:
             self.bytes = max(_status("VmHWM") - self.before, 0)
 
 
-def give_back_freed_memory() -> None:
-    """Hand what was freed back to the system, where the C library can (glibc)."""
+def return_freed_memory() -> None:
+    """Return freed memory to the system, if the C library supports it (glibc)."""
     gc.collect()
     if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

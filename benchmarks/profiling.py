@@ -1,4 +1,4 @@
-"""Where the time of one training step goes: forward, backward and the collator under torch's profiler."""
+"""Profiles one training step (collator, forward, backward) with torch's profiler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import DeviceType
 
 
-# Parts of a step by what the names of their operations contain, the first that fits; anything else is "rest".
+# Parts of a step, and substrings of the names of their operations. The first match counts; all others are "rest".
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "convolution"),
     "attention": ("scaled_dot_product", "flash", "flex", "aten::_softmax"),
@@ -22,15 +22,17 @@ def profile_step(
     model: nn.Module, make_batch: Callable[[], dict[str, torch.Tensor]], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, float], str]:
     """
+    Profile one step, after one unprofiled step.
+
     Args:
         model (`nn.Module`): In training mode, with a `loss` in its output.
         make_batch (`Callable`): Reads and collates one batch.
         device (`torch.device`): Where the model is.
-        dtype (`torch.dtype`): To compute in; autocast if it is not float32.
+        dtype (`torch.dtype`): Dtype of the computation; autocast if it is not float32.
 
     Returns:
-        `tuple[dict[str, float], str]`: The share of each of [`PARTS`] and of the rest, of the GPU's time on a GPU; and
-            the profiler's own table.
+        `tuple[dict[str, float], str]`: The share of the time (on a GPU, of the GPU's time) of each of [`PARTS`] and of
+            the rest; and the profiler's table.
     """
 
     def step() -> None:
@@ -48,7 +50,7 @@ def profile_step(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    step()  # what is done once only
+    step()  # warm-up
     with torch.profiler.profile(activities=activities) as profile:
         step()
     on = "device" if device.type == "cuda" else "cpu"
@@ -58,10 +60,10 @@ def profile_step(
 
 
 def shares(averages: Any, field: str) -> dict[str, float]:
-    """The profiler's events, summed by part, of 1."""
+    """The share of each part in the sum of the profiler's events."""
     found = dict.fromkeys([*PARTS, "rest"], 0.0)
     for event in averages:
-        if event.device_type != DeviceType.CPU:  # kernels, which count with the operations that launched them
+        if event.device_type != DeviceType.CPU:  # kernels are counted with the operations that launched them
             continue
         part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), "rest")
         found[part] += getattr(event, field)

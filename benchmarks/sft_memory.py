@@ -1,14 +1,14 @@
-"""Peak memory of the jnana SFT recipe at full size: what a card must have to run it.
+"""Peak GPU memory of the jnana SFT recipe at full size.
 
     python -m benchmarks.sft_memory                                          # a GPU; 12 GB of disk while it runs
     python -m benchmarks.sft_memory --output results.json --dtype float16 --bf16 false --fp16 true      # as on a T4
-    python -m benchmarks.sft_memory --quantization none                      # what the 4 bits are good for
-    python -m benchmarks.sft_memory --scale tiny                             # the mechanics, on a CPU
+    python -m benchmarks.sft_memory --quantization none                      # without 4-bit weights, for comparison
+    python -m benchmarks.sft_memory --scale tiny                             # a test run on a CPU
 
-`run_sft.py` itself runs `recipes/jnana/sft.yaml`, with nothing overridden but paths, the number of steps and what is
-written to disk; the adapter is then merged as the recipe asks. What it starts from is random: CLIP ViT-B/32, the
-recipe's projector and Phi-2 in their full shapes, and pictures and conversations of the real data's lengths. Options
-that are not this script's go to `run_sft.py`. Without a GPU the full size is refused.
+The script runs `run_sft.py` on `recipes/jnana/sft.yaml` and overrides only paths, the number of steps and what is
+written to disk. It then merges the adapter as the recipe says. The base checkpoint has random weights in full shapes:
+CLIP ViT-B/32, the recipe's projector and Phi-2. Images and conversations have the lengths of the real data. Options
+that this script does not know are passed to `run_sft.py`. The full size needs a GPU.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from accelerate.utils import release_memory
 from transformers import CLIPVisionConfig, PhiConfig
 
 from benchmarks.machine import PeakMemory, describe_machine, write_result
-from benchmarks.workloads import SCALES, Scale, make_pictures, make_processor, make_rows
+from benchmarks.workloads import SCALES, Scale, make_images, make_processor, make_rows
 from jnana import run_sft
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
 from jnana.training.arguments import as_command_line, read_recipe, typed
@@ -33,14 +33,14 @@ from jnana.training.stages import part_of
 
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "jnana"
-LIMIT_GB = 15  # the T4 on which the system's builder trained it
+LIMIT_GB = 15  # usable memory of a T4, on which the original system was trained
 IMAGE_TOKENS = {"phi2": 49, "tiny": 4}
-# The tiny scale takes these for the recipe's own; everything else is the recipe's there too.
+# Values that the tiny scale overrides in the recipe.
 TINY = {"lora_r": 2, "dtype": "float32", "bf16": "false", "use_cpu": "true", "dataloader_num_workers": 0}
 
 
 def save_base(folder: Path, scale: Scale, image_tokens: int, device: torch.device) -> None:
-    """What the align recipe leaves, with random weights in place of trained ones."""
+    """Save a checkpoint as the align recipe does, but with random weights."""
     processor = make_processor(scale, image_tokens)
     align = read_recipe(RECIPES / "align.yaml")
     fields = {name: typed(align[name]) for name in PROJECTOR_FIELDS if name in align}
@@ -62,23 +62,23 @@ def save_base(folder: Path, scale: Scale, image_tokens: int, device: torch.devic
 
 
 def save_data(folder: Path, count: int) -> Path:
-    """A LLaVA-Instruct file beside its pictures; returns the file."""
-    pictures = make_pictures(folder, count)
+    """Write a LLaVA-Instruct file beside its images; returns the file."""
+    images = make_images(folder, count)
     records = []
-    for number, (row, picture) in enumerate(zip(make_rows("sft", pictures), pictures, strict=True)):
+    for number, (row, image) in enumerate(zip(make_rows("sft", images), images, strict=True)):
         turns = []
         for (_, question), (answer,) in (tuple(turn["content"] for turn in chat) for chat in row["conversations"]):
             mark = "" if turns else "<image>\n"
             turns.append({"from": "human", "value": mark + question["text"]})
             turns.append({"from": "gpt", "value": answer["text"]})
-        records.append({"id": str(number), "image": picture.name, "conversations": turns})
+        records.append({"id": str(number), "image": image.name, "conversations": turns})
     file = folder / "instruct.json"
     file.write_text(json.dumps(records), encoding="utf-8")
     return file
 
 
 def command_line(args: argparse.Namespace, folder: Path, base: Path, data: Path) -> list[str]:
-    """The recipe, and what this measurement must set: paths, steps, and that disk is left alone."""
+    """The recipe, and the options that this measurement sets: paths, steps, and no checkpoints."""
     values = {
         "model_name_or_path": base,
         "train_data": data,
@@ -87,7 +87,7 @@ def command_line(args: argparse.Namespace, folder: Path, base: Path, data: Path)
         "max_steps": args.steps,
         "logging_steps": 1,
         "save_strategy": "no",
-        "merge_adapter": "false",  # measured by itself
+        "merge_adapter": "false",  # measured separately
         "disable_tqdm": "true",
     }
     if args.scale == "tiny":
@@ -96,7 +96,7 @@ def command_line(args: argparse.Namespace, folder: Path, base: Path, data: Path)
 
 
 def peak(memory: PeakMemory, device: torch.device) -> dict[str, Any]:
-    """The peak in GB of 10^9 bytes: in tensors, and of what torch's allocator had taken from the card for them."""
+    """The peak in GB (10^9 bytes): of allocated tensors, and of the memory that torch's allocator reserved."""
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return {
         "peak_gb": None if memory.bytes is None else memory.bytes / 1e9,
@@ -105,7 +105,7 @@ def peak(memory: PeakMemory, device: torch.device) -> dict[str, Any]:
 
 
 def held_bytes(model: torch.nn.Module) -> dict[str, int]:
-    """Bytes of weights by part, of an adapter with its base; what trains apart, with its gradients and AdamW."""
+    """Bytes of the weights by part; trainable weights separately, with their gradients and AdamW moments."""
     held = {"quantised": 0, "quantised_weights": 0, "trains": 0}
     for name, weight in model.named_parameters():
         size = weight.numel() * weight.element_size()
@@ -116,12 +116,12 @@ def held_bytes(model: torch.nn.Module) -> dict[str, int]:
             held["trains"] += size
         else:
             held[part_of(name)] = held.get(part_of(name), 0) + size
-    held["gradients_and_adamw"] = 3 * held["trains"]  # a gradient and two moments a weight, all in float32
+    held["gradients_and_adamw"] = 3 * held["trains"]  # one gradient and two moments for each weight, all in float32
     return held
 
 
 def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Train, then merge."""
+    """Measure training, then merging."""
     scale, image_tokens = SCALES[args.scale], IMAGE_TOKENS[args.scale]
     save_base(folder / "base", scale, image_tokens, device)
     data = save_data(folder / "data", args.images)
@@ -149,19 +149,19 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> dic
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people; the verdict is on what the allocator took, to which CUDA's own context comes (about half a GB)."""
+    """The result as text. The limit applies to reserved memory; CUDA's context takes about half a GB more."""
     lines = [f"jnana SFT at {result['scale']} size, {result['steps']} steps; GB of 10^9 bytes"]
     for phase, measured in result["phases"].items():
         tensors, reserved = measured["peak_gb"], measured["peak_reserved_gb"]
-        line = f"  {phase}: " + ("peak not known here" if tensors is None else f"peak {tensors:.2f}")
+        line = f"  {phase}: " + ("peak unknown on this system" if tensors is None else f"peak {tensors:.2f}")
         if reserved is not None:
             verdict = "under" if reserved < LIMIT_GB else "NOT under"
-            line += f", taken from the card {reserved:.2f}: {verdict} {LIMIT_GB}"
+            line += f", reserved {reserved:.2f}: {verdict} {LIMIT_GB}"
         lines.append(line)
     held = ", ".join(
         f"{name} {size / 1e9:.3f}" for name, size in result["held_bytes"].items() if name != "quantised_weights"
     )
-    return "\n".join([*lines, f"  of it held throughout: {held}"])
+    return "\n".join([*lines, f"  of which held throughout: {held}"])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -170,9 +170,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scale", choices=sorted(IMAGE_TOKENS), default="phi2")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--images", type=int, default=96, help="pictures drawn, with four or five pairs each")
-    parser.add_argument("--folder", help="for the random checkpoint while it runs; default: the system's")
-    parser.add_argument("--output", type=Path, help="a JSON file; nothing is kept without it")
+    parser.add_argument("--images", type=int, default=96, help="number of images, with four or five pairs each")
+    parser.add_argument("--folder", help="temporary directory for the checkpoint; default: the system's")
+    parser.add_argument("--output", type=Path, help="JSON file for the result; default: none is written")
     args, args.run_sft_options = parser.parse_known_args(argv)
     if args.steps < 1 or args.images < 1:
         parser.error("--steps and --images must be at least 1")
@@ -183,8 +183,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     if args.scale != "tiny" and not torch.cuda.is_available():
         sys.exit(
-            "There is no CUDA GPU here, and peak memory at full size can be measured on nothing else. Run this on "
-            "one, or try the mechanics with --scale tiny."
+            "There is no CUDA GPU here, and the full size can be measured on a GPU only. Run this on a machine with "
+            "one, or make a test run with --scale tiny."
         )
     device = torch.device("cpu" if args.scale == "tiny" else "cuda")
     with tempfile.TemporaryDirectory(prefix="jnana-", dir=args.folder) as folder:

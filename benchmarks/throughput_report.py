@@ -1,4 +1,4 @@
-"""From rounds of measurements to medians, ratios, a table and a plot."""
+"""Summarises the rounds of the throughput benchmark: medians, ratios, a table and a plot."""
 
 import statistics
 from pathlib import Path
@@ -23,14 +23,14 @@ def summarize(
     name: str, facts: dict[str, Any], rounds: list[dict[str, dict]], arms: tuple[str, ...], peak: float
 ) -> dict[str, Any]:
     """
-    One case as the JSON file holds it.
+    The entry of one case in the JSON file.
 
     Args:
-        name (`str`): The case's.
-        facts (`dict`): What was found without a clock; `facts["arms"]` by arm.
-        rounds (`list[dict[str, dict]]`): For each round and arm what `run_arm` returned.
+        name (`str`): Name of the case.
+        facts (`dict`): Untimed counts of the case; those of each arm in `facts["arms"]`.
+        rounds (`list[dict[str, dict]]`): Return values of `run_arm`, by round and arm.
         arms (`tuple[str, ...]`): The baseline first.
-        peak (`float`): Floating-point operations a second that the chip reaches.
+        peak (`float`): Return value of `peak_flops`.
     """
     summary: dict[str, Any] = {"case": name, **{key: value for key, value in facts.items() if key != "arms"}}
     summary["arms"] = {}
@@ -64,9 +64,9 @@ def summarize(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table, for a terminal and for `README.md`."""
+    """The result as a Markdown table."""
     lines = [
-        "| case | way | samples/s | supervised tokens/s | times stock LLaVA (spread) | tokens a step | padding | "
+        "| case | arm | samples/s | supervised tokens/s | times stock LLaVA (spread) | tokens per step | padding | "
         "peak memory | share of peak FLOP/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -85,7 +85,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Bars of throughput relative to stock LLaVA, with the spread over rounds and what the token counts alone give."""
+    """Plot throughput relative to stock LLaVA, its spread over rounds, and the ratio of the token counts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -95,27 +95,27 @@ def draw(result: dict[str, Any], file: Path) -> None:
     cases = result["cases"]
     arms = list(cases[0]["arms"])
     width = 0.8 / len(arms)
-    for position, arm in enumerate(arms):
-        places = [number + (position - (len(arms) - 1) / 2) * width for number in range(len(cases))]
+    for index, arm in enumerate(arms):
+        positions = [number + (index - (len(arms) - 1) / 2) * width for number in range(len(cases))]
         ratios = [case["ratios"].get(f"{arm}/{arms[0]}", {"median": 1, "min": 1, "max": 1}) for case in cases]
         heights = [ratio["median"] for ratio in ratios]
         errors = [
             [ratio["median"] - ratio["min"] for ratio in ratios],
             [ratio["max"] - ratio["median"] for ratio in ratios],
         ]
-        axes.bar(places, heights, width * 0.92, label=LABELS[arm], color=COLOURS[arm])
+        axes.bar(positions, heights, width * 0.92, label=LABELS[arm], color=COLOURS[arm])
         if arm != arms[0]:
-            axes.errorbar(places, heights, errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        for place, ratio in zip(places, ratios, strict=True):
-            axes.text(place, ratio["max"], f" {ratio['median']:.1f}", ha="center", va="bottom", fontsize=8)
+            axes.errorbar(positions, heights, errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        for x, ratio in zip(positions, ratios, strict=True):
+            axes.text(x, ratio["max"], f" {ratio['median']:.1f}", ha="center", va="bottom", fontsize=8)
     for number, case in enumerate(cases):
-        label = "by token count alone" if number == 0 else None
+        label = "ratio of token counts" if number == 0 else None
         ratio = case["ratio_by_token_count"]
         axes.plot([number - 0.42, number + 0.42], [ratio, ratio], color="#d93025", linestyle="--", lw=1, label=label)
     names = [case["case"].split("-") for case in cases]
-    what = {"align": "five captions a picture", "sft": "4-5 question/answer pairs\na picture, LoRA"}
+    labels = {"align": "5 captions per image", "sft": "4-5 question/answer pairs\nper image, LoRA"}
     axes.set_xticks(
-        range(len(cases)), [f"{what[stage]}\n{tokens} image tokens" for stage, tokens in names], fontsize=8
+        range(len(cases)), [f"{labels[stage]}\n{tokens} image tokens" for stage, tokens in names], fontsize=8
     )
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"

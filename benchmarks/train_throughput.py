@@ -1,20 +1,20 @@
-"""Training throughput beside stock LLaVA: the same pictures, texts and weights through the stock `Trainer`, four ways.
+"""Training throughput compared with stock LLaVA: four arms train on the same images, texts and weights.
 
     python -m benchmarks.train_throughput                        # one CPU thread, a small Phi: about ten minutes
     python -m benchmarks.train_throughput --scale phi2           # a GPU, full Phi-2 from random weights
     python -m benchmarks.train_throughput --cases align-49 --rounds 9 --profile
 
-    llava           stock `LlavaForConditionalGeneration`, an ordinary padded collator, one caption a row
+    llava           stock `LlavaForConditionalGeneration`, a padded batch, one conversation in each row
     padded          this package, `packing: none`
     shared_image    this package, `packing: shared_image`
-    feature_cache   the same, with `feature_cache`
+    feature_cache   this package, `packing: shared_image` and `feature_cache`
 
-The four take turns within each round, so that a machine that slows down slows all of them; figures are medians over
-rounds, ratios are taken within a round. On one CPU thread the clock is the process's own CPU time, which does not run
-while other programs have the processor; elsewhere it is the clock on the wall. In every round the losses of every step
-are compared with stock LLaVA's, and once the projector's gradient: a faster way that computes something else is an
-error, not a result. Writes `results/<name>.json` and `.png` after each case. `--profile` adds where one step's time
-goes, and writes the profiler's tables, `results/<name>_<case>_<arm>.txt`.
+All arms use the stock `Trainer`. They take turns within each round, so that a slower machine slows all of them.
+Figures are medians over rounds; ratios are computed within a round. On one CPU thread the clock is the CPU time of the
+process, which does not count other programs; elsewhere it is wall-clock time. The losses of every step are compared
+with stock LLaVA's in each round, and the projector's gradient once; a difference is an error. The script writes
+`results/<name>.json` and `.png` after each case. `--profile` adds the profile of one step, and writes the profiler's
+tables to `results/<name>_<case>_<arm>.txt`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from benchmarks.machine import PeakMemory, describe_machine, synchronize, write_result
 from benchmarks.profiling import profile_step
 from benchmarks.throughput_report import draw, summarize, table
-from benchmarks.workloads import SCALES, Scale, make_models, make_pictures, make_processor, make_rows
+from benchmarks.workloads import SCALES, Scale, make_images, make_models, make_processor, make_rows
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator, check_rows, load_image, packed_rows, plan_rows, with_images
 from jnana.processing.data.rows import rows_to_dataset
@@ -50,16 +50,16 @@ from jnana.training.stages import apply_stage
 logger = logging.getLogger(__name__)
 
 ARMS = ("llava", "padded", "shared_image", "feature_cache")
-# Largest relative difference from stock LLaVA's loss in any step, and from its projector's first gradient
+# Largest relative differences allowed from stock LLaVA: of the loss of a step, of the projector's first gradient
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 0.2)}
 
 
 class PaddedCollator:
     """
-    What one writes for stock LLaVA: each conversation a row with its own picture, padded on the right.
+    The usual collator for stock LLaVA: each conversation is a row with its own image, padded on the right.
 
     Args:
-        processor (`JnanaProcessor`): Renders, tokenises, and prepares pictures, as any transformers processor.
+        processor (`JnanaProcessor`): Renders and tokenises the chats and prepares the images.
     """
 
     def __init__(self, processor: JnanaProcessor):
@@ -84,16 +84,16 @@ class PaddedCollator:
 
 @dataclass
 class Case:
-    """One shape of work: a stage and a number of image tokens, with what all arms share."""
+    """One case: a stage and a number of image tokens, with the data and models of all arms."""
 
     name: str
     stage: str
     steps: list[list[dict]]
     processor: JnanaProcessor
-    models: dict[str, nn.Module]  # by arm; the three of this package share one
-    batches: dict[str, list[list[dict]]] = field(default_factory=dict)  # by arm, for each step what its collator takes
+    models: dict[str, nn.Module]  # by arm; the three arms of this package share one model
+    batches: dict[str, list[list[dict]]] = field(default_factory=dict)  # by arm: the collator's input for each step
     collators: dict[str, Callable] = field(default_factory=dict)
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)  # of what trains, before the first step
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)  # trainable weights before the first step
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -108,16 +108,16 @@ def make_case(name: str, scale: Scale, num_steps: int, folder: Path, device: tor
     Args:
         name (`str`): `align-49`, `sft-576`, ...
         scale (`Scale`): Sizes.
-        num_steps (`int`): Steps of a round, the first of which is not timed.
-        folder (`Path`): For pictures and the feature cache.
+        num_steps (`int`): Steps of a round; the first is not timed.
+        folder (`Path`): Directory for images and the feature cache.
         device (`torch.device`): Where the models run.
     """
     stage, tokens = name.split("-")
     num_tokens = int(tokens)
     processor = make_processor(scale, num_tokens)
     size = scale.images_per_step[num_tokens]
-    # one step more than is trained: the Trainer reads one batch ahead, and the last one would be read for nothing
-    rows = make_rows(stage, make_pictures(folder / "pictures", (num_steps + 1) * size))
+    # one step more than is trained, because the Trainer reads one batch ahead
+    rows = make_rows(stage, make_images(folder / "images", (num_steps + 1) * size))
     steps = [rows[start : start + size] for start in range(0, len(rows), size)]
     llava, jnana = make_models(scale, num_tokens, processor.image_token_id, device)
     lora = LoraArguments(lora_r=scale.lora_r)
@@ -158,7 +158,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def reset(case: Case, arm: str) -> nn.Module:
-    """The arm's model with the weights that every arm and round starts from."""
+    """Reset the arm's model to the weights that every arm and round starts from."""
     model = case.models[arm]
     with torch.no_grad():
         for name, weight in trainable(model):
@@ -170,7 +170,7 @@ def reset(case: Case, arm: str) -> nn.Module:
 def trainer_arguments(
     case: Case, scale: Scale, folder: Path, num_steps: int, device: torch.device
 ) -> TrainingArguments:
-    """A step's conversations are one batch in every arm."""
+    """The arguments of the Trainer. The conversations of a step are one batch in every arm."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
@@ -191,7 +191,7 @@ def trainer_arguments(
 
 
 class Stopwatch(TrainerCallback):
-    """Times every step from the end of the one before, so that a batch's reading counts too."""
+    """Records the end of every step. A step is timed from the end of the step before, so it includes data loading."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -206,18 +206,18 @@ class Stopwatch(TrainerCallback):
 
 
 def by_cpu_time(device: torch.device) -> bool:
-    """Whether CPU time is what a quiet machine's clock would show."""
+    """Whether the CPU time of the process equals the time on an idle machine: on one CPU thread."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Reads seconds."""
+    """The clock to use, in seconds."""
     return time.process_time if by_cpu_time(device) else time.perf_counter
 
 
 @contextlib.contextmanager
 def recorded_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The loss of every forward pass."""
+    """Collects the loss of every forward pass."""
     losses: list[torch.Tensor] = []
     handle = model.register_forward_hook(lambda module, inputs, outputs: losses.append(outputs.loss.detach()))
     try:
@@ -227,7 +227,7 @@ def recorded_losses(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def run_arm(case: Case, arm: str, scale: Scale, num_steps: int, device: torch.device, folder: Path) -> dict[str, Any]:
-    """One arm's turn: `num_steps` steps of the stock Trainer from the common weights."""
+    """Run one arm: `num_steps` steps of the stock Trainer from the common weights."""
     model = reset(case, arm)
     watch = Stopwatch(device)
     trainer = Trainer(
@@ -257,8 +257,8 @@ def collate_step(collator: Callable, items: list[dict]) -> dict[str, torch.Tenso
 
 def inspect_arms(case: Case, num_steps: int, device: torch.device, dtype: torch.dtype) -> None:
     """
-    What needs no clock: tokens, padding, floating-point operations of the second step, and that the first gradient is
-    stock LLaVA's.
+    Count the tokens, padding and floating-point operations of the second step, and compare the projector's first
+    gradient with stock LLaVA's.
     """
     gradients, arms = {}, {}
     for arm in ARMS:
@@ -286,8 +286,8 @@ def inspect_arms(case: Case, num_steps: int, device: torch.device, dtype: torch.
         if found["gradient_difference"] > allowed:
             raise RuntimeError(
                 f"{case.name}: the projector's gradient in {arm} differs from stock LLaVA's by "
-                f"{found['gradient_difference']:.1e}, more than {allowed:.0e}; speed is no result without the same "
-                "gradient"
+                f"{found['gradient_difference']:.1e}, more than {allowed:.0e}; throughput can be compared for equal "
+                "gradients only"
             )
 
 
@@ -301,7 +301,7 @@ def compare_losses(case: Case, turns: dict[str, dict], dtype: torch.dtype) -> fl
         if not difference <= allowed:
             raise RuntimeError(
                 f"{case.name}: the loss in {arm} differs from stock LLaVA's by {difference:.1e}, more than "
-                f"{allowed:.0e}; speed is no result without the same loss"
+                f"{allowed:.0e}; throughput can be compared for equal losses only"
             )
         largest = max(largest, difference)
     return largest
@@ -310,7 +310,7 @@ def compare_losses(case: Case, turns: dict[str, dict], dtype: torch.dtype) -> fl
 def profile_arms(
     case: Case, device: torch.device, dtype: torch.dtype, file: Callable[[str], Path]
 ) -> dict[str, dict[str, float]]:
-    """Where one step's time goes, by arm; also writes the profiler's tables."""
+    """Profile one step of each arm; also writes the profiler's tables."""
     found = {}
     for arm in ARMS:
         model = reset(case, arm).train()
@@ -322,7 +322,7 @@ def profile_arms(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The most floating-point operations a second that a large matrix product reaches here."""
+    """Floating-point operations per second that a large matrix product reaches on this device."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -336,7 +336,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All cases, round by round; the result as it stands after each of them."""
+    """Measure all cases; yields the result so far after each case."""
     scale, device = SCALES[args.scale], torch.device(args.device)
     machine = describe_machine(device)
     machine["clock"] = "CPU time of the process" if by_cpu_time(device) else "wall"
@@ -375,12 +375,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
     parser.add_argument("--scale", choices=SCALES, default="phi2" if default == "cuda" else "small")
-    parser.add_argument("--cases", nargs="+", help="align-49 align-576 sft-49 sft-576, or some of them")
+    parser.add_argument("--cases", nargs="+", help="some of align-49 align-576 sft-49 sft-576; default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="of a round; the first is not timed")
-    parser.add_argument("--profile", action="store_true", help="also write where one step's time goes")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a round; the first is not timed")
+    parser.add_argument("--profile", action="store_true", help="also profile one step of each arm")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--name", help="of the files written; default: train_throughput_<device>")
+    parser.add_argument("--name", help="name of the written files; default: train_throughput_<device>")
     args = parser.parse_args(argv)
     known = [f"{stage}-{tokens}" for stage in ("align", "sft") for tokens in SCALES[args.scale].text]
     args.cases = args.cases or known

@@ -1,8 +1,8 @@
-"""What is measured: pictures, captions, questions and answers drawn from a seed, and models of random weights.
+"""Workloads of the benchmarks: seeded random images, captions, questions and answers, and models with random weights.
 
-Lengths follow the real data: five captions a picture of about 13 tokens (COCO), four or five question/answer pairs a
-picture of about 90 tokens together (LLaVA-Instruct-150K, independent pairs). Pictures are JPEG files of COCO's
-size, to be read at COCO's cost.
+Lengths follow the real data: five captions of about 13 tokens for each image (COCO), or four or five question/answer
+pairs of about 90 tokens together (LLaVA-Instruct-150K, independent pairs). Images are JPEG files of COCO's size, so
+that reading them takes as long as with COCO.
 """
 
 import random
@@ -40,9 +40,9 @@ class Scale:
     Args:
         text (`dict[int, dict]`): `PhiConfig` fields.
         vision (`dict[int, dict]`): `CLIPVisionConfig` fields.
-        dtype (`torch.dtype`): Of the frozen weights.
-        images_per_step (`dict[int, int]`): Pictures that one step trains on, all their conversations with them.
-        max_row_tokens (`dict[int, int]`): Tokens a packed row may have.
+        dtype (`torch.dtype`): Dtype of the frozen weights.
+        images_per_step (`dict[int, int]`): Images of one step, each with all its conversations.
+        max_row_tokens (`dict[int, int]`): Longest packed row, in tokens.
         lora_r (`int`): Rank of the adapter in SFT.
     """
 
@@ -67,7 +67,7 @@ def _text(hidden: int, layers: int, heads: int, vocabulary: int, **more: Any) ->
 PHI_2 = _text(2560, 32, 32, 51_200, partial_rotary_factor=0.4)
 
 SCALES = {
-    # for the test of the mechanics
+    # for tests
     "tiny": Scale(
         text={4: _text(32, 2, 2, 700), 16: _text(32, 2, 2, 700)},
         vision={4: _vision(16, 2, 2, 16, 8), 16: _vision(16, 2, 2, 32, 8)},
@@ -76,7 +76,7 @@ SCALES = {
         max_row_tokens={4: 320, 16: 320},
         lora_r=2,
     ),
-    # one CPU thread; the tower's share of the work is about what ViT-B/32's and ViT-L/14's is beside Phi-2
+    # for one CPU thread; the vision tower's share of the work is about that of ViT-B/32 and ViT-L/14 with Phi-2
     "small": Scale(
         text={49: _text(512, 8, 8, 51_200), 576: _text(256, 8, 4, 8_000)},
         vision={49: _vision(128, 3, 2, 224, 32), 576: _vision(64, 2, 1, 336, 14)},
@@ -100,7 +100,7 @@ SCALES = {
 def make_processor(scale: Scale, num_image_tokens: int) -> JnanaProcessor:
     """Tokenizer, image processor and the `jnana` chat template; every word of [`words`] is one token."""
     vision = scale.vision[num_image_tokens]
-    # each word twice on a line of its own, so that pairs within words are merged before any others
+    # each word on two lines of its own, so that the tokenizer merges pairs within words first
     tokenizer: PreTrainedTokenizerFast = train_tokenizer([f" {word}" for word in words() for _ in range(2)], 690)
     add_jnana_tokens(tokenizer)
     side = vision["image_size"]
@@ -115,12 +115,12 @@ def make_processor(scale: Scale, num_image_tokens: int) -> JnanaProcessor:
 
 
 def words() -> list[str]:
-    """The words that texts are made of: two letters, of which there are 400."""
+    """The vocabulary of all texts: 400 words of two letters."""
     return [first + second for first in LETTERS[:20] for second in LETTERS[:20]]
 
 
-def make_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """JPEG files of 640 x 480: soft colours with some noise, of about the size of a photograph's file."""
+def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """Write JPEG files of 640 x 480 pixels: smooth colours with noise, about as large as photographs."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     paths = []
@@ -133,14 +133,14 @@ def make_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
     return paths
 
 
-def make_rows(stage: str, pictures: list[Path], seed: int = 0) -> list[dict]:
+def make_rows(stage: str, images: list[Path], seed: int = 0) -> list[dict]:
     """
-    Rows with all conversations about a picture.
+    Rows with one image and all its conversations.
 
     Args:
-        stage (`str`): `align` (five captions a picture) or `sft` (four or five independent pairs).
-        pictures (`list[Path]`): One a row.
-        seed (`int`): Of lengths and words.
+        stage (`str`): `align` (five captions for each image) or `sft` (four or five independent pairs).
+        images (`list[Path]`): One for each row.
+        seed (`int`): Seed of lengths and words.
     """
     rng = random.Random(f"{stage} {seed}")
 
@@ -155,10 +155,10 @@ def make_rows(stage: str, pictures: list[Path], seed: int = 0) -> list[dict]:
         return [message("user", IMAGE_PART, text_part(question)), message("assistant", text_part(answer))]
 
     rows = []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         count = CAPTIONS if stage == "align" else 4 + (number % 5 in (1, 3))
         chats = [conversation() for _ in range(count)]
-        rows.append(make_row([{"path": str(picture), "bytes": None}], chats, f"{stage} record {number}"))
+        rows.append(make_row([{"path": str(image), "bytes": None}], chats, f"{stage} record {number}"))
     return rows
 
 
@@ -166,9 +166,9 @@ def make_models(
     scale: Scale, num_image_tokens: int, image_token_id: int, device: torch.device
 ) -> tuple[LlavaForConditionalGeneration, JnanaForConditionalGeneration]:
     """
-    Stock LLaVA and Jnana holding the same random weights.
+    Stock LLaVA and Jnana with the same random weights.
 
-    Stock LLaVA's head has no bias, so Phi's is zero here.
+    Stock LLaVA's head has no bias, so the bias of Phi's head is set to zero.
     """
     vision = CLIPVisionConfig(**scale.vision[num_image_tokens])
     text = PhiConfig(**scale.text[num_image_tokens])

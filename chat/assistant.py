@@ -1,8 +1,8 @@
-"""What the visitors share, the model, and what each has alone: a chat, pictures waiting to be asked about.
+"""The state behind the chat page: the assistant that all visitors share, and one chat for each visitor.
 
-The handlers of a page run at the same time: a picture is taken in while a question is sent and the chat is cleared. So
-a visitor is there once, before the first handler, and no handler puts another in its place; what belongs to a chat is
-in a `Chat`, and a handler that works on one sees at the end whether it is over.
+The handlers of a page run concurrently: an image may be uploaded while a question is sent and the chat is cleared.
+Therefore a visitor is created once, before the first handler runs, and no handler replaces it. Everything that belongs
+to one chat is in a `Chat`, and a handler checks at its end whether its chat has been closed.
 """
 
 import logging
@@ -22,80 +22,86 @@ from torch import nn
 from jnana.processing import JnanaProcessor
 from jnana.processing.speech import TranscriptionError
 
-from .limits import Limits, Refused, read_picture
-from .session import ChatSession, Picture
+from .limits import Limits, Refused, read_image
+from .session import ChatSession, PreparedImage
 
 
 logger = logging.getLogger(__name__)
-THUMBNAIL = 512  # pixels; what the page shows of a picture
-# Kinds of `TranscriptionError` that a visitor can do something about; the others may name paths of this machine
-FOR_VISITORS = ("audio", "too_long", "timeout")
-UNHEARD = "Spoken questions can't be understood here just now; the reason has been noted. Type the question, please."
+THUMBNAIL_SIDE = 512  # pixels, of the copy that the page shows
+# Kinds of `TranscriptionError` whose message is shown to visitors; others may contain paths of this machine
+VISITOR_ERRORS = ("audio", "too_long", "timeout")
+SPEECH_FAILED = "Speech recognition failed; the reason is in the server's log. Please type the question."
 
 
 @dataclass
-class Shown:
-    """A picture as the model takes it, and the file of a small copy for the page."""
+class ChatImage:
+    """
+    An image of a chat.
 
-    picture: Picture
+    Args:
+        prepared (`PreparedImage`): The image as the model takes it.
+        thumbnail (`str`): File of a small copy, for the page.
+    """
+
+    prepared: PreparedImage
     thumbnail: str
 
 
 @dataclass
-class Asked:
+class QueuedQuestion:
     """
-    A question that waits for its turn.
+    A question from the moment it is sent until it is answered.
 
     Args:
         question (`str`): Its text.
-        pictures (`list[Shown]`): The pictures given with it.
-        before (`list[dict]`): The page's chat without it, to go back to.
-        again (`bool`): Whether it is the last question once more.
+        images (`list[ChatImage]`): Its images.
+        before (`list[dict]`): The transcript without the question, restored if the question fails.
+        is_retry (`bool`): Whether it repeats the last question.
     """
 
     question: str
-    pictures: list[Shown]
+    images: list[ChatImage]
     before: list[dict]
-    again: bool = False
+    is_retry: bool = False
 
 
 @dataclass(eq=False)
 class Chat:
     """
-    What is said and shown between two clicks on Clear.
+    All messages and images between two clicks on Clear.
 
     Args:
-        session (`ChatSession`): The chat as the model has it.
-        waiting (`list[Shown]`): Pictures for the next question.
-        receiving (`int`): How many more are being taken in.
+        session (`ChatSession`): The chat session with the model.
+        waiting (`list[ChatImage]`): Images for the next question.
+        receiving (`int`): Number of images that are being read.
         transcript (`list[dict]`): The chat as the page shows it.
-        asked (`Asked` or `None`): What waits to be answered.
-        answering (`Asked` or `None`): What is being answered.
-        gone (`bool`): Whether the chat was cleared, or has rested for too long.
-        lock (`threading.RLock`): For whoever looks at `waiting`, `receiving`, `asked`, `answering` and then acts.
+        queued (`QueuedQuestion` or `None`): The question that waits for the model.
+        answering (`QueuedQuestion` or `None`): The question that is being answered.
+        closed (`bool`): Whether the chat was cleared, or deleted after `idle_seconds`.
+        lock (`threading.RLock`): Held while `waiting`, `receiving`, `queued` or `answering` are read and changed.
     """
 
     session: ChatSession
-    waiting: list[Shown] = field(default_factory=list)
+    waiting: list[ChatImage] = field(default_factory=list)
     receiving: int = 0
     transcript: list[dict] = field(default_factory=list)
-    asked: Asked | None = None
-    answering: Asked | None = None
-    gone: bool = False
+    queued: QueuedQuestion | None = None
+    answering: QueuedQuestion | None = None
+    closed: bool = False
     lock: Any = field(default_factory=threading.RLock)
 
     @property
-    def images(self) -> int:
-        """Pictures of the chat (`int`), with those that are on their way into it."""
-        said = sum(part["type"] == "image" for message in self.session.messages for part in message["content"])
-        asked = sum(len(question.pictures) for question in (self.asked, self.answering) if question)
-        return said + asked + len(self.waiting) + self.receiving
+    def image_count(self) -> int:
+        """Number of images in the chat (`int`), including those of waiting questions and running uploads."""
+        answered = sum(part["type"] == "image" for message in self.session.messages for part in message["content"])
+        unanswered = sum(len(question.images) for question in (self.queued, self.answering) if question)
+        return answered + unanswered + len(self.waiting) + self.receiving
 
 
 class Visitor:
     """
-    One browser tab, and the chat it is in. Gradio copies the value of a `State` for each session when it is first
-    used; a copy is a new visitor, with a chat of its own.
+    One browser tab and its chat. Gradio copies the value of a `State` for each browser session; a copy is a new
+    visitor with a new chat.
 
     Args:
         model (`nn.Module`): As [`ChatSession`] takes it.
@@ -109,23 +115,23 @@ class Visitor:
     def __deepcopy__(self, memo: dict) -> "Visitor":
         return Visitor(self.model, self.processor)
 
-    def start_anew(self) -> Chat:
-        """A new chat; returns the old one (`Chat`)."""
+    def start_new_chat(self) -> Chat:
+        """Start a new chat; returns the old one (`Chat`)."""
         old, self.chat = self.chat, Chat(ChatSession(self.model, self.processor))
         return old
 
 
 class Assistant:
     """
-    A model with all that a page needs to know of it.
+    The model that all visitors share, with its limits and its speech recogniser.
 
     Args:
         model (`nn.Module`): As [`ChatSession`] takes it.
         processor (`JnanaProcessor`): Its processor.
-        name (`str`): What the page calls it.
-        limits (`Limits`, *optional*): What visitors may send.
-        transcriber (`Any`, *optional*): A [`processing.Transcriber`]; without, spoken questions are off.
-        speech_note (`str`, *optional*): Why they are off.
+        name (`str`): The model's name on the page.
+        limits (`Limits`, *optional*): Limits on requests.
+        transcriber (`Any`, *optional*): A [`jnana.Transcriber`]; without one, spoken questions are disabled.
+        speech_note (`str`, *optional*): Note for visitors if spoken questions are disabled.
     """
 
     def __init__(
@@ -144,20 +150,20 @@ class Assistant:
         self._recent: OrderedDict[int, ChatSession] = OrderedDict()
         self._recent_lock = threading.Lock()
 
-    def welcome(self) -> Visitor:
-        """A new visitor."""
+    def new_visitor(self) -> Visitor:
+        """A new visitor, with an empty chat."""
         return Visitor(self.model, self.processor)
 
-    def goodbye(self, visitor: Visitor) -> None:
-        """A visitor's chat is over: an answer in the making ends, the memory is free again."""
-        chat = visitor.start_anew()
+    def close_chat(self, visitor: Visitor) -> None:
+        """Close a visitor's chat: stop its answer and free its cache. The visitor gets a new chat."""
+        chat = visitor.start_new_chat()
         with self._recent_lock:
-            chat.gone = True
+            chat.closed = True
             self._recent.pop(id(chat.session), None)
         chat.session.stop()
 
     def describe(self) -> str:
-        """Model, device and dtype in a line (`str`)."""
+        """Model, device and dtype in one line (`str`)."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         for bits in (4, 8):
             if getattr(self.model, f"is_loaded_in_{bits}bit", False):
@@ -169,32 +175,32 @@ class Assistant:
 
     def receive(self, chat: Chat, path: str) -> None:
         """
-        Take an uploaded picture for the next question.
+        Add an uploaded image to those of the next question.
 
         Raises:
-            Refused: if it can't be used, or the chat has all the pictures it may have.
+            Refused: if it can't be used, or the chat has reached its number of images.
         """
         with chat.lock:
-            if chat.images >= self.limits.images:
-                raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start anew.")
+            if chat.image_count >= self.limits.images:
+                raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start a new one.")
             chat.receiving += 1
-        shown = []
+        received = []
         try:
-            image = read_picture(path, self.limits)
-            picture = chat.session.prepare(image)
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            shown.append(Shown(picture, keep_file(image)))
+            image = read_image(path, self.limits)
+            prepared = chat.session.prepare(image)
+            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            received.append(ChatImage(prepared, keep_file(image)))
         finally:
             with chat.lock:
                 chat.receiving -= 1
-                chat.waiting.extend(shown)
+                chat.waiting.extend(received)
 
     def listen(self, path: str) -> str:
         """
-        What is said in a recording.
+        Transcribe a recording.
 
         Raises:
-            Refused: if there is no speech in it, or it can't be transcribed.
+            Refused: if it holds no speech, or can't be transcribed.
         """
         if self.transcriber is None:
             raise Refused(self.speech_note)
@@ -202,23 +208,23 @@ class Assistant:
             heard = self.transcriber.transcribe(path)
         except TranscriptionError as error:
             logger.warning("a recording was not transcribed: %s %s", error, error.details)
-            raise Refused(str(error) if error.kind in FOR_VISITORS else UNHEARD) from None
+            raise Refused(str(error) if error.kind in VISITOR_ERRORS else SPEECH_FAILED) from None
         if not heard.text.strip():
             raise Refused("No speech was heard in that recording. Speak closer to the microphone, or type.")
         return heard.text.strip()
 
     def keep_recent(self, chat: Chat) -> None:
-        """Call after each answer: of the chats, only the latest keep their keys and values."""
+        """Call after each answer. Only the `kept_chats` most recent chats keep their caches."""
         session = chat.session
         with self._recent_lock:
-            if chat.gone:
+            if chat.closed:
                 return
             self._recent[id(session)] = session
             self._recent.move_to_end(id(session))
         self._keep_at_most(self.limits.kept_chats)
 
     def make_room(self) -> None:
-        """Call when memory has run out: no chat keeps its keys and values; each is read anew when it goes on."""
+        """Call when memory has run out. Frees the caches of all chats; their next turns process them again."""
         self._keep_at_most(0)
 
     def _keep_at_most(self, number: int) -> None:
@@ -227,14 +233,14 @@ class Assistant:
         for old in surplus:
             try:
                 old.forget_cache()
-            except RuntimeError:  # it is being answered just now, and comes back by itself
+            except RuntimeError:  # its answer is being written; `keep_recent` is called again after it
                 continue
 
 
 def keep_file(thumbnail: Image) -> str:
     """
-    The file (`str`) of a picture for the page, where Gradio keeps such files and deletes them in time. Given the
-    picture itself, Gradio would compress it anew for every word of an answer.
+    Save a thumbnail in Gradio's cache directory, which Gradio cleans up; returns the file (`str`). If it were given
+    the image itself, Gradio would compress it again for every token of an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.webp"

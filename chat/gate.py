@@ -1,9 +1,9 @@
-"""What the page's server answers at all: the few routes the page uses, and uploads while there is room for them.
+"""Middleware that lets only the page's own routes through, and limits the size of requests and of all uploads.
 
-Gradio's server has more: one route streams whatever web address it is given, one hands videos to ffmpeg, some speak to
-the Hugging Face Hub. Nothing here needs them, so they do not exist for visitors. Gradio bounds each uploaded file, but
-neither how many come in one request nor how much lies on the disk; any other request it reads whole, however long, and
-before it looks who sends it.
+Gradio's server has more routes than the page needs: one downloads any web address, one runs ffmpeg on videos, some
+access the Hugging Face Hub. The gate answers them with 404. Gradio limits the size of each uploaded file, but neither
+the number of files in a request nor the disk space of all uploads. It also reads the whole body of any other request
+before it checks the login.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import Any
 from .limits import Limits
 
 
-# What a browser asks for while it shows and uses the page, and nothing else
+# The routes that a browser requests while it shows and uses the page
 OPEN = re.compile(
     r"/|/(config|login|logout|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon)/?"
     r"|/(assets|static|svelte|pwa_icon)/.*"
@@ -24,11 +24,11 @@ OPEN = re.compile(
     r"|/gradio_api/(startup-events|login_check|user|app_id|theme\.css)/?"
     r"|/gradio_api/heartbeat/[^/]+|/gradio_api/file=(?!.*://).*"
 )
-ENVELOPE = 65_536  # bytes of a request beside its file or its question
-CHARACTER = 12  # bytes of one character at most, as JSON writes it
-ENTRY = 8_192  # bytes that a file or a folder takes on the disk at least
-COUNT_HOLDS = 1.0  # seconds; until then what is let in is added to the last count
-REST = 3_600  # seconds after which what no upload needs any more goes
+ENVELOPE = 65_536  # bytes of a request in addition to its file or its question
+CHARACTER = 12  # largest size in bytes of one character in JSON
+ENTRY = 8_192  # smallest size in bytes of a file or a directory on the disk
+COUNT_HOLDS = 1.0  # seconds between two measurements of the upload directory
+REST = 3_600  # seconds without change after which empty directories and files of aborted uploads are deleted
 
 
 class Gate:
@@ -36,11 +36,11 @@ class Gate:
     ASGI middleware in front of Gradio's routes.
 
     Args:
-        app (`ASGI application`): What answers where the gate is open.
-        folder (`Path`): Where uploads lie.
-        upload_megabytes (`float`): Of one upload request.
-        folder_megabytes (`float`): Of all that lies in the folder or is on its way; beyond that nothing is taken in.
-        question_characters (`int`): Of one question, the longest that any other request carries.
+        app (`ASGI application`): Gradio's application, which answers the allowed requests.
+        folder (`Path`): The upload directory.
+        upload_megabytes (`float`): Limit of one upload request.
+        folder_megabytes (`float`): Limit of the upload directory, running uploads included.
+        question_characters (`int`): Limit of one question, the largest content of any other request.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Gate:
         self.other_bytes = question_characters * CHARACTER + ENVELOPE
         self.counting = asyncio.Lock()
         self.counted_at = float("-inf")
-        self.counted = 0  # bytes in the folder, and those let in since
-        self.arriving = 0  # bytes of the uploads that are on their way
+        self.counted = 0  # bytes in the directory at the last measurement, and those accepted since
+        self.arriving = 0  # bytes of running uploads
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -69,13 +69,13 @@ class Gate:
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         upload = path.startswith("/gradio_api/upload") and scope["method"] == "POST"
         length = length_of(scope)
-        status, said = self.why_not(path, upload, length)
-        if upload and not said and not await self.has_room(length or 0):
-            status, said = 503, "This page has no room for uploads just now. Try again later."
-        if said:
+        status, problem = self.check(path, upload, length)
+        if upload and not problem and not await self.has_room(length or 0):
+            status, problem = 503, "There is no room for uploads at the moment. Try again later."
+        if problem:
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
             await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": said.encode()})
+            await send({"type": "http.response.body", "body": problem.encode()})
             return
         try:
             await self.app(scope, receive, send)
@@ -83,23 +83,23 @@ class Gate:
             if upload:
                 self.arriving -= length or 0
 
-    def why_not(self, path: str, upload: bool, length: int | None) -> tuple[int, str]:
-        """Status and words with which a request is refused for what its head says; no words if it is not."""
+    def check(self, path: str, upload: bool, length: int | None) -> tuple[int, str]:
+        """Check the header of a request. Returns status and error message; the message of an allowed one is empty."""
         if not OPEN.fullmatch(path):
-            return 404, "There is nothing here."
+            return 404, "Not found."
         if length is None:
-            return 411, "A request must say how long it is."
+            return 411, "A request must state its length."
         if upload and length > self.upload_megabytes * 1e6 + ENVELOPE:
-            return 413, f"That is more than the maximum allowed size of {self.upload_megabytes:g} MB."
+            return 413, f"The request exceeds the maximum allowed size of {self.upload_megabytes:g} MB."
         if not upload and length > self.other_bytes:
-            return 413, f"That is more than the maximum allowed size of {self.other_bytes} bytes."
+            return 413, f"The request exceeds the maximum allowed size of {self.other_bytes} bytes."
         return 200, ""
 
     async def has_room(self, length: int) -> bool:
-        """Whether so many bytes still fit into the folder; if so, they count as arriving."""
-        async with self.counting:  # one at a time, and not where requests are answered: many files take a while
+        """Whether `length` more bytes fit into the upload directory; if so, they are counted as arriving."""
+        async with self.counting:  # one measurement at a time, in a thread, because it takes long with many files
             if time.monotonic() - self.counted_at > COUNT_HOLDS:
-                arriving = self.arriving  # partly on the disk already: counted twice rather than not at all
+                arriving = self.arriving  # partly on the disk already; counted twice rather than missed
                 self.counted = arriving + await asyncio.to_thread(tidy_size_of, self.folder)
                 self.counted_at = time.monotonic()
             if self.counted + length > self.folder_megabytes * 1e6:
@@ -110,9 +110,9 @@ class Gate:
 
 
 def length_of(scope: dict[str, Any]) -> int | None:
-    """Bytes of a request's body as its head says; `None` if it has one and does not say, or says it in two ways."""
+    """Length of a request's body in bytes, from its header; `None` if the header states no definite length."""
     headers = dict(scope["headers"])
-    if b"transfer-encoding" in headers:  # whatever else it says, its end is where it stops
+    if b"transfer-encoding" in headers:  # takes precedence over a content length
         return None
     length = headers.get(b"content-length", b"0" if scope["method"] in ("GET", "HEAD") else b"")
     return int(length) if length.isdigit() else None
@@ -120,16 +120,16 @@ def length_of(scope: dict[str, Any]) -> int | None:
 
 def tidy_size_of(folder: Path) -> int:
     """
-    Bytes that a folder's files and folders take on the disk (`int`); what vanishes meanwhile counts nothing.
+    Bytes that the files and directories of a directory take on the disk (`int`). Entries deleted meanwhile count 0.
 
-    Gradio deletes old files but leaves their folders, and the files of uploads that broke off, which lie on top. Both
-    go here once they have rested.
+    Gradio deletes old files, but not their directories, nor the files of aborted uploads, which lie at the top level.
+    This function deletes both after `REST` seconds without change.
     """
     total, rested = 0, time.time() - REST
     for where, folders, names in os.walk(folder):
-        on_top = where == str(folder)
+        at_top_level = where == str(folder)
         try:
-            if not (on_top or folders or names) and os.stat(where).st_mtime < rested:
+            if not (at_top_level or folders or names) and os.stat(where).st_mtime < rested:
                 os.rmdir(where)
                 continue
         except OSError:
@@ -139,7 +139,7 @@ def tidy_size_of(folder: Path) -> int:
             file = os.path.join(where, name)
             try:
                 known = os.stat(file)
-                if on_top and known.st_mtime < rested:
+                if at_top_level and known.st_mtime < rested:
                     os.remove(file)
                 else:
                     total += max(known.st_size, ENTRY)

@@ -1,4 +1,4 @@
-"""The page: a chat on one side, pictures, voice, settings on the other. `page.py` has what it does. Needs Gradio 6."""
+"""The layout of the chat page, in Gradio 6. Its event handlers are in `page.py`."""
 
 import functools
 from collections.abc import Callable
@@ -29,17 +29,17 @@ footer {display: none !important}
 """
 
 
-def unopened(component: gr.Image | gr.Audio) -> Any:
+def pass_file(component: gr.Image | gr.Audio) -> Any:
     """
-    Have an input hand over the uploaded file as it is, for [`read_picture`] and the speech worker to open within
-    limits. (On the instance: for a subclass Gradio would write a stub file beside this one.)
+    Make an input pass the path of the uploaded file, unopened, so that [`read_image`] and the speech worker open it
+    within limits. The method is replaced on the instance, because Gradio writes a stub file beside a subclass's file.
     """
     component.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return component
 
 
 class GuardedBlocks(gr.Blocks):
-    """Blocks whose inputs name no web address: Gradio would otherwise fetch files named so, for any input."""
+    """Blocks that refuse web addresses in every input; Gradio would otherwise download them."""
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call: bool = False):
         try:
@@ -50,54 +50,55 @@ class GuardedBlocks(gr.Blocks):
 
 
 def find_examples(folder: Path) -> list[tuple[str, str]]:
-    """Pictures of a folder with a question each: a text file of the same name, else one of the usual questions."""
-    pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:6]
-    asked = []
-    for number, picture in enumerate(pictures):
-        note = picture.with_suffix(".txt")
+    """Images of a directory, each with its question: from a text file of the same name, else a default question."""
+    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:6]
+    examples = []
+    for number, image in enumerate(images):
+        note = image.with_suffix(".txt")
         question = note.read_text(encoding="utf-8").strip() if note.is_file() else QUESTIONS[number % len(QUESTIONS)]
-        asked.append((str(picture), question))
-    return asked
+        examples.append((str(image), question))
+    return examples
 
 
 def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> gr.Blocks:
     """
-    The page, with its queue.
+    Build the page with its queue.
 
     Args:
-        assistant (`Assistant`): Who answers.
-        examples_folder (`Path`, *optional*): Pictures to click, each with its question in a `.txt` of the same name.
+        assistant (`Assistant`): The model that answers.
+        examples_folder (`Path`, *optional*): Directory of example images, each with its question in a `.txt` of the
+            same name.
 
     Returns:
-        `gr.Blocks`: to be launched with [`launch_options`].
+        `gr.Blocks`: To be launched with [`launch_options`].
     """
     limits, idle = assistant.limits, assistant.limits.idle_seconds
     page = Page(assistant, find_examples(examples_folder))
     with GuardedBlocks(
         title="Jnana", analytics_enabled=False, delete_cache=(idle, idle + 60), fill_height=True
     ) as blocks:
-        # Copied for each session: a visitor of its own, which all handlers share
-        visitor = gr.State(assistant.welcome(), time_to_live=idle, delete_callback=assistant.goodbye)
+        # Gradio copies the value for each browser session; all handlers of the session share the copy
+        visitor = gr.State(assistant.new_visitor(), time_to_live=idle, delete_callback=assistant.close_chat)
         gr.Markdown("# Jnana\nDrop a picture, type or say a question, read the answer.")
         gr.Markdown(assistant.describe(), elem_id="about")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
-                given = _what_is_given(assistant, page)
+                inputs = _build_inputs(assistant, page)
             with gr.Column(scale=3, min_width=360):
-                said = _what_is_said(limits.question_characters)
-        pictures = [visitor, given.waiting, given.drop]
-        everything = [*pictures, said.chat, said.question, said.status]
-        _connect_pictures(page, given, said, pictures)
-        _connect_voice(page, given, said)
-        _connect_chat(page, given, said, everything)
+                chat = _build_chat(limits.question_characters)
+        images = [visitor, inputs.waiting, inputs.drop]
+        everything = [*images, chat.messages, chat.question, chat.status]
+        _connect_images(page, inputs, chat, images)
+        _connect_voice(page, inputs, chat)
+        _connect_chat(page, inputs, chat, everything)
     blocks.queue(max_size=limits.queue_length, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
-def _what_is_given(assistant: Assistant, page: Page) -> SimpleNamespace:
-    """Pictures, voice, examples, settings."""
-    picture = gr.Image(
-        label="Picture: drop, paste or take one",
+def _build_inputs(assistant: Assistant, page: Page) -> SimpleNamespace:
+    """The components for images, voice, examples and settings."""
+    image = gr.Image(
+        label="Picture: upload, paste or take one",
         sources=["upload", "webcam", "clipboard"],
         type="filepath",
         height=220,
@@ -113,9 +114,9 @@ def _what_is_given(assistant: Assistant, page: Page) -> SimpleNamespace:
         buttons=[],
         elem_id="waiting",
     )
-    drop = gr.Button("Take these away", size="sm", visible=False, elem_id="drop")
+    drop = gr.Button("Remove", size="sm", visible=False, elem_id="drop")
     recording = gr.Audio(
-        label="Speak, or drop a recording",
+        label="Speak, or upload a recording",
         sources=["microphone", "upload"],
         type="filepath",
         visible=assistant.transcriber is not None,
@@ -127,24 +128,23 @@ def _what_is_given(assistant: Assistant, page: Page) -> SimpleNamespace:
         gr.Markdown(f"*{assistant.speech_note}*", elem_id="speech_note")
     examples, longest = _examples(page.examples), assistant.limits.new_tokens
     with gr.Accordion("Settings", open=False):
-        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: always the likeliest word)")
+        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: greedy decoding)")
         new_tokens = gr.Slider(1, longest, min(200, longest), step=1, label="Longest answer, in tokens")
     return SimpleNamespace(
-        picture=unopened(picture),
+        image=pass_file(image),
         waiting=waiting,
         drop=drop,
-        recording=unopened(recording),
+        recording=pass_file(recording),
         examples=examples,
         temperature=temperature,
         new_tokens=new_tokens,
     )
 
 
-def _what_is_said(question_characters: int) -> SimpleNamespace:
-    """The chat, the box below it, the buttons."""
-    # Plain text: what a model or a visitor writes is never taken for markup (`as_plain_text`); no button to copy,
-    # which would copy the escapes
-    chat = gr.Chatbot(
+def _build_chat(question_characters: int) -> SimpleNamespace:
+    """The components for the chat, the question box and the buttons."""
+    # Messages are escaped plain text (`as_plain_text`). There is no copy button, because it would copy the escapes
+    messages = gr.Chatbot(
         label="Chat",
         height=460,
         render_markdown=False,
@@ -167,41 +167,43 @@ def _what_is_said(question_characters: int) -> SimpleNamespace:
         stop = gr.Button("Stop", min_width=90, elem_id="stop")
         retry = gr.Button("Retry", min_width=90, elem_id="retry")
         clear = gr.Button("Clear", min_width=90, elem_id="clear")
-    return SimpleNamespace(chat=chat, status=status, question=question, send=send, stop=stop, retry=retry, clear=clear)
+    return SimpleNamespace(
+        messages=messages, status=status, question=question, send=send, stop=stop, retry=retry, clear=clear
+    )
 
 
-def _connect_pictures(page: Page, given: SimpleNamespace, said: SimpleNamespace, pictures: list) -> None:
-    visitor = pictures[0]
-    if given.examples is not None:
-        _on(given.examples.click, page.choose_example, [given.examples, visitor], [*pictures, said.question])
-    # Not `input`, which Gradio's image does not send when a picture is pasted
-    _on(given.picture.change, page.add_picture, [given.picture, visitor], [*pictures, given.picture])
-    _on(given.drop.click, page.drop_pictures, [visitor], pictures)
+def _connect_images(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace, images: list) -> None:
+    visitor = images[0]
+    if inputs.examples is not None:
+        _on(inputs.examples.click, page.choose_example, [inputs.examples, visitor], [*images, chat.question])
+    # `change`, because Gradio's image sends no `input` event when an image is pasted
+    _on(inputs.image.change, page.add_image, [inputs.image, visitor], [*images, inputs.image])
+    _on(inputs.drop.click, page.drop_images, [visitor], images)
 
 
-def _connect_voice(page: Page, given: SimpleNamespace, said: SimpleNamespace) -> None:
-    heard, recording, question, status = gr.State(""), given.recording, said.question, said.status
-    # Not `input`, which Gradio's audio sends before the recording is there
+def _connect_voice(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace) -> None:
+    transcript, recording, question, status = gr.State(""), inputs.recording, chat.question, chat.status
+    # `change`, because Gradio's audio sends `input` before the recording is uploaded
     noticed = _on(recording.change, page.notice, [recording], [status], queue=False)
-    listened = _on(noticed.then, page.transcribe, [recording], [heard, status], concurrency_id="speech")
-    _on(listened.success, page.add_words, [heard, question], [question], queue=False)
-    listened.failure(lambda: "", None, [status], queue=False, api_visibility="private")
+    transcribed = _on(noticed.then, page.transcribe, [recording], [transcript, status], concurrency_id="speech")
+    _on(transcribed.success, page.append_transcript, [transcript, question], [question], queue=False)
+    transcribed.failure(lambda: "", None, [status], queue=False, api_visibility="private")
 
 
-def _connect_chat(page: Page, given: SimpleNamespace, said: SimpleNamespace, everything: list) -> None:
+def _connect_chat(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace, everything: list) -> None:
     visitor = everything[0]
-    # Taken at once, answered in turn
-    take = functools.partial(gr.on, [said.send.click, said.question.submit])
+    # `take` queues a question without waiting; `answer` runs for one question at a time
+    take = functools.partial(gr.on, [chat.send.click, chat.question.submit])
     for taken in (
-        _on(take, page.take, [said.question, visitor], everything, queue=False, trigger_mode="once"),
-        _on(said.retry.click, page.take_again, [visitor], everything, queue=False, trigger_mode="once"),
+        _on(take, page.take, [chat.question, visitor], everything, queue=False, trigger_mode="once"),
+        _on(chat.retry.click, page.take_again, [visitor], everything, queue=False, trigger_mode="once"),
     ):
-        options = [given.temperature, given.new_tokens]
+        options = [inputs.temperature, inputs.new_tokens]
         turn = _on(taken.success, page.answer, [*options, visitor], everything, concurrency_id="model")
-        _on(turn.failure, page.give_up, [visitor], everything, queue=False)
-        _on(turn.then, page.settle, [visitor], [said.chat, said.status], queue=False)
-    _on(said.stop.click, page.stop, [visitor], everything, queue=False)
-    for event in (said.clear.click, said.chat.clear):
+        _on(turn.failure, page.withdraw, [visitor], everything, queue=False)
+        _on(turn.then, page.settle, [visitor], [chat.messages, chat.status], queue=False)
+    _on(chat.stop.click, page.stop, [visitor], everything, queue=False)
+    for event in (chat.clear.click, chat.messages.clear):
         _on(event, page.clear, [visitor], everything, queue=False)
 
 
@@ -224,12 +226,12 @@ def _on(event: Callable, handler: Callable, inputs: list, outputs: list | None, 
 
 def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
     """
-    What `Blocks.launch` needs to keep the page's promises: no paths, no traces, no fonts from elsewhere, no routes but
-    the page's own, nothing of a chat kept in the browser.
+    Options of `Blocks.launch`: no tracebacks and no API documentation for visitors, no fonts from other servers, only
+    the page's own routes, and no chat history in the browser.
 
     Args:
-        assistant (`Assistant`): Who answers.
-        uploads (`Path`): Gradio's folder of uploads.
+        assistant (`Assistant`): The model that answers.
+        uploads (`Path`): Gradio's upload directory.
     """
     limits = assistant.limits
     gate = Middleware(
@@ -249,7 +251,7 @@ def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
         "share": False,
         "enable_monitoring": False,
         "ssr_mode": False,
-        "_frontend": False,  # nothing but a look at the page, which gives up after 3 s: too few on a busy machine
+        "_frontend": False,  # no start-up request to the page, whose limit of 3 s is too short on a busy machine
         "css": CSS,
         "theme": gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     }

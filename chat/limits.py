@@ -1,7 +1,7 @@
-"""What a stranger may send: how much of it, and what is said when it is too much.
+"""Limits on the requests of visitors, and the checks that enforce them.
 
-The page may stand open to the world, so every upload is untrusted. All refusals are `Refused`, whose text is written
-for the visitor: it names the limit and never a path of this machine.
+The page may be public, so every upload is untrusted. A check raises `Refused`, whose message is shown to the visitor:
+it names the limit, and contains no path of this machine.
 """
 
 import logging
@@ -19,25 +19,24 @@ logger = logging.getLogger(__name__)
 
 
 class Refused(ValueError):
-    """A request that is turned down; the text is for the visitor."""
+    """A request that is refused; the message is shown to the visitor."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """
     Args:
-        upload_megabytes (`float`): Of one file, refused while it arrives.
-        all_uploads_megabytes (`float`): Of all files that lie in the folder of uploads at one time.
-        image_megapixels (`float`): Of one picture, read from its header before a pixel is decoded.
-        images (`int`): Pictures in one chat.
-        question_characters (`int`): Of one question.
-        audio_seconds (`float`): Of one recording.
-        new_tokens (`int`): Upper end of the answer's length.
-        queue_length (`int`): Requests that may wait; further ones are told to come back.
-        visitors (`int`): Open chats; the one that has rested longest makes room for another.
-        kept_chats (`int`): Chats whose keys and values stay in memory; older ones are read anew when they go on.
-        idle_seconds (`int`): After which a chat whose page has shown nothing new is deleted, and uploads are;
-            docs/app.md has the details.
+        upload_megabytes (`float`): Size of one uploaded file; a larger one is refused during the upload.
+        all_uploads_megabytes (`float`): Size of all files in the upload directory at one time.
+        image_megapixels (`float`): Size of one image, checked in its header before it is decoded.
+        images (`int`): Images in one chat.
+        question_characters (`int`): Length of one question.
+        audio_seconds (`float`): Length of one recording.
+        new_tokens (`int`): Largest value of the answer length setting.
+        queue_length (`int`): Requests that may wait for the model; more are refused.
+        visitors (`int`): Open chats; a new one replaces the chat that has been idle longest.
+        kept_chats (`int`): Chats whose caches stay in memory; the next turn of another chat processes it again.
+        idle_seconds (`int`): Time without activity after which a chat and its uploads are deleted; see docs/app.md.
     """
 
     upload_megabytes: float = 16
@@ -60,23 +59,23 @@ class Limits:
 
 def read_upload(path: str | Path, limits: Limits) -> bytes:
     """
-    The bytes of an uploaded file.
+    Read an uploaded file.
 
     Raises:
-        Refused: if it is larger than allowed.
+        Refused: if it is too large.
     """
     size = Path(path).stat().st_size
     if size > limits.upload_megabytes * 1e6:
-        raise Refused(f"That file has {size / 1e6:.0f} MB; at most {limits.upload_megabytes:g} MB are taken here.")
+        raise Refused(f"That file has {size / 1e6:.0f} MB; at most {limits.upload_megabytes:g} MB are allowed.")
     return Path(path).read_bytes()
 
 
-def read_picture(path: str | Path, limits: Limits) -> Image:
+def read_image(path: str | Path, limits: Limits) -> Image:
     """
-    Decode an uploaded picture.
+    Decode an uploaded image.
 
     Raises:
-        Refused: if it is no picture, incomplete, or larger than allowed.
+        Refused: if it is not an image, is truncated, or is too large.
     """
     data = read_upload(path, limits)
     try:
@@ -86,14 +85,14 @@ def read_picture(path: str | Path, limits: Limits) -> Image:
     except BadSampleError as error:
         logger.info("refused: %s", error)
         raise Refused(
-            f"That file can't be used as a picture. Pictures here are complete {', '.join(IMAGE_FORMATS)} files of at "
-            f"most {limits.image_megapixels:g} megapixels and {limits.upload_megabytes:g} MB, no side more than 100 "
-            "times the other."
+            f"That file can't be used as a picture. It must be a complete {', '.join(IMAGE_FORMATS)} file of at most "
+            f"{limits.image_megapixels:g} megapixels and {limits.upload_megabytes:g} MB, with no side more than 100 "
+            "times as long as the other."
         ) from None
 
 
 def check_question(text: str, limits: Limits) -> str:
-    """The question without white space around it; half characters, which nothing can write, become question marks.
+    """The stripped question. Lone surrogates, which UTF-8 cannot encode, become question marks.
 
     Raises:
         Refused: if it is too long.
@@ -101,17 +100,17 @@ def check_question(text: str, limits: Limits) -> str:
     text = text.encode("utf-8", "replace").decode().strip()
     if len(text) > limits.question_characters:
         raise Refused(
-            f"That question has {len(text):,} characters; at most {limits.question_characters:,} are taken here."
+            f"That question has {len(text):,} characters; at most {limits.question_characters:,} are allowed."
         )
     return text
 
 
 def refuse_addresses(payload: Any) -> None:
     """
-    Refuse what would make the server fetch a web address: a file that is named by one instead of being uploaded.
+    Refuse requests that would make the server download a web address: those that give one as a file's path.
 
     Raises:
-        Refused: if any file in a request's data is named so.
+        Refused: if any file in the request's data has a web address as its path.
     """
     if isinstance(payload, dict):
         path = payload.get("path")

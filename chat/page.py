@@ -1,9 +1,9 @@
-"""What happens when a visitor presses something: the handlers of the page, each with what the page shows next.
+"""The event handlers of the chat page. Each returns the new values of the page's components.
 
-Whatever goes wrong in a request ends as one line on the visitor's page: what can be said to a visitor (`Refused`, a
-chat that is too long) in its own words, everything else as "something went wrong", the details in the log alone.
+Every error of a request becomes one line on the visitor's page. The messages of `Refused` and `ContextFullError` are
+shown as they are. All other errors show a general message, with the details in the log only.
 
-A question is taken at once and answered when it is its turn. In between it can be taken back, and the box is free.
+A question is queued when it is sent and answered when the model is free. Until then the visitor can withdraw it.
 """
 
 import functools
@@ -16,42 +16,42 @@ from typing import Any
 import gradio as gr
 import torch
 
-from .assistant import Asked, Assistant, Chat, Visitor
+from .assistant import Assistant, Chat, QueuedQuestion, Visitor
 from .limits import Refused, check_question
 from .session import ContextFullError
 
 
 logger = logging.getLogger(__name__)
 
-APOLOGY = "Something went wrong here. It has been noted; try again, or clear the chat."
-STILL = "Your last question is still being answered. Wait for the answer, or stop it."
-RECEIVING = "Your picture is still being taken in. Send again in a moment."
-WAITING = "waiting for its turn ..."
+GENERAL_ERROR = "Something went wrong on the server, and was logged. Try again, or clear the chat."
+STILL_ANSWERING = "Your last question is still being answered. Wait for the answer, or stop it."
+STILL_RECEIVING = "Your picture is still being uploaded. Send again in a moment."
+WAITING = "waiting for the model ..."
 
 
 def for_visitors(handler: Callable) -> Callable:
-    """Turn every exception of a handler into one line for the visitor; the app goes on."""
+    """Decorate a handler: every exception becomes one line for the visitor, and the app continues."""
 
-    def told(error: Exception) -> gr.Error:
+    def visitor_error(error: Exception) -> gr.Error:
         if isinstance(error, (Refused, ContextFullError)):
             text = str(error)
             return gr.Error(text[0].upper() + text[1:], title="Not possible", print_exception=False)
         logger.error("%s failed", handler.__name__, exc_info=error)
-        return gr.Error(APOLOGY, title="Sorry", print_exception=False)
+        return gr.Error(GENERAL_ERROR, title="Sorry", print_exception=False)
 
     @functools.wraps(handler)
     def guarded(*args: Any) -> Any:
         try:
             return handler(*args)
         except Exception as error:
-            raise told(error) from None
+            raise visitor_error(error) from None
 
     @functools.wraps(handler)
     def guarded_stream(*args: Any) -> Iterator[Any]:
         try:
             yield from handler(*args)
         except Exception as error:
-            raise told(error) from None
+            raise visitor_error(error) from None
 
     return guarded_stream if inspect.isgeneratorfunction(handler) else guarded
 
@@ -61,181 +61,181 @@ class Page:
     The handlers of the page.
 
     Args:
-        assistant (`Assistant`): Who answers.
-        examples (`list[tuple[str, str]]`): Picture files and questions to click.
+        assistant (`Assistant`): The model that answers.
+        examples (`list[tuple[str, str]]`): Image files and questions to click.
     """
 
     def __init__(self, assistant: Assistant, examples: list[tuple[str, str]]):
         self.assistant = assistant
         self.examples = examples
 
-    def add_picture(self, path: str | None, visitor: Visitor):
-        """An uploaded picture -> the row of pictures that wait for a question; the input is free for the next."""
-        if path is None:  # it was just made free
+    def add_image(self, path: str | None, visitor: Visitor):
+        """Add an uploaded image to the waiting ones, and empty the input for the next image."""
+        if path is None:  # the input was emptied
             return (gr.skip(),) * 4
         try:
             self.assistant.receive(visitor.chat, path)
         except Refused as error:
             gr.Warning(str(error), title="Not possible")
-        return *self._pictures(visitor), None
+        return *self._waiting_images(visitor), None
 
-    def drop_pictures(self, visitor: Visitor):
+    def drop_images(self, visitor: Visitor):
         chat = visitor.chat
         with chat.lock:
             chat.waiting = []
-        return self._pictures(visitor)
+        return self._waiting_images(visitor)
 
     def choose_example(self, index: int, visitor: Visitor):
         path, question = self.examples[int(index)]
-        self.drop_pictures(visitor)
+        self.drop_images(visitor)
         self.assistant.receive(visitor.chat, path)
-        return *self._pictures(visitor), question
+        return *self._waiting_images(visitor), question
 
     def notice(self, path: str | None) -> str:
-        """What the status says while a recording is listened to."""
+        """The status line while a recording is transcribed."""
         if path is None or self.assistant.transcriber is None:
             return ""
         if self.assistant.transcriber.ready:
-            return "listening to the recording ..."
+            return "transcribing the recording ..."
         return "the speech recogniser is starting; its first start takes minutes, later ones seconds ..."
 
     def transcribe(self, path: str | None) -> tuple[str, str]:
-        """A recording -> its words, and an empty status."""
+        """The transcript of a recording, and an empty status line."""
         return ("" if path is None else self.assistant.listen(path)), ""
 
-    def add_words(self, heard: str, question: str) -> str:
-        """What was heard goes behind what is typed by now, to be read and corrected before it is sent."""
-        return f"{question} {heard}".strip() if heard else question
+    def append_transcript(self, transcript: str, question: str) -> str:
+        """Append a transcript to the question box, where the visitor can correct it before sending."""
+        return f"{question} {transcript}".strip() if transcript else question
 
     def take(self, question: str, visitor: Visitor):
-        """The question and the waiting pictures go into the chat, to be answered when it is their turn."""
+        """Queue the question with the waiting images."""
         chat, question = visitor.chat, check_question(question, self.assistant.limits)
         with chat.lock:
-            if chat.asked or chat.answering:
-                raise Refused(STILL)
+            if chat.queued or chat.answering:
+                raise Refused(STILL_ANSWERING)
             if chat.receiving:
-                raise Refused(RECEIVING)
+                raise Refused(STILL_RECEIVING)
             if not question and not chat.waiting:
                 raise Refused("Type or say a question, or give a picture.")
-            chat.asked = asked = Asked(question, chat.waiting, chat.transcript)
-            chat.transcript = [*asked.before, *self._messages(asked)]
+            chat.queued = queued = QueuedQuestion(question, chat.waiting, chat.transcript)
+            chat.transcript = [*queued.before, *self._messages(queued)]
             chat.waiting = []
         return self._view(visitor, "", WAITING)
 
     def take_again(self, visitor: Visitor):
-        """The last question is to be answered once more."""
+        """Queue the last question again."""
         chat = visitor.chat
         with chat.lock:
-            if chat.asked or chat.answering:
-                raise Refused(STILL)
+            if chat.queued or chat.answering:
+                raise Refused(STILL_ANSWERING)
             if not chat.session.messages:
                 raise Refused("Nothing has been asked yet.")
-            chat.asked = Asked("", [], chat.transcript, again=True)
+            chat.queued = QueuedQuestion("", [], chat.transcript, is_retry=True)
             chat.transcript = chat.transcript[:-1]
         return self._view(visitor, gr.skip(), WAITING)
 
     def answer(self, temperature: float, new_tokens: int, visitor: Visitor):
-        """What was asked -> the answer while it is written."""
+        """Answer the queued question, and stream the answer."""
         chat, problem = visitor.chat, None
         try:
             answer = self._begin(chat, temperature, new_tokens)
-            if answer is None:  # taken back, or the chat was cleared
+            if answer is None:  # the question was withdrawn, or the chat was cleared
                 yield self._unchanged()
                 return
             yield from self._write(visitor, chat, answer)
             view = self._summary(visitor, chat)
-        except Exception as error:  # the session is as it was; so is the page
-            problem, view = error, self._take_back(visitor, chat, chat.answering)
-            if chat.gone:
-                logger.error("an answer failed whose chat was cleared meanwhile", exc_info=error)
-        finally:  # before the last view: who sees it may ask again
+        except Exception as error:  # the session has restored its state; restore the page too
+            problem, view = error, self._restore(visitor, chat, chat.answering)
+            if chat.closed:
+                logger.error("the answer failed after its chat was cleared", exc_info=error)
+        finally:  # before the last view is shown, because the visitor may then ask again
             chat.answering = None
         if problem is not None and is_out_of_memory(problem):
-            logger.error("memory has run out; a smaller --kept_chats leaves more of it", exc_info=problem)
+            logger.error("out of memory; a smaller --kept_chats keeps fewer caches", exc_info=problem)
             self.assistant.make_room()
-            problem = Refused("There was too little memory for that. There is more now: send it again.")
+            problem = Refused("There was too little memory for that. Some has been freed: send it again.")
         yield view
-        if problem is not None and not chat.gone:
+        if problem is not None and not chat.closed:
             raise problem
 
     def stop(self, visitor: Visitor):
-        """An answer ends here; a question that still waits for its turn goes back into its box."""
+        """Stop the answer, or withdraw the queued question into its box."""
         chat = visitor.chat
         with chat.lock:
-            if chat.asked is None:
+            if chat.queued is None:
                 chat.session.stop()
-        return self.give_up(visitor)
+        return self.withdraw(visitor)
 
     def clear(self, visitor: Visitor):
-        self.assistant.goodbye(visitor)
+        self.assistant.close_chat(visitor)
         return self._view(visitor, "", "")
 
     def settle(self, visitor: Visitor):
-        """After an answer: the chat as it is, in case it was cleared in the answer's last moment."""
+        """Called after an answer: shows an empty chat if the chat was cleared just before the answer ended."""
         if visitor.chat.transcript:
             return gr.skip(), gr.skip()
         return [], ""
 
-    def give_up(self, visitor: Visitor):
-        """A question whose turn can't come, since too many wait already, goes back into its box."""
+    def withdraw(self, visitor: Visitor):
+        """Put the queued question back into its box; also called if the queue is full."""
         chat = visitor.chat
         with chat.lock:
-            asked, chat.asked = chat.asked, None
-            return self._unchanged() if asked is None else self._take_back(visitor, chat, asked)
+            queued, chat.queued = chat.queued, None
+            return self._unchanged() if queued is None else self._restore(visitor, chat, queued)
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ helpers
 
     def _begin(self, chat: Chat, temperature: float, new_tokens: int) -> Iterator[str] | None:
-        """From waiting to being answered, in one step for whoever presses Stop; `None` if nothing waits."""
+        """Start answering the queued question, under the lock that Stop takes too; `None` if none is queued."""
         with chat.lock:
-            asked, chat.asked = chat.asked, None
-            if asked is None:
+            queued, chat.queued = chat.queued, None
+            if queued is None:
                 return None
-            chat.answering = asked
+            chat.answering = queued
             options = self._options(temperature, new_tokens)
-            if asked.again:
+            if queued.is_retry:
                 return chat.session.retry(**options)
-            return chat.session.ask(asked.question, [shown.picture for shown in asked.pictures], **options)
+            return chat.session.ask(queued.question, [image.prepared for image in queued.images], **options)
 
     def _write(self, visitor: Visitor, chat: Chat, answer: Iterator[str]):
-        said = {"role": "assistant", "content": ""}
-        chat.transcript = [*chat.transcript, said]
+        reply = {"role": "assistant", "content": ""}
+        chat.transcript = [*chat.transcript, reply]
         try:
             yield self._progress(visitor, "reading ...")
-            while not chat.gone and (text := next(answer, None)) is not None:
-                said["content"] = text
-                if not chat.gone:
+            while not chat.closed and (text := next(answer, None)) is not None:
+                reply["content"] = text
+                if not chat.closed:
                     yield self._progress(visitor, "writing ...")
         finally:
-            answer.close()  # type: ignore[attr-defined]  # a generator: what the page is closed by ends it as well
+            answer.close()  # type: ignore[attr-defined]  # stops the answer when the page is closed
             self.assistant.keep_recent(chat)
-        if not chat.gone:
-            said["content"] = chat.session.messages[-1]["content"][0]["text"] or "(no answer)"
+        if not chat.closed:
+            reply["content"] = chat.session.messages[-1]["content"][0]["text"] or "(no answer)"
 
     def _summary(self, visitor: Visitor, chat: Chat):
-        """The complete answer, and what it took."""
+        """The complete answer, with its token counts and times."""
         turn = chat.session.last_turn
-        if chat.gone or turn is None:
+        if chat.closed or turn is None:
             return self._unchanged()
         speed = turn.new_tokens / max(turn.seconds, 1e-9)
         ends = {
-            "length": " · cut at the length that is set",
-            "context": " · the chat is full: clear it",
+            "length": " · truncated at the longest answer set",
+            "context": " · the context is full: clear the chat",
             "stopped": " · stopped",
         }
         status = (
-            f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them known from before · first word after "
+            f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them cached · first word after "
             f"{turn.seconds_to_first_token:.2f} s · {turn.new_tokens} new tokens, {speed:.0f} a second"
         )
         return self._progress(visitor, status + ends.get(turn.finish_reason, ""))
 
-    def _take_back(self, visitor: Visitor, chat: Chat, asked: Asked):
-        """The page as it was before the question; if the chat was cleared since, as it is."""
-        if chat.gone:
+    def _restore(self, visitor: Visitor, chat: Chat, question: QueuedQuestion):
+        """Restore the page as it was before the question, unless the chat has been cleared since."""
+        if chat.closed:
             return self._unchanged()
         with chat.lock:
-            chat.transcript, chat.waiting = asked.before, [*asked.pictures, *chat.waiting]
-        return self._view(visitor, gr.skip() if asked.again else asked.question, "")
+            chat.transcript, chat.waiting = question.before, [*question.images, *chat.waiting]
+        return self._view(visitor, gr.skip() if question.is_retry else question.question, "")
 
     def _options(self, temperature: float, new_tokens: int) -> dict[str, Any]:
         try:
@@ -246,36 +246,38 @@ class Page:
             raise Refused(f"The temperature is 0 to 2, the length 1 to {self.assistant.limits.new_tokens} tokens.")
         return {"temperature": temperature, "max_new_tokens": new_tokens}
 
-    def _messages(self, asked: Asked) -> list[dict]:
+    def _messages(self, queued: QueuedQuestion) -> list[dict]:
         messages: list[dict] = [
-            {"role": "user", "content": {"path": shown.thumbnail, "alt_text": "picture"}} for shown in asked.pictures
+            {"role": "user", "content": {"path": image.thumbnail, "alt_text": "picture"}} for image in queued.images
         ]
-        return [*messages, {"role": "user", "content": asked.question}] if asked.question else messages
+        return [*messages, {"role": "user", "content": queued.question}] if queued.question else messages
 
     def _view(self, visitor: Visitor, question: Any, status: str):
-        return *self._pictures(visitor), as_plain_text(visitor.chat.transcript), question, status
+        return *self._waiting_images(visitor), as_plain_text(visitor.chat.transcript), question, status
 
     def _progress(self, visitor: Visitor, status: str):
-        """Only what changes while an answer is written: the next question may be typed meanwhile. (The visitor is the
-        same; handed over, it counts as not idle.)"""
+        """
+        The values that change while an answer is written; the question box stays untouched, because the visitor may be
+        typing. Returning the visitor resets its idle time.
+        """
         return visitor, gr.skip(), gr.skip(), as_plain_text(visitor.chat.transcript), gr.skip(), status
 
     def _unchanged(self):
         return (gr.skip(),) * 6
 
-    def _pictures(self, visitor: Visitor):
-        """The visitor, the row of waiting pictures and the button that empties it."""
-        shown = [shown.thumbnail for shown in visitor.chat.waiting]
-        return visitor, gr.update(value=shown, visible=bool(shown)), gr.update(visible=bool(shown))
+    def _waiting_images(self, visitor: Visitor):
+        """The visitor, the gallery of waiting images, and the button that removes them."""
+        files = [image.thumbnail for image in visitor.chat.waiting]
+        return visitor, gr.update(value=files, visible=bool(files)), gr.update(visible=bool(files))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of Python, or of PyTorch on a CPU, which says so in an ordinary `RuntimeError`."""
+    """Whether a GPU, Python, or PyTorch on a CPU (which raises a plain `RuntimeError`) has run out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def as_plain_text(transcript: list[dict]) -> list[dict]:
-    """A chat for Gradio, which takes what is written for HTML even where it is told not to take it for Markdown."""
+    """A transcript with its text escaped: Gradio renders HTML in messages even with `render_markdown=False`."""
     return [
         {**message, "content": html.escape(message["content"], quote=False)}
         if isinstance(message["content"], str)

@@ -1,10 +1,10 @@
-"""`transformers serve` for Jnana checkpoints: chat completions as OpenAI's clients ask for them, images as base64.
+"""`transformers serve` for Jnana checkpoints: OpenAI's chat completions API, with images as base64.
 
     python -m jnana.chat.serve outputs/chess_demo/sft/merged --port 8000
 
-All of it is transformers' own server (`pip install "transformers[serving]"`), with its options. It finds a model's
-class by name in tables of the classes that transformers ships, so a class from elsewhere must be entered there before
-the server starts; that is all this file does. docs/serving.md shows a request.
+This is transformers' own server (`pip install "transformers[serving]"`) with its options. The server looks a model's
+class up by name in tables of the classes that transformers ships. This file adds Jnana's class to the table before the
+server starts. docs/serving.md shows a request.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""One chat with one model: many turns, several pictures, tokens as they are made, and nothing read twice.
+"""A chat session with one model: many turns, several images, streamed answers, and a cache kept between turns.
 
-A chat grows at its end, so what the model has read of it stays valid: the keys and values of the last turn are kept,
-and a turn feeds the model only what comes behind the part that both have in common. A second question about a picture
-therefore pays neither for the vision tower nor for the picture's tokens in the language model. What is in common is
-found by comparing tokens, a picture's together with what it shows; no template is trusted to be a pure continuation.
+The session keeps the keys and values of the last turn. The next turn runs the model only on the tokens after the
+longest common prefix of the cached and the new token sequence. A second question about an image therefore needs
+neither the vision tower nor the image's tokens in the language model. The prefix is found by comparing tokens, and for
+image tokens the image's digest too; the session does not assume that a chat template only appends.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from jnana.modeling import CACHE_NAME
@@ -28,22 +28,22 @@ BUSY = "this chat is still being answered; wait for the answer, or stop it"
 
 
 class ContextFullError(ValueError):
-    """The chat is longer than what the model can read."""
+    """The chat is longer than the model's context."""
 
 
 @dataclass
 class Turn:
     """
-    What one answer took.
+    Token counts and times of one answer.
 
     Args:
         prompt_tokens (`int`): Tokens of the whole chat up to the answer, image tokens included.
-        cached_tokens (`int`): How many of them were not read again.
+        cached_tokens (`int`): Prompt tokens whose keys and values came from the cache.
         new_tokens (`int`): Tokens of the answer.
-        seconds_to_first_token (`float`): From the question to the answer's first token, preparing pictures included.
-        seconds (`float`): From the question to the end.
-        finish_reason (`str`): `"end"` (the model closed its answer), `"length"` (`max_new_tokens`), `"context"` (the
-            model can read no further) or `"stopped"`.
+        seconds_to_first_token (`float`): From the question to the answer's first token, image preprocessing included.
+        seconds (`float`): From the question to the end of the answer.
+        finish_reason (`str`): `"end"` (the model wrote an end token), `"length"` (`max_new_tokens` was reached),
+            `"context"` (the model's context is full) or `"stopped"`.
     """
 
     prompt_tokens: int
@@ -55,8 +55,14 @@ class Turn:
 
 
 @dataclass
-class Picture:
-    """A picture as the tower takes it, `(1, channels, height, width)`, and a digest that tells it from others."""
+class PreparedImage:
+    """
+    An image as the vision tower takes it.
+
+    Args:
+        pixel_values (`torch.Tensor`): Of shape `(1, channels, height, width)`.
+        digest (`str`): SHA-256 of the pixel values.
+    """
 
     pixel_values: torch.Tensor
     digest: str
@@ -64,18 +70,19 @@ class Picture:
 
 class ChatSession:
     """
-    A chat. One answer at a time; several sessions may share a model as long as only one of them answers.
+    A chat with a model. A session writes one answer at a time. Sessions may share a model if only one of them answers
+    at a time.
 
     Args:
         model (`nn.Module`): A `JnanaForConditionalGeneration`, or the `PeftModel` around one, as
-            [`jnana.training.loading.load_model`] gives them; put into evaluation mode.
+            [`jnana.load_model`] returns them; put into evaluation mode.
         processor (`JnanaProcessor`): Its processor.
-        keep_cache (`bool`, *optional*, defaults to `True`): Keep keys and values between turns. Without, every turn
-            reads the whole chat; the answers are the same.
+        keep_cache (`bool`, *optional*, defaults to `True`): Keep keys and values between turns. With `False` every
+            turn processes the whole chat; the answers are the same.
 
     Attributes:
-        messages (`list[dict]`): The chat so far, as chat templates take it; image parts hold no picture.
-        last_turn (`Turn` or `None`): What the last answer took.
+        messages (`list[dict]`): The chat so far, as chat templates take it; image parts hold no image.
+        last_turn (`Turn` or `None`): Counts and times of the last answer.
     """
 
     def __init__(self, model: nn.Module, processor: JnanaProcessor, *, keep_cache: bool = True):
@@ -84,88 +91,93 @@ class ChatSession:
         self.keep_cache = keep_cache
         self.messages: list[dict] = []
         self.last_turn: Turn | None = None
-        self._pictures: list[Picture] = []  # of all messages, in reading order
+        self._images: list[PreparedImage] = []  # of all messages, in reading order
         self._cache: DynamicCache | None = None
-        self._held: list[Any] = []  # what `_cache` has read: a token id, or (digest, place) of a picture's token
+        self._cached_keys: list[Any] = []  # for each cached position: token id, or (digest, index) of an image token
         self._busy = threading.Lock()
-        self._stop = threading.Event()  # of the latest turn: each has its own
+        self._stop = threading.Event()  # of the latest turn; each turn gets a new event
 
-    # ------------------------------------------------------------------ what people do
+    # ------------------------------------------------------------------ public methods
 
     def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> Iterator[str]:
         """
-        Ask, and read the answer while it is written.
+        Ask a question and stream the answer.
 
         Args:
-            text (`str`): The question; may be empty if there is a picture.
-            images (`Sequence`, *optional*): Pictures shown with it, each what
-                [`jnana.processing.data.load_image`] takes, or what [`~ChatSession.prepare`] made of it.
-            max_new_tokens (`int`, *optional*, defaults to 200): The answer's length at most, in tokens.
-            temperature (`float`, *optional*, defaults to 0): 0 takes the likeliest token each time.
-            top_p (`float`, *optional*, defaults to 1): Draw from the likeliest tokens that together have this much
-                probability.
+            text (`str`): The question; may be empty if an image is given.
+            images (`Sequence`, *optional*): Images of the question, each as [`jnana.processing.data.load_image`] takes
+                it or as [`~ChatSession.prepare`] returns it.
+            max_new_tokens (`int`, *optional*, defaults to 200): Longest answer, in tokens.
+            temperature (`float`, *optional*, defaults to 0): Sampling temperature; 0 decodes greedily.
+            top_p (`float`, *optional*, defaults to 1): Sample from the smallest set of likeliest tokens whose
+                probabilities add up to this value.
 
         Returns:
-            `Iterator[str]`: The answer so far, once a token. Closing the iterator stops the answer; what has been
-            written of it stays in the chat.
+            `Iterator[str]`: The answer so far, once for each token. Closing the iterator stops the answer; the text
+            written up to then stays in the chat.
 
         Raises:
-            ValueError: if there is nothing to answer, an option is out of range, or (`ContextFullError`) the chat is
-                too long. The chat is then as it was before.
-            BadSampleError: if a picture can't be read.
-            RuntimeError: while another answer of this session is being written.
+            ValueError: if neither text nor an image is given, an option is out of range, or the chat is too long
+                (`ContextFullError`). The chat then stays unchanged.
+            BadSampleError: if an image can't be read.
+            RuntimeError: if another answer of this session is being written.
         """
         started = time.perf_counter()
         if not text.strip() and not images:
-            raise ValueError("there is neither a question nor a picture; give one of them")
-        pictures = [image if isinstance(image, Picture) else self.prepare(image) for image in images]
-        parts: list[dict] = [{"type": "image"} for _ in pictures]
+            raise ValueError("there is neither a question nor an image; give one of them")
+        prepared = [image if isinstance(image, PreparedImage) else self.prepare(image) for image in images]
+        parts: list[dict] = [{"type": "image"} for _ in prepared]
         if text.strip():
             parts.append({"type": "text", "text": text.strip()})
         message = {"role": "user", "content": parts}
-        return self._answer([*self.messages, message], [*self._pictures, *pictures], started, **options)
+        return self._answer([*self.messages, message], [*self._images, *prepared], started, **options)
 
-    def prepare(self, image: Any) -> Picture:
-        """A picture ready for the tower, which takes far less memory than the picture; errors as [`load_image`]."""
-        loaded = load_image(image, source="picture")
+    def prepare(self, image: Any) -> PreparedImage:
+        """
+        Preprocess an image for the vision tower. The result takes less memory than a large image.
+
+        Args:
+            image (`Any`): As [`jnana.processing.data.load_image`] takes it; its errors are raised.
+        """
+        loaded = load_image(image, source="image")
         pixel_values = self.processor(images=[loaded], return_tensors="pt")["pixel_values"]  # => [1, 3, h, w]
-        return Picture(pixel_values, hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest())
+        return PreparedImage(pixel_values, hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest())
 
     def retry(self, **options: Any) -> Iterator[str]:
         """
-        Answer the last question once more; arguments and errors as [`~ChatSession.ask`].
+        Answer the last question again. Options and errors are those of [`~ChatSession.ask`].
 
         Raises:
             ValueError: if nothing has been asked.
         """
         if not self.messages:
-            raise ValueError("nothing has been asked yet, so there is nothing to answer again")
-        return self._answer(self.messages[:-1], self._pictures, time.perf_counter(), **options)
+            raise ValueError("nothing has been asked yet; call ask first")
+        return self._answer(self.messages[:-1], self._images, time.perf_counter(), **options)
 
     def stop(self) -> None:
-        """Stop the answer that was asked for last after its next token; may be called from any thread."""
+        """Stop the current answer after its next token. May be called from any thread."""
         self._stop.set()
 
     def clear(self) -> None:
         """
-        Forget the chat.
+        Delete all messages and images, and the cache.
 
         Raises:
-            RuntimeError: while an answer is being written.
+            RuntimeError: if an answer is being written.
         """
         with self._exclusively():
-            self.messages, self._pictures, self.last_turn = [], [], None
+            self.messages, self._images, self.last_turn = [], [], None
             self._forget()
 
     def forget_cache(self) -> None:
-        """Free the memory of keys and values; the next turn reads the chat anew. Raises as [`~ChatSession.clear`]."""
+        """Free the cache; the next turn processes the whole chat again. Errors as [`~ChatSession.clear`]."""
         with self._exclusively():
             self._forget()
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens the kept keys and values cover (`int`)."""
-        return len(self._held)
+        """Number of tokens in the cache (`int`)."""
+        return len(self._cached_keys)
 
     @property
     def busy(self) -> bool:
@@ -177,18 +189,18 @@ class ChatSession:
     def _answer(
         self,
         chat: list[dict],
-        pictures: list[Picture],
+        images: list[PreparedImage],
         started: float,
         *,
         max_new_tokens: int = 200,
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> Iterator[str]:
-        """Check, then return the iterator that does the work, so that a refusal comes before the first token."""
+        """Check the arguments, then return the generator, so that errors are raised before the first token."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         if not 0 <= temperature <= 5:
-            raise ValueError(f"temperature is {temperature}; it must be between 0 (always the likeliest token) and 5")
+            raise ValueError(f"temperature is {temperature}; it must be between 0 (greedy decoding) and 5")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
         if self.busy:
@@ -199,34 +211,34 @@ class ChatSession:
         if len(ids) >= limit:
             raise ContextFullError(
                 f"the chat has {len(ids):,} tokens, and the model reads at most {limit:,}. Clear the chat and ask "
-                "again, with fewer pictures or a shorter question"
+                "again, with fewer images or a shorter question"
             )
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
         room = min(max_new_tokens, limit - len(ids))
         turn = Turn(prompt_tokens=len(ids), cached_tokens=0)
-        return self._write(chat, pictures, ids, started, room, room < max_new_tokens, sampling, turn, stop)
+        return self._write(chat, images, ids, started, room, room < max_new_tokens, sampling, turn, stop)
 
     def _write(
         self,
         chat: list[dict],
-        pictures: list[Picture],
+        images: list[PreparedImage],
         ids: list[int],
         started: float,
         room: int,
-        short_of_room: bool,
+        context_limited: bool,
         sampling: dict[str, Any],
         turn: Turn,
         stop: threading.Event,
     ) -> Iterator[str]:
         with self._exclusively():
-            inputs = self._inputs(ids, pictures, room)
+            inputs = self._inputs(ids, images, room)
             turn.cached_tokens = self.cached_tokens
             stream = TokenStream()
             options = {"max_new_tokens": room, "num_beams": 1, "use_cache": True, **sampling}
             worker = threading.Thread(target=self._generate, args=(inputs, options, stream, stop), daemon=True)
-            self._held = []  # the cache is changing; a failure leaves nothing to rely on
+            self._cached_keys = []  # generation changes the cache, so a failure must leave nothing to reuse
             worker.start()
             answer: list[int] = []
             text = ""
@@ -236,7 +248,7 @@ class ChatSession:
                         turn.seconds_to_first_token = time.perf_counter() - started
                     answer.append(token)
                     written = self.processor.tokenizer.decode(answer, skip_special_tokens=True)
-                    if not written.endswith("\ufffd"):  # half of a character
+                    if not written.endswith("\ufffd"):  # an incomplete UTF-8 character
                         text = written.strip()
                     yield text
             finally:
@@ -245,62 +257,62 @@ class ChatSession:
                 if stream.output is None:
                     self._forget()
                 else:
-                    self._record(chat, pictures, stream.output, ids, started, room, short_of_room, turn)
+                    self._record(chat, images, stream.output, ids, started, room, context_limited, turn)
 
-    def _record(self, chat, pictures, output, ids, started, room: int, short_of_room: bool, turn: Turn) -> None:
-        """Put the answer into the chat, and remember what the cache has read."""
+    def _record(self, chat, images, output, ids, started, room: int, context_limited: bool, turn: Turn) -> None:
+        """Add the answer to the chat, and record which tokens the cache holds."""
         sequence = output.sequences[0].tolist()
         answer = sequence[len(ids) :]
         text = self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
         self.messages = [*chat, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        self._pictures = pictures
+        self._images = images
         turn.new_tokens = len(answer)
         turn.seconds = time.perf_counter() - started
-        if answer and answer[-1] in self._end_tokens():
+        if answer and answer[-1] in end_token_ids(self.model, self.processor.tokenizer):
             turn.finish_reason = "end"
         elif len(answer) == room:
-            turn.finish_reason = "context" if short_of_room else "length"
+            turn.finish_reason = "context" if context_limited else "length"
         self.last_turn = turn
         if self.keep_cache:
             self._cache = output[CACHE_NAME]
-            self._held = self._keys(sequence, pictures)[: self._cache.get_seq_length()]
+            self._cached_keys = self._keys(sequence, images)[: self._cache.get_seq_length()]
         else:
             self._forget()
 
     def _generate(
         self, inputs: dict[str, Any], options: dict[str, Any], stream: "TokenStream", stop: threading.Event
     ) -> None:
-        """Runs in a thread of its own, so that tokens can be read while they are made."""
+        """Runs in a separate thread, so that tokens can be read while the model generates."""
         try:
             with torch.inference_mode():
                 stream.output = self.model.generate(
                     **inputs,
                     **options,
                     streamer=stream,
-                    stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
+                    stopping_criteria=StoppingCriteriaList([StopOnEvent(stop)]),
                     pad_token_id=self.processor.tokenizer.pad_token_id,
                     return_dict_in_generate=True,
                 )
-        except BaseException as error:  # raised again where the tokens are read
+        except BaseException as error:  # raised again by the iterator of the stream
             stream.error = error
         stream.close()
 
-    # ------------------------------------------------------------------ the kept cache
+    # ------------------------------------------------------------------ cache between turns
 
-    def _inputs(self, ids: list[int], pictures: list[Picture], room: int) -> dict[str, Any]:
+    def _inputs(self, ids: list[int], images: list[PreparedImage], room: int) -> dict[str, Any]:
         """
-        What to give to `generate`: the whole chat's ids, a cache that has read as much of them as it can, and the
-        pictures it has not read.
+        The inputs of `generate`: the ids of the whole chat, the cache cropped to their common prefix, and the pixel
+        values of the images behind it.
         """
-        keys = self._keys(ids, pictures)
+        keys = self._keys(ids, images)
         kept = self._common_length(keys)
         if self._cache is None or kept == 0 or self._rotary_embedding_changes(kept, len(ids) + room):
             kept = 0
-            # Not told the config: layers with a sliding window would drop keys, and could not be cropped
+            # Without the config all layers keep every key; sliding-window layers would drop keys and can't be cropped
             self._cache = DynamicCache()
-        elif kept < len(self._held):
-            self._cache.crop(kept - len(self._held))
-        self._held = keys[:kept]
+        elif kept < len(self._cached_keys):
+            self._cache.crop(kept - len(self._cached_keys))
+        self._cached_keys = keys[:kept]
         device = self.model.device
         input_ids = torch.tensor([ids], device=device)  # => [1, tokens]
         inputs = {
@@ -309,55 +321,59 @@ class ChatSession:
             CACHE_NAME: self._cache,
         }
         per_image = self.processor.num_image_tokens(*self.processor.image_height_and_width())
-        unread = pictures[ids[:kept].count(self.processor.image_token_id) // per_image :]
-        if unread:
-            pixel_values = torch.cat([picture.pixel_values for picture in unread])
-            inputs["pixel_values"] = pixel_values.to(device, self.model.dtype)  # => [unread pictures, 3, h, w]
+        new_images = images[ids[:kept].count(self.processor.image_token_id) // per_image :]
+        if new_images:
+            pixel_values = torch.cat([image.pixel_values for image in new_images])
+            inputs["pixel_values"] = pixel_values.to(device, self.model.dtype)  # => [new images, 3, h, w]
         return inputs
 
     def _common_length(self, keys: list[Any]) -> int:
-        """How much of `keys` the cache holds: at least one token is left to read, and no picture is cut in two."""
-        most = min(len(keys) - 1, len(self._held))
-        common = next((place for place in range(most) if keys[place] != self._held[place]), most)
+        """Length of the prefix of `keys` to take from the cache: it leaves at least one token, and splits no image."""
+        most = min(len(keys) - 1, len(self._cached_keys))
+        common = next((i for i in range(most) if keys[i] != self._cached_keys[i]), most)
         while common > 0 and isinstance(keys[common], tuple) and keys[common][1] > 0:
             common -= 1
         return common
 
-    def _keys(self, ids: list[int], pictures: list[Picture]) -> list[Any]:
-        """Token ids, a picture's tokens replaced by (its digest, place in it): equal only if they show the same."""
+    def _keys(self, ids: list[int], images: list[PreparedImage]) -> list[Any]:
+        """Token ids, with image tokens replaced by (digest of the image, index in it): equal for equal images only."""
         per_image = self.processor.num_image_tokens(*self.processor.image_height_and_width())
         image_token_id, keys, seen = self.processor.image_token_id, list[Any](ids), 0
-        for place, token in enumerate(ids):
+        for position, token in enumerate(ids):
             if token == image_token_id:
-                keys[place] = (pictures[seen // per_image].digest, seen % per_image)
+                keys[position] = (images[seen // per_image].digest, seen % per_image)
                 seen += 1
         return keys
 
     def _rotary_embedding_changes(self, kept: int, longest: int) -> bool:
-        """Phi-3 reads all anew when a text passes the length at which its rotary embedding changes (LongRoPE): what
-        was read below that length serves texts that stay below it, what was read above serves those above."""
+        """
+        Whether cached keys have another rotary embedding than this turn needs. Phi-3 (LongRoPE) scales it differently
+        for texts below and above `original_max_position_embeddings`, and discards its cache when a text crosses it.
+        """
         text_config = self.model.config.text_config
         if text_config.model_type != "phi3":
             return False
         limit = text_config.original_max_position_embeddings
-        return not (kept > limit or (len(self._held) <= limit and longest <= limit))
+        return not (kept > limit or (len(self._cached_keys) <= limit and longest <= limit))
 
-    # ------------------------------------------------------------------ small things
-
-    def _end_tokens(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = self.processor.tokenizer.eos_token_id if ends is None else ends
-        return ends if isinstance(ends, list) else [ends]
+    # ------------------------------------------------------------------ helpers
 
     def _forget(self) -> None:
-        self._cache, self._held = None, []
+        self._cache, self._cached_keys = None, []
 
     def _exclusively(self) -> "Exclusive":
         return Exclusive(self._busy)
 
 
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of the model's generation config, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
 class Exclusive:
-    """A lock that refuses instead of waiting."""
+    """Holds a lock; raises instead of waiting if it is taken."""
 
     def __init__(self, lock: threading.Lock):
         self.lock = lock
@@ -371,7 +387,12 @@ class Exclusive:
 
 
 class TokenStream(BaseStreamer):
-    """Carries tokens from the thread that makes them to the one that reads them, one at a time."""
+    """
+    Passes tokens one by one from the thread that generates them to the thread that reads them.
+
+    transformers' `TextIteratorStreamer` holds the last word back until a space follows, yields one item more than
+    there are tokens, and passes on neither the exception nor the output of `generate`.
+    """
 
     def __init__(self) -> None:
         self.tokens: SimpleQueue[int | None] = SimpleQueue()
@@ -382,10 +403,10 @@ class TokenStream(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
             self.tokens.put(int(value))
-        self.prompt_seen = True  # `generate` hands over the prompt first
+        self.prompt_seen = True  # `generate` passes the prompt first
 
     def end(self) -> None:
-        """`generate` has made its last token; its output is yet to come."""
+        """Called by `generate` after the last token, before it returns; [`~TokenStream.close`] ends the stream."""
 
     def close(self) -> None:
         self.tokens.put(None)
@@ -397,8 +418,8 @@ class TokenStream(BaseStreamer):
             raise self.error
 
 
-class Stopped(StoppingCriteria):
-    """Ends generation once an event is set."""
+class StopOnEvent(StoppingCriteria):
+    """Stops generation after an event is set."""
 
     def __init__(self, event: threading.Event):
         self.event = event

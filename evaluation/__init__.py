@@ -1,9 +1,9 @@
-"""Measures a model on a test set: batched answers, metrics, baselines, and pages to look at.
+"""Measures a model on a test set: batched answers, metrics, baselines, and an HTML report.
 
-`run_evaluate.py` is these functions in a row; each is of use alone:
+`run_evaluate.py` calls these functions in order; each can also be used alone:
 
 ```python
-from jnana.evaluation import VQAAccuracy, answer_questions, summarise
+from jnana.evaluation import answer_questions, summarise
 
 records = answer_questions(model, processor, rows, batch_size=16, max_new_tokens=32)
 print(summarise(records)["overall"]["exact_match"])
@@ -14,13 +14,25 @@ if __name__ != "jnana.evaluation":  # a second copy of every class would be regi
     raise ImportError(f"{__name__!r} is part of the package jnana; import jnana.evaluation instead")
 
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .contact_sheet import write_contact_sheet
 from .generation import answer_questions, model_fingerprint, process_state
-from .questions import Question, QuestionSet
+from .metrics.scoring import exact_match, normalize_answer, vqa_accuracy
+from .questions import Question, QuestionSet, load_questions
 from .report import SplitResult, write_report
+from .results import answer_test_set, card_scores, find_card, write_results
 from .summary import format_table, majority_answers, summarise, wilson_interval
-from .vqa_accuracy import ExactMatch, VQAAccuracy, exact_match, normalize_answer, vqa_accuracy
 
+
+if TYPE_CHECKING:
+    from .metrics.exact_match import ExactMatch
+    from .metrics.vqa_accuracy import VQAAccuracy
+
+
+# Classes whose modules need the package `evaluate`: imported on first use.
+_LAZY = {"ExactMatch": ".metrics.exact_match", "VQAAccuracy": ".metrics.vqa_accuracy"}
 
 __all__ = [
     "ExactMatch",
@@ -29,8 +41,12 @@ __all__ = [
     "SplitResult",
     "VQAAccuracy",
     "answer_questions",
+    "answer_test_set",
+    "card_scores",
     "exact_match",
+    "find_card",
     "format_table",
+    "load_questions",
     "majority_answers",
     "model_fingerprint",
     "normalize_answer",
@@ -40,4 +56,11 @@ __all__ = [
     "wilson_interval",
     "write_contact_sheet",
     "write_report",
+    "write_results",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The options of run_evaluate.py, and what can be said about them before anything is loaded."""
+"""The arguments of run_evaluate.py, and the checks that need neither model nor data."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,56 +8,62 @@ from typing import Any, Literal
 
 @dataclass
 class EvaluationArguments:
-    """Which model, which test sets, how to answer, and where the results go.
+    """The model, the test sets, how to answer, and where to write the results.
 
-    `eval_data` is one test set, or several by name, each with its own results: in a recipe
+    `eval_data` is one test set, or a mapping of names to test sets, each with its own results. In a recipe:
 
     ```yaml
     eval_data: {test: data/test.json, unseen: data/unseen.json}
     ```
 
-    and on the command line the same as JSON. `image_folder` may be a mapping with the same names.
+    On the command line the mapping is written as JSON. `image_folder` may be a mapping with the same names.
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A Jnana checkpoint: full, a Trainer's checkpoint-N, or an adapter folder."}
+        default=None,
+        metadata={"help": "A Jnana checkpoint: a full one, a checkpoint-N of the Trainer, or an adapter directory."},
     )
     eval_data: str | None = field(default=None, metadata={"help": "A test set, or a mapping of names to test sets."})
     eval_format: str = field(default="auto", metadata={"help": "auto, coco_captions, llava_instruct, ..."})
     eval_split: str = field(default="train", metadata={"help": "Split of `eval_data` where it has several."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where the pictures are; may be a mapping too."})
+    image_folder: str | None = field(default=None, metadata={"help": "Directory of the images; may be a mapping too."})
     independent_turns: bool = field(
-        default=True, metadata={"help": "Ask each question by itself; else after the true answers of earlier turns."}
+        default=True,
+        metadata={"help": "Ask each question alone, not after the earlier turns with their true answers."},
     )
-    prompt: str | None = field(default=None, metadata={"help": "Question put before every caption."})
+    prompt: str | None = field(default=None, metadata={"help": "Question to ask about each captioned image."})
     streaming: bool = field(default=False)
-    max_rows: int | None = field(default=None, metadata={"help": "Only the first rows of each test set."})
-    max_image_pixels: int | None = field(default=None, metadata={"help": "Larger pictures are not asked about."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of each test set."})
+    max_image_pixels: int | None = field(default=None, metadata={"help": "Questions about larger images are skipped."})
     batch_size: int = field(default=16, metadata={"help": "Questions per `generate` call and process."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
-    blind: bool = field(default=True, metadata={"help": "Also answer with grey pictures."})
+    blind: bool = field(default=True, metadata={"help": "Also answer all questions with grey images."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of the weights; default: as the checkpoint says."}
+        default=None, metadata={"help": "Dtype of the weights; default: the checkpoint's."}
     )
     quantization: Literal["none", "nf4", "int8"] | None = field(
         default=None,
-        metadata={"help": "Bits of the language model; default: an adapter's base as in training, all else as saved."},
+        metadata={"help": "Of the language model; default: as in training for an adapter's base, else as saved."},
     )
     attn_implementation: str | None = field(default=None)
     trust_remote_code: bool = field(default=False)
-    num_workers: int = field(default=2, metadata={"help": "Dataloader workers that decode pictures."})
+    num_workers: int = field(default=2, metadata={"help": "Dataloader workers that decode images."})
     output_dir: str | None = field(default=None, metadata={"help": "results.json, report.html, predictions.jsonl ..."})
     title: str | None = field(default=None, metadata={"help": "Heading of the report; default: the model's name."})
-    max_examples: int = field(default=400, metadata={"help": "Questions with pictures in the report, per test set."})
+    update_card: bool = field(
+        default=True,
+        metadata={"help": "Add the scores to the README.md of a local checkpoint; not with max_rows, not on the Hub."},
+    )
+    max_examples: int = field(default=400, metadata={"help": "Questions shown in the report for each test set."})
 
     @property
     def test_sets(self) -> dict[str, str]:
-        """Name -> source of each test set; a single one is called `test`."""
+        """Name -> source of each test set; a single test set is named `test`."""
         return _mapping("eval_data", self.eval_data, ["test"])
 
     @property
     def image_folders(self) -> dict[str, str | None]:
-        """Name -> picture folder of each test set."""
+        """Name -> image directory of each test set."""
         names = list(self.test_sets)
         if self.image_folder is None:
             return dict.fromkeys(names)
@@ -67,7 +73,7 @@ class EvaluationArguments:
         return {name: folders[name] for name in names}
 
     def check(self) -> None:
-        """Check everything that needs no file of the model.
+        """Check everything that needs neither model nor data.
 
         Raises:
             ValueError: naming the field, its value and the remedy.
@@ -81,31 +87,35 @@ class EvaluationArguments:
         for name in ("max_rows", "max_image_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or left out for no limit of ours")
+                raise ValueError(f"{name} is {value}; it must be at least 1; leave it out for no limit")
         for name in self.test_sets:
             if len(self.test_sets) > 1 and (name != Path(name).name or name in ("", ".", "..")):
                 raise ValueError(
-                    f"eval_data calls a test set {name!r}; it names a folder in output_dir, so use one word"
+                    f"eval_data names a test set {name!r}; the name becomes a directory in output_dir, so use one word"
                 )
         for folder in self.image_folders.values():
             if folder is not None and not Path(folder).is_dir():
-                raise ValueError(f"image_folder {folder!r} is not a folder; give the folder that holds the images")
+                raise ValueError(
+                    f"image_folder {folder!r} is not a directory; give the directory that holds the images"
+                )
 
     def folder_of(self, name: str) -> Path:
-        """Where the predictions of a test set go: `output_dir`, or a folder of its own in it if there are several."""
+        """Directory for the predictions of a test set: `output_dir`, or one subdirectory for each."""
         folder = Path(str(self.output_dir))
         return folder if len(self.test_sets) == 1 else folder / name
 
 
 def _mapping(field_name: str, value: str | None, names: list[str]) -> dict[str, str]:
-    """A plain value for every name, or the mapping that a value starting with a brace spells in JSON."""
+    """The parsed mapping if the value is JSON (it starts with a brace), else the value for every name."""
     text = str(value).strip()
     if not text.startswith("{"):
         return dict.fromkeys(names, text)
     try:
         parsed: Any = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f'{field_name} {text!r} is no valid JSON ({error}); write {{"name": "path", ...}}') from error
+        raise ValueError(
+            f'{field_name} {text!r} is not valid JSON ({error}); write {{"name": "path", ...}}'
+        ) from error
     if not parsed or not all(isinstance(path, str) for path in parsed.values()):
         raise ValueError(f'{field_name} {text!r} must map names to paths; write {{"name": "path", ...}}')
     return parsed

@@ -1,12 +1,9 @@
-"""One PNG with test pictures, questions (Q), true answers (T) and the model's answers (P), for a README or a talk."""
+"""Draws one PNG with test images, questions (Q), true answers (T) and predictions (P), for a README or a talk."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from .questions import QuestionSet
 from .report import drawn_at_random
@@ -14,9 +11,9 @@ from .summary import is_right, normalize_space
 
 
 RIGHT, WRONG, INK = "#12752f", "#c3281c", "#1d1f23"
-CELL_WIDTH, PICTURE_HEIGHT, LINE_HEIGHT = 1.9, 1.5, 0.135  # inches
+CELL_WIDTH, IMAGE_HEIGHT, LINE_HEIGHT = 1.9, 1.5, 0.135  # inches
 CHARACTERS_A_LINE = 27
-MAX_LINES = 8  # of text under one picture
+MAX_LINES = 8  # of text below one image
 
 
 def write_contact_sheet(
@@ -27,21 +24,23 @@ def write_contact_sheet(
     columns: int = 6,
     max_examples: int = 30,
 ) -> Path | None:
-    """Draw a contact sheet.
+    """Draw a contact sheet. Needs matplotlib.
 
-    The questions are drawn at random from those with exactly one picture that were answered; nobody picks them by
-    their answers.
+    The examples are a random sample of the answered questions with exactly one image, whether right or wrong.
 
     Args:
-        path (`str` or `Path`): The PNG file; its folder must exist.
+        path (`str` or `Path`): The PNG file; its directory must exist.
         questions (`QuestionSet`): The test set.
-        records (`list[dict]`): Of `answer_questions` on it.
-        columns (`int`): Pictures a row.
-        max_examples (`int`): Pictures at most.
+        records (`list[dict]`): Return value of `answer_questions` on it.
+        columns (`int`): Images in each row.
+        max_examples (`int`): Largest number of images.
 
     Returns:
-        `Path` or `None`: The file; `None`, and no file, if there is no such question.
+        `Path` or `None`: The file; `None`, and no file is written, if there is no such question.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     usable = [
         index
         for index, question in enumerate(questions.questions)
@@ -52,7 +51,7 @@ def write_contact_sheet(
         return None
     texts = [_lines(records[index]) for index in chosen]
     rows = [range(start, min(start + columns, len(chosen))) for start in range(0, len(chosen), columns)]
-    heights = [PICTURE_HEIGHT + 0.25 + LINE_HEIGHT * max(len(texts[cell]) for cell in row) for row in rows]
+    heights = [IMAGE_HEIGHT + 0.25 + LINE_HEIGHT * max(len(texts[cell]) for cell in row) for row in rows]
 
     figure = Figure(figsize=(CELL_WIDTH * columns, sum(heights)), facecolor="white")
     FigureCanvasAgg(figure)
@@ -64,16 +63,16 @@ def write_contact_sheet(
             left = (column + 0.04) * CELL_WIDTH
             box = (
                 left / width,
-                (top - PICTURE_HEIGHT) / height,
+                (top - IMAGE_HEIGHT) / height,
                 0.92 * CELL_WIDTH / width,
-                0.96 * PICTURE_HEIGHT / height,
+                0.96 * IMAGE_HEIGHT / height,
             )
             axes = figure.add_axes(box, anchor="NW")
             axes.imshow(image[0])
             axes.set_axis_off()
             for number, (line, colour) in enumerate(texts[cell]):
-                y = top - PICTURE_HEIGHT - 0.06 - number * LINE_HEIGHT
-                # parse_math off: a dollar sign in an answer is a dollar sign
+                y = top - IMAGE_HEIGHT - 0.06 - number * LINE_HEIGHT
+                # parse_math=False: a dollar sign in an answer does not start a formula
                 figure.text(
                     left / width, y / height, line, color=colour, fontsize=7.5, va="top", ha="left", parse_math=False
                 )
@@ -84,7 +83,7 @@ def write_contact_sheet(
 
 
 def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The text under one picture: wrapped lines with their colours."""
+    """The text below one image: wrapped lines with their colours."""
     parts = [
         (f"Q: {record['question']}", INK),
         (f"T: {record['references'][0]}", INK),

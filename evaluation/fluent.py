@@ -1,8 +1,8 @@
-"""Two passes to one answer, as in phi35_pooled: the adapter names keywords, the bare model writes the sentence.
+"""Answers a question in two passes, as in phi35_pooled: first keywords with the adapter, then sentences without it.
 
-An adapter trained with `answer_keywords: true` answers in keywords. They and the question go to the language model
-with the adapter switched off, which then writes as fluently as it did before any training. A question without a
-picture goes straight to it.
+An adapter trained with `answer_keywords: true` answers in keywords. The second pass gives the question and these
+keywords to the language model with the adapter disabled, which writes as fluently as before fine-tuning. A question
+without an image needs the second pass only.
 """
 
 from typing import Any
@@ -18,24 +18,24 @@ INSTRUCTION = "{question}\nAnswer in one or two sentences, from these keywords a
 def fluent_answer(
     model: PeftModel, processor: Any, messages: list[dict[str, Any]], max_new_tokens: int = 64
 ) -> tuple[str | None, str]:
-    """Answer one question by keywords first, then in sentences.
+    """Answer one question: first in keywords, then in sentences.
 
     Args:
-        model (`PeftModel`): Base with the keyword adapter on it, unmerged (`jnana.training.loading` gives it so).
+        model (`PeftModel`): The base model with the unmerged keyword adapter, as `jnana.load_model` returns it.
         processor (`JnanaProcessor`): Its processor.
-        messages (`list[dict]`): A chat that ends with a question; content as a list of parts.
-        max_new_tokens (`int`, *optional*, defaults to 64): Of each pass.
+        messages (`list[dict]`): A chat that ends with a question; each content is a list of parts.
+        max_new_tokens (`int`, *optional*, defaults to 64): Longest output of each pass, in tokens.
 
     Returns:
-        `tuple[str | None, str]`: The keywords (`None` if there is no picture) and the answer.
+        `tuple[str | None, str]`: The keywords (`None` without an image) and the answer.
 
     Raises:
-        ValueError: if the model has no adapter to switch off.
+        ValueError: if the model has no adapter to disable.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
-            "fluent_answer needs the adapter and its base apart, and this model is merged or has none; give the "
-            "folder that run_sft wrote, not its `merged`"
+            "fluent_answer needs a model with an unmerged adapter, but this one is merged or has no adapter; load the "
+            "directory that run_sft wrote, not its subdirectory `merged`"
         )
     if not any(part["type"] == "image" for message in messages for part in message["content"]):
         with model.disable_adapter():

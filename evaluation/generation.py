@@ -1,8 +1,8 @@
-"""Answers to a whole test set, by batched greedy `generate`, in a way that survives bad pictures and interruptions.
+"""Answers a whole test set by batched greedy `generate`; resumes after an interruption and skips unreadable images.
 
-Each answer is appended to a JSON Lines file the moment its batch is done. A run that starts again on the same file
-asks only what is still open: answers are found again by a key over question, pictures, weights and settings, so that
-answers of another model, or of a regenerated test set under the same name, are never taken for this one's.
+Answers are appended to a JSON Lines file after each batch. A restarted run reads that file and asks only the open
+questions. A stored answer is reused only if its key matches. The key hashes question, images, weights and settings, so
+that answers of another model, or of a test set that was regenerated under the same name, are not reused.
 """
 
 import hashlib
@@ -20,8 +20,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from jnana.chat.session import end_token_ids
 from jnana.modeling import available_device
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
+from jnana.processing.data.feature_cache import weights_digest
+from jnana.processing.data.records import read_json_lines
 
 from .questions import Question, QuestionSet
 
@@ -44,26 +47,28 @@ def answer_questions(
 ) -> list[dict[str, Any]]:
     """Answer every question of a test set greedily.
 
-    Questions are asked longest first, so that a batch holds questions of like length and a batch too large for the
+    The longest questions come first, so that a batch holds questions of similar length and a batch too large for the
     memory fails at once. Under `accelerate launch` each process answers its share on its own copy of the model, and
     every process returns all answers.
 
     Args:
-        model (`PreTrainedModel`): Any image-text-to-text model with `generate`; left in the mode it was in.
+        model (`PreTrainedModel`): Any image-text-to-text model with `generate`. Its train or eval mode is restored
+            afterwards.
         processor (`ProcessorMixin`): Its processor; must have a chat template.
         rows (`QuestionSet` or rows of `jnana.load_rows`): The test set.
         batch_size (`int`): Questions per `generate` call and process.
         max_new_tokens (`int`): Longest answer, in tokens.
-        blind (`bool`): Replace every picture by a grey one of the same size.
-        predictions_file (`str` or `Path`, *optional*): JSON Lines file to append to and to continue from.
-        num_workers (`int`): Dataloader workers that decode pictures and tokenise; 0 does it in the main process.
-        max_image_pixels (`int`, *optional*): Refuse larger pictures; default of `jnana.processing.data.load_image`.
-        progress_bar (`bool`): Show a bar on the main process.
+        blind (`bool`): Replace every image by a grey image of the same size.
+        predictions_file (`str` or `Path`, *optional*): JSON Lines file to append to and to resume from.
+        num_workers (`int`): Dataloader workers that decode images and tokenise; 0 does both in the main process.
+        max_image_pixels (`int`, *optional*): Larger images are refused; default of
+            `jnana.processing.data.load_image`.
+        progress_bar (`bool`): Show a progress bar on the main process.
 
     Returns:
-        `list[dict]`: One record a question, in the test set's order: `source`, `category`, `history`, `question`,
-        `references`, `prediction` (`None` if it could not be asked, then `error` says why), `complete` (whether the
-        model ended the answer itself, before `max_new_tokens`), `blind`, `key`.
+        `list[dict]`: One record for each question, in the order of the test set: `source`, `category`, `history`,
+        `question`, `references`, `prediction` (`None` if an image could not be read; `error` then holds the reason),
+        `complete` (whether the model wrote an end token within `max_new_tokens`), `blind`, `key`.
 
     Raises:
         ValueError: if `batch_size` or `max_new_tokens` is below 1, or the processor has no chat template.
@@ -81,7 +86,7 @@ def answer_questions(
     answered = _read_answers(predictions_file, keys, state)
     waiting = [index for index, key in enumerate(keys) if key not in answered]
     if len(waiting) < len(keys):
-        logger.info(f"{len(keys) - len(waiting)} of {len(keys)} answers are already in {predictions_file}")
+        logger.info(f"{len(keys) - len(waiting)} of {len(keys)} answers are read from {predictions_file}")
     waiting.sort(key=lambda index: -sum(len(str(message)) for message in questions.questions[index].messages))
 
     mine = waiting[state.process_index :: state.num_processes]
@@ -114,30 +119,30 @@ def answer_questions(
 
 
 def process_state() -> PartialState:
-    """Which of how many processes this is, and its device.
+    """accelerate's state of this process: its rank, the number of processes, its device.
 
-    Without an accelerator, `PartialState()` alone would take each of several launched processes for the only one,
-    and all would answer every question.
+    On a machine without an accelerator, `PartialState()` reports one process even when several were launched, unless
+    it is told to use the CPU. Each process would then answer every question.
 
     Returns:
-        `PartialState`: accelerate's, one a process.
+        `PartialState`: One for each process.
     """
     return PartialState(cpu=available_device().type == "cpu")
 
 
 class PromptCollator:
-    """Turns indices of questions into one left-padded batch of model inputs; runs in the dataloader workers.
+    """Turns indices of questions into one left-padded batch of model inputs. Runs in the dataloader workers.
 
     Args:
-        questions (`QuestionSet`): Where the indices point.
-        processor (`ProcessorMixin`): Renders, tokenises and prepares the pictures.
-        blind (`bool`): Grey pictures.
-        max_image_pixels (`int`, *optional*): Limit passed on to `jnana.processing.data.load_image`.
+        questions (`QuestionSet`): The test set.
+        processor (`ProcessorMixin`): Renders and tokenises the messages and prepares the images.
+        blind (`bool`): Use grey images.
+        max_image_pixels (`int`, *optional*): Limit passed to `jnana.processing.data.load_image`.
 
     Returns:
-        `tuple[list[int], BatchFeature | None, list[tuple[int, str]]]`: Indices of the questions in the batch, the
-        inputs (`input_ids` of shape `(batch_size, sequence_length)` ...; `None` if no question is left), and for
-        each question whose pictures cannot be read its index and the reason.
+        `tuple[list[int], BatchFeature | None, list[tuple[int, str]]]`: The indices of the questions in the batch;
+        the model inputs (`input_ids` of shape `(batch_size, sequence_length)` ...; `None` if no question is left); and
+        index and reason for each question whose images cannot be read.
     """
 
     def __init__(self, questions: QuestionSet, processor: Any, blind: bool, max_image_pixels: int | None = None):
@@ -171,7 +176,7 @@ class PromptCollator:
 
 @torch.inference_mode()
 def _generate(model, processor, inputs, max_new_tokens: int) -> tuple[list[str], list[bool]]:
-    """The answers to one batch, and for each whether the model closed it by an end-of-text token."""
+    """The answers to one batch, and for each whether the model wrote an end token."""
     if inputs is None:
         return [], []
     inputs = inputs.to(model.device, dtype=model.dtype)
@@ -184,21 +189,14 @@ def _generate(model, processor, inputs, max_new_tokens: int) -> tuple[list[str],
     )
     # => (batch_size, new tokens)
     outputs = outputs[:, inputs["input_ids"].shape[1] :]
-    ends = torch.tensor(_end_tokens(model, processor), device=outputs.device)
+    ends = torch.tensor(end_token_ids(model, processor.tokenizer), device=outputs.device)
     complete = torch.isin(outputs, ends).any(dim=1).tolist()
     texts = processor.tokenizer.batch_decode(outputs, skip_special_tokens=True)
     return [text.strip() for text in texts], complete
 
 
-def _end_tokens(model, processor) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = processor.tokenizer.eos_token_id
-    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
-
-
 def _run_key(model, processor, blind: bool, max_new_tokens: int) -> str:
-    """A hash of all that decides an answer beside the question."""
+    """A hash of everything except the question that an answer depends on."""
     settings = {
         "model": model_fingerprint(model),
         "generation": model.generation_config.to_dict(),
@@ -212,7 +210,7 @@ def _run_key(model, processor, blind: bool, max_new_tokens: int) -> str:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """A short hash that tells trained models apart: names, shapes, and some 4096 values of each weight.
+    """A short hash that differs between trained models. To save time it reads about 4096 values of each weight.
 
     Args:
         model (`torch.nn.Module`): Any model, adapters included.
@@ -220,15 +218,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     Returns:
         `str`: 16 hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(model, values_per_tensor=4096)[:16]
 
 
 def _record(question: Question, key: str, blind: bool, prediction=None, complete=None, error=None) -> dict[str, Any]:
@@ -248,7 +238,7 @@ def _record(question: Question, key: str, blind: bool, prediction=None, complete
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode within, the former mode afterwards."""
+    """Put the model into eval mode, and restore its former mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -259,7 +249,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _appending(path: str | Path | None, state: PartialState):
-    """A function that appends records to this process's file and makes sure they are on disk."""
+    """Yields a function that appends records to the file of this process and flushes them to the disk."""
     if path is None:
         yield lambda records: None
         return
@@ -278,17 +268,17 @@ def _appending(path: str | Path | None, state: PartialState):
 
 
 def _read_answers(path: str | Path | None, keys: list[str], state: PartialState) -> dict[str, dict[str, Any]]:
-    """Answers to these questions that an interrupted run left behind; questions it could not ask are open again."""
+    """The stored answers to these questions. Questions that failed in an earlier run are asked again."""
     if path is None:
         return {}
     path = Path(path)
     wanted = set(keys)
     answered = {}
     for file in [path, *sorted(path.parent.glob(f"{path.name}.part*"))]:
-        for record in _read_records(file):
-            if record["key"] in wanted and record["prediction"] is not None:
+        for record in read_json_lines(file, torn="skip"):
+            if isinstance(record, dict) and record.get("key") in wanted and record.get("prediction") is not None:
                 answered[record["key"]] = record
-    state.wait_for_everyone()  # nobody writes before everybody has read
+    state.wait_for_everyone()  # no process writes before all have read
     if state.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace_file(path, [answered[key] for key in keys if key in answered])
@@ -296,22 +286,8 @@ def _read_answers(path: str | Path | None, keys: list[str], state: PartialState)
     return answered
 
 
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON Lines file; a last line cut off by a crash is passed over."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and {"key", "prediction"} <= record.keys():
-                yield record
-
-
 def _replace_file(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """Write all records at once: the file is the old one or the new one, never half of one. Part files go."""
+    """Replace the file by one with these records, atomically, and delete the part files of all processes."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(

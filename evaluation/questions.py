@@ -1,11 +1,12 @@
-"""A test set as a list of questions: what is asked, about which pictures, and which answers are right.
+"""A test set as a list of questions, each with its images and its accepted answers.
 
-Rows come from `jnana.load_rows`. Pictures stay references (a path, or the bytes of a file) until a dataloader
-worker needs them, so a test set of any size costs only its text.
+Rows come from `jnana.load_rows`. Images stay references (a path, or the bytes of a file) until a dataloader worker
+decodes them, so a test set takes memory for its text only.
 """
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +14,12 @@ from typing import Any
 
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, load_image
+from jnana.processing.data import BadSampleError, load_image, load_rows, message_text, with_images
 
+from .arguments import EvaluationArguments
+
+
+logger = logging.getLogger(__name__)
 
 GREY = (128, 128, 128)
 
@@ -25,11 +30,11 @@ class Question:
 
     Attributes:
         source (`str`): File and record it comes from, for messages.
-        row (`int`): Index of its row in the data set, where its pictures are.
+        row (`int`): Index of the row that holds its images.
         messages (`list[dict]`): The conversation up to the answer; earlier turns with their true answers.
-        references (`list[str]`): Right answers, as `vqa_accuracy` and `exact_match` read them.
+        references (`list[str]`): Accepted answers, as `vqa_accuracy` and `exact_match` take them.
         category (`str`, *optional*): Question type.
-        key (`str`): Identifies question *and* content over restarts: changes with text, references or pictures.
+        key (`str`): Hash of the question's source, text, references and images; the same after a restart.
     """
 
     source: str
@@ -41,33 +46,29 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question itself: the text of the last message."""
+        """The text of the last message."""
         return message_text(self.messages[-1])
 
     @property
     def history(self) -> str:
-        """Earlier turns, one a line; empty for a conversation's first question."""
+        """Earlier turns, one on each line; empty for the first question of a conversation."""
         return "\n".join(f"{message['role']}: {message_text(message)}" for message in self.messages[:-1])
 
 
-def message_text(message: dict[str, Any]) -> str:
-    """The text parts of a message, joined by a space."""
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text" and part["text"])
-
-
 class QuestionSet:
-    """All questions of a data set, with lazy access to their pictures.
+    """All questions of a data set. Images are decoded on request.
 
-    Every assistant turn is one question, asked with the turns before it as they stand in the data. Conversations of
-    one row that ask the very same (five captions of a picture) are one question with all their answers as
-    references.
+    Each assistant turn is the answer to one question, which is asked after the turns before it as the data has them.
+    Conversations of one row with identical messages (five captions of one image) become one question with all their
+    answers as references.
 
     Args:
         rows (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`):
-            Rows as `jnana.load_rows` gives them. A stream is read to its end and kept, pictures' bytes included.
+            Rows as `jnana.load_rows` gives them. A stream is read to its end and kept in memory, image bytes
+            included.
 
     Raises:
-        ValueError: if there is no question in the rows.
+        ValueError: if the rows hold no question.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]]):
@@ -76,9 +77,11 @@ class QuestionSet:
         for index, row in enumerate(self.rows):
             self.questions += _questions_of_row(row, index)
         if not self.questions:
-            raise ValueError("the evaluation data holds no question: no row has an assistant's answer to compare with")
+            raise ValueError(
+                "the evaluation data holds no question: no row has an assistant message to compare answers with"
+            )
         seen: dict[str, int] = {}
-        for question in self.questions:  # a data set may hold the same record twice; each is asked
+        for question in self.questions:  # a data set may hold a record twice; both are asked
             seen[question.key] = seen.get(question.key, 0) + 1
             question.key += "" if seen[question.key] == 1 else f"-{seen[question.key]}"
 
@@ -86,10 +89,18 @@ class QuestionSet:
         return len(self.questions)
 
     def images(self, question: Question, blind: bool = False, **limits) -> list[Image.Image]:
-        """Decode the pictures of a question, or make grey ones of the same sizes.
+        """Decode the images of a question.
+
+        Args:
+            question (`Question`): A question of this set.
+            blind (`bool`): Return a grey image of the same size for each image.
+            limits: Passed to `jnana.processing.data.load_image`.
+
+        Returns:
+            `list[PIL.Image.Image]`: Mode RGB, in the order of the image parts.
 
         Raises:
-            processing.BadSampleError: if a picture is missing, broken or too large.
+            BadSampleError: if an image is missing, broken or too large.
         """
         parts = [part["type"] for message in question.messages for part in message["content"]]
         references = self.rows[question.row]["images"] if "image" in parts else []
@@ -97,41 +108,59 @@ class QuestionSet:
         return [Image.new("RGB", image.size, GREY) for image in images] if blind else images
 
     def messages_with_images(self, question: Question, images: list[Image.Image]) -> list[dict[str, Any]]:
-        """The question's messages as `apply_chat_template` takes them, the pictures in their places.
+        """The question's messages with its images in the image parts, as `apply_chat_template` takes them.
 
         Raises:
-            processing.BadSampleError: if there are not as many pictures as places.
+            BadSampleError: if the number of images differs from the number of image parts.
         """
         count = sum(part["type"] == "image" for message in question.messages for part in message["content"])
         if count != len(images):
             raise BadSampleError(
-                f"{question.source}: the conversation speaks of {count} images, the row has {len(images)}"
+                f"{question.source}: the conversation has {count} image parts, the row has {len(images)} images"
             )
-        remaining = iter(images)
-        messages = []
-        for message in question.messages:
-            parts: list[dict[str, Any]] = []
-            for part in message["content"]:
-                if part["type"] == "image":
-                    parts.append({"type": "image", "image": next(remaining)})
-                else:
-                    parts.append({"type": "text", "text": part["text"] or ""})
-            messages.append({"role": message["role"], "content": parts})
-        return messages
+        return with_images(question.messages, images)
+
+
+def load_questions(args: EvaluationArguments) -> dict[str, QuestionSet]:
+    """Read all test sets.
+
+    Args:
+        args (`EvaluationArguments`): Checked arguments of run_evaluate.py.
+
+    Returns:
+        `dict[str, QuestionSet]`: Name of each test set -> its questions.
+
+    Raises:
+        ValueError, FileNotFoundError: as `jnana.load_rows`, and if a test set holds no question.
+    """
+    questions = {}
+    for name, source in args.test_sets.items():
+        rows = load_rows(
+            source,
+            format=args.eval_format,
+            image_folder=args.image_folders[name],
+            split=args.eval_split,
+            streaming=args.streaming,
+            independent_turns=args.independent_turns,
+            prompt=args.prompt,
+            max_rows=args.max_rows,
+        )
+        questions[name] = QuestionSet(rows)
+        logger.info(f"{name}: {len(questions[name])} questions in {source}")
+    return questions
 
 
 def _questions_of_row(row: dict[str, Any], index: int) -> list[Question]:
-    """The questions in one row, those that ask the same merged."""
+    """The questions of one row; questions with identical messages are merged."""
     images = json.dumps([_image_state(reference) for reference in row["images"]])
     merged: dict[str, Question] = {}
     for conversation, answers, category in zip(row["conversations"], row["answers"], row["categories"], strict=True):
         turns = [position for position, message in enumerate(conversation) if message["role"] == "assistant"]
         for position in turns:
             if position == 0:
-                continue  # an answer that nobody asked for
-            closing = (
-                position == turns[-1]
-            )  # `answers` and `category` of a conversation are those of its last question
+                continue  # an answer without a question
+            # `answers` and `category` of a conversation belong to its last question
+            closing = position == turns[-1]
             accepted = answers if answers and closing else [message_text(conversation[position])]
             messages = conversation[:position]
             asked = json.dumps(messages, sort_keys=True)
@@ -146,7 +175,7 @@ def _questions_of_row(row: dict[str, Any], index: int) -> list[Question]:
 
 
 def _image_state(reference: dict[str, Any]) -> list[Any]:
-    """What changes when a picture does: a hash of its bytes, or path, size and modification time of its file."""
+    """Values that change with an image: a hash of its bytes, or path, size and modification time of its file."""
     if reference["bytes"] is not None:
         return [hashlib.sha256(reference["bytes"]).hexdigest()]
     try:

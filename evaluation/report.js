@@ -1,4 +1,4 @@
-// Shows the cards that fit every pressed filter button and the words in the search field.
+// Shows the cards that match every pressed filter button and the text in the search field.
 (() => {
   const form = document.getElementById("filters");
   const cards = [...document.querySelectorAll("article")];
@@ -6,16 +6,16 @@
   const chosen = {};
 
   function show() {
-    const words = search.value.toLowerCase();
+    const query = search.value.toLowerCase();
     let count = 0;
     for (const card of cards) {
-      const fits = Object.entries(chosen).every(([name, value]) => !value || card.dataset[name] === value)
-        && card.textContent.toLowerCase().includes(words);
-      card.hidden = !fits;
-      count += fits;
+      const matches = Object.entries(chosen).every(([name, value]) => !value || card.dataset[name] === value)
+        && card.textContent.toLowerCase().includes(query);
+      card.hidden = !matches;
+      count += matches;
     }
     form.querySelector("output").textContent = `${count} shown`;
-    document.getElementById("nothing").hidden = count > 0;
+    document.getElementById("no-match").hidden = count > 0;
   }
 
   form.addEventListener("click", (event) => {

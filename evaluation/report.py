@@ -1,12 +1,10 @@
-"""One HTML page with everything an evaluation found: scores, a chart, and the questions with pictures and answers.
+"""The HTML report of an evaluation: scores, a chart, and the questions with images and answers.
 
-The page is a single file that needs no network: styles and script are inside it, pictures are small JPEGs in data
-URLs. What models and data sets wrote is untrusted text; the template engine escapes every value, and the page's own
-policy forbids it to load anything.
+The report is a single file that needs no network: styles and script are inlined, images are small JPEGs in data URLs.
+Text of models and data sets is untrusted. The template engine escapes every value, and the page's content security
+policy blocks every request.
 """
 
-import base64
-import io
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,29 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
-from jnana.processing.data import BadSampleError
+from jnana.processing.data import BadSampleError, thumbnail
 
+from .metrics.scoring import vqa_accuracy
 from .questions import QuestionSet
 from .summary import category_of, is_right
-from .vqa_accuracy import vqa_accuracy
 
 
-THUMBNAIL_SIDE = 224  # pixels of the longer side; larger pictures are made smaller
-THUMBNAIL_QUALITY = 85
+THUMBNAIL_SIDE = 224  # pixels of the longer side; smaller images keep their size
 
 
 @dataclass
 class SplitResult:
-    """All there is to tell about one test set.
+    """Questions, answers and scores of one test set.
 
     Attributes:
-        name (`str`): As people call it: test, unseen ...
+        name (`str`): Its name in the arguments: test, unseen ...
         questions (`QuestionSet`): The test set.
-        records (`list[dict]`): Of `answer_questions` on it.
-        blind_records (`list[dict]`, *optional*): Of `answer_questions(..., blind=True)`.
-        summary (`dict`): Of `summarise`.
+        records (`list[dict]`): Return value of `answer_questions` on it.
+        blind_records (`list[dict]`, *optional*): Return value of `answer_questions(..., blind=True)`.
+        summary (`dict`): Return value of `summarise`.
     """
 
     name: str
@@ -55,15 +51,15 @@ def write_report(
     settings: Mapping[str, Any],
     max_examples: int = 400,
 ) -> Path:
-    """Write the page.
+    """Write the report.
 
     Args:
-        path (`str` or `Path`): The HTML file; its folder must exist.
+        path (`str` or `Path`): The HTML file; its directory must exist.
         splits (`list[SplitResult]`): One or more test sets.
-        title (`str`): Heading, say the model's name.
-        settings (`dict`): Shown under the heading as they are.
-        max_examples (`int`): Questions shown with their pictures per test set, drawn at random; scores are always of
-            all questions, and the page says how many of how many it shows.
+        title (`str`): Heading, for example the model's name.
+        settings (`dict`): Names and values shown below the heading.
+        max_examples (`int`): Questions shown with their images for each test set, drawn at random. Scores always
+            cover all questions, and the report states how many questions it shows.
 
     Returns:
         `Path`: The file.
@@ -72,7 +68,7 @@ def write_report(
         ValueError: if `max_examples` is negative.
     """
     if max_examples < 0:
-        raise ValueError(f"max_examples is {max_examples}; it must be 0 (no pictures) or more")
+        raise ValueError(f"max_examples is {max_examples}; it must be 0 (no examples) or more")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -94,15 +90,15 @@ def write_report(
 
 
 def drawn_at_random(count: int, limit: int) -> list[int]:
-    """At most `limit` of the indices below `count`, in order: the same draw each time, and nobody's choice.
+    """A random sample of at most `limit` of the indices below `count`, sorted; the same sample in every call.
 
-    Every k-th would not do: test sets often list the question types in turns.
+    Taking every k-th index instead could miss question types, because test sets often list them in rotation.
     """
     return sorted(random.Random(0).sample(range(count), min(count, limit)))
 
 
 def _cards(split: SplitResult, limit: int) -> list[dict[str, Any]]:
-    """What the page shows of single questions."""
+    """The values that the template shows for single questions."""
     blind = {} if split.blind_records is None else dict(enumerate(split.blind_records))
     cards = []
     for index in drawn_at_random(len(split.records), limit):
@@ -122,32 +118,22 @@ def _cards(split: SplitResult, limit: int) -> list[dict[str, Any]]:
                 "right": is_right(record),
                 "partial": None if score in (None, 0.0, 1.0) else score,
                 "error": record.get("error"),
-                "pictures": _pictures(split.questions, question) if "error" not in record else [],
+                "images": _thumbnails(split.questions, question) if "error" not in record else [],
             }
         )
     return cards
 
 
 def _truth(references: Sequence[str]) -> str:
-    """All references in one line, repeated ones with their number."""
+    """All references in one line, repeated ones with their count."""
     counts = Counter(reference.strip() for reference in references)
     return " / ".join(text if number == 1 else f"{text} ×{number}" for text, number in counts.most_common())
 
 
-def _pictures(questions: QuestionSet, question) -> list[dict[str, Any]]:
-    """The thumbnails of a question, with the size they have."""
+def _thumbnails(questions: QuestionSet, question) -> list[dict[str, Any]]:
+    """The images of a question as small JPEGs in data URLs, with their sizes in pixels."""
     try:
         images = questions.images(question)
-    except BadSampleError:  # readable when it was asked about, gone since
+    except BadSampleError:  # the file was removed after the question was answered
         return []
-    return [thumbnail(image) for image in images]
-
-
-def thumbnail(image: Image.Image) -> dict[str, Any]:
-    """A picture as a small JPEG in a data URL: `{"url": str, "width": int, "height": int}` (pixels)."""
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=THUMBNAIL_QUALITY)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"url": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
+    return [thumbnail(image, THUMBNAIL_SIDE) for image in images]

@@ -1,7 +1,7 @@
-"""From single answers to a table: scores with intervals, overall and per question type, beside two baselines.
+"""Summarises answers: scores with intervals, overall and by question type, beside two baselines.
 
-A score says little alone. So each stands beside what the same model reaches *blind* (on grey pictures, from the
-question's wording alone) and what one constant answer per question type would reach.
+The first baseline is the same model *blind*: it sees grey images, so that only the wording of the question helps. The
+second is one constant answer for each question type.
 """
 
 import math
@@ -9,29 +9,29 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .vqa_accuracy import exact_match, vqa_accuracy
+from .metrics.scoring import exact_match, vqa_accuracy
 
 
 UNCATEGORISED = "(no type)"
 
 DEFINITIONS = {
     "exact_match": "share of answers that equal one of their references, both stripped of outer white space",
-    "exact_match_normalized": "the same after the answer normalisation of VQA v2",
+    "exact_match_normalized": "exact match after the answer normalisation of VQA v2",
     "vqa_accuracy": (
-        "VQA v2: mean over each reference left out in turn of min(equal ones among the others / 3, 1); with fewer "
-        "than four references the share that is equal; answers and references normalised"
+        "VQA v2: min(equal references among the others / 3, 1), averaged over leaving out each reference in turn; "
+        "with fewer than four references the share of equal ones; answers and references normalised"
     ),
-    "blind": "the same model and questions, every picture replaced by a grey one (128, 128, 128) of the same size",
+    "blind": "the same model and questions, every image replaced by a grey one (128, 128, 128) of the same size",
     "majority": (
-        "constant guessing: to every question of a type the one answer that is right (exact match) for most questions "
-        "of that type in this test set; an upper bound for any constant answer, as it is chosen knowing the answers. "
-        "Questions without a type count as one type; ties go to the alphabetically first answer"
+        "a constant answer to every question of a type: the answer that is correct (exact match) for most questions "
+        "of that type in this test set; an upper bound for constant answers, as it is chosen with the references. "
+        "Questions without a type form one type; ties go to the alphabetically first answer"
     ),
     "interval": (
-        "Wilson's 95 % interval for a share of n independent questions; for VQA accuracy, whose single scores may lie "
-        "between 0 and 1, it is too wide rather than too narrow"
+        "Wilson's 95 % interval for a share of n independent questions; too wide rather than too narrow for VQA "
+        "accuracy, whose single scores may lie between 0 and 1"
     ),
-    "n": "questions answered; those whose pictures could not be read are under unanswered and count in no score",
+    "n": "answered questions; questions whose images could not be read are listed as unanswered and not scored",
 }
 
 
@@ -44,7 +44,7 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
         z (`float`): Quantile of the normal distribution; 1.96 gives 95 %.
 
     Returns:
-        `tuple[float, float]`: Lower and upper end, within 0 and 1, also for shares of 0 and 1.
+        `tuple[float, float]`: Lower and upper end, both within 0 and 1.
     """
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -53,7 +53,7 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
 
 
 def majority_answers(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For each question type the one answer that is right for most of its questions (see `DEFINITIONS["majority"]`).
+    """For each question type the answer that is correct for most of its questions (see `DEFINITIONS["majority"]`).
 
     Args:
         records (`list[dict]`): With `category` and `references`, as `answer_questions` returns them.
@@ -77,8 +77,8 @@ def summarise(
     """Score a test set.
 
     Args:
-        records (`list[dict]`): What `answer_questions` returned.
-        blind_records (`list[dict]`, *optional*): The same questions, answered with `blind=True`.
+        records (`list[dict]`): Return value of `answer_questions`.
+        blind_records (`list[dict]`, *optional*): Its return value for the same questions with `blind=True`.
 
     Returns:
         `dict`: `overall` and `categories` (question type -> the same), each holding `n`, `exact_match`,
@@ -87,7 +87,7 @@ def summarise(
         (source and reason), `cut_off` (answers that reached `max_new_tokens`) and `definitions`.
 
     Raises:
-        ValueError: if no question was answered, or the blind run is about other questions.
+        ValueError: if no question was answered, or the blind run holds other questions.
     """
     answered = [record for record in records if record["prediction"] is not None]
     if not answered:
@@ -124,12 +124,12 @@ def summarise(
 
 
 def is_right(record: dict[str, Any]) -> bool:
-    """Whether an answer counts as right where a page shows only right or wrong: exact match after normalisation."""
+    """Whether the report and the contact sheet mark an answer as right: exact match after normalisation."""
     return record["prediction"] is not None and exact_match(record["prediction"], record["references"], normalize=True)
 
 
 def category_of(record: dict[str, Any]) -> str:
-    """The question type of a record, `UNCATEGORISED` if it has none."""
+    """The question type of a record; `UNCATEGORISED` if it has none."""
     return record["category"] or UNCATEGORISED
 
 
@@ -137,11 +137,11 @@ def format_table(summary: dict[str, Any], title: str) -> str:
     """The summary as a table for a terminal, in percent.
 
     Args:
-        summary (`dict`): Of `summarise`.
+        summary (`dict`): Return value of `summarise`.
         title (`str`): First line.
 
     Returns:
-        `str`: Lines without a closing line break.
+        `str`: Lines without a trailing line break.
     """
     header = ["type", "n", "exact match", "95 % interval", "VQA acc.", "blind", "majority", "constant answer"]
     lines = []
@@ -170,19 +170,19 @@ def format_table(summary: dict[str, Any], title: str) -> str:
         return "  ".join(cells).rstrip()
 
     rule = "-" * len(joined([*header[:-1], "x" * widths[-1]]))
-    notes = ["blind and majority are exact match too; definitions: results.json"]
+    notes = ["blind and majority: exact match; definitions: results.json"]
     if summary["unanswered"]:
         first = summary["unanswered"][0]
-        notes.append(f"{len(summary['unanswered'])} not answered and not counted, first: {first['error']}")
+        notes.append(f"{len(summary['unanswered'])} not answered and not scored, first: {first['error']}")
     if summary["cut_off"]:
-        notes.append(f"{summary['cut_off']} answers reached max_new_tokens and were cut off")
+        notes.append(f"{summary['cut_off']} answers were truncated at max_new_tokens")
     return "\n".join(
         [title, rule, joined(header), rule, *map(joined, lines[:-1]), rule, joined(lines[-1]), rule, *notes]
     )
 
 
 def _scores(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The measures of some answered questions, each with its interval."""
+    """The scores of answered questions, each with its interval."""
     count = len(records)
     pairs = [(record["prediction"], record["references"]) for record in records]
     means = {
@@ -196,7 +196,7 @@ def _scores(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _same_questions(answered: Sequence[dict], blind_records: Sequence[dict]) -> list[dict[str, Any]]:
     """The blind records of the answered questions, in their order."""
-    # a key is "run-question"; the runs differ in blindness alone
+    # a key is "run-question"; the two runs have different run keys
     by_question = {record["key"].split("-", 1)[1]: record for record in blind_records}
     found = [by_question.get(record["key"].split("-", 1)[1]) for record in answered]
     missing = [
@@ -220,5 +220,5 @@ def _shortened(text: str, width: int = 28) -> str:
 
 
 def normalize_space(text: str) -> str:
-    """Every run of white space as one space, so that a text fits a line."""
+    """Replace each run of white space by one space, so that a text fits on one line."""
     return " ".join(text.split())

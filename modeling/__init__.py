@@ -36,8 +36,8 @@ AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, ex
 
 __all__ = [
     "BASE_REFERENCE",
-    "CACHE_NAME",
     "BASE_REFERENCE_FORMAT",
+    "CACHE_NAME",
     "HUB_ARGUMENTS",
     "PROJECTOR_FIELDS",
     "REPOSITORY_ARGUMENTS",

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import UNQUANTIZED_MODULES, UNQUANTIZED_TEXT_MODULES, take_quantization
+from .loading_jnana import NOT_QUANTIZED, NOT_QUANTIZED_TEXT, adopt_quantization
 from .projector_jnana import build_projector
 
 
@@ -169,7 +169,7 @@ def join_pretrained(
     quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
     quantized = {}
     if quantization is not None:  # the language model is loaded alone, so module names are those of a bare one
-        quantization.llm_int8_skip_modules = list(UNQUANTIZED_TEXT_MODULES)
+        quantization.llm_int8_skip_modules = list(NOT_QUANTIZED_TEXT)
         quantized = {"quantization_config": quantization}
     placed = {"device_map": kwargs.pop("device_map")} if "device_map" in kwargs else {}
     names = {field.name for field in fields(JnanaConfig)}
@@ -197,7 +197,7 @@ def join_pretrained(
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [config.image_token_id]
     if quantization is not None:
-        take_quantization(model, language_model, list(UNQUANTIZED_MODULES))
+        adopt_quantization(model, language_model, list(NOT_QUANTIZED))
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model.eval()

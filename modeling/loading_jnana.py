@@ -31,12 +31,12 @@ logger = logging.get_logger(__name__)
 BASE_REFERENCE = "jnana_base.json"
 BASE_REFERENCE_FORMAT = 1  # the `format` of the files written now; files without the field are older and are read too
 
-# Modules that are never quantised. transformers matches these names from the start of a module's full name.
-UNQUANTIZED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# Modules that are never quantised. transformers matches these from the start of a module's full name.
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
-UNQUANTIZED_TEXT_MODULES = ["lm_head", "embed_out"]
+NOT_QUANTIZED_TEXT = ["lm_head", "embed_out"]
 
-# Arguments of `from_pretrained` that say where downloaded files are kept; they hold for an adapter's base too.
+# Arguments of `from_pretrained` about access to files. Given for an adapter, they are also used for its base.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 # Arguments that select one folder of one repository; they hold for the adapter only.
 REPOSITORY_ARGUMENTS = ("revision", "subfolder")
@@ -80,7 +80,7 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
             "`pip install bitsandbytes`. Without it only `quantization: none` (16 or 32 bits a weight) is possible."
         )
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED_MODULES))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
     compute_dtype = settings.get("compute_dtype") or dtype or "float32"
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -88,7 +88,7 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
         bnb_4bit_use_double_quant=settings.get("double_quantization", True),
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=settings.get("storage_dtype", "uint8"),
-        llm_int8_skip_modules=list(UNQUANTIZED_MODULES),
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
 
 
@@ -111,7 +111,7 @@ def disable_packed_kernel(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def take_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
+def adopt_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:
     """
     Copy the quantisation attributes of a language model of 4 or 8 bits to the model that contains it, because Trainer,
     PEFT and `dequantize` read them there.
@@ -187,11 +187,11 @@ def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any
     if written_as > BASE_REFERENCE_FORMAT:
         raise ValueError(
             f"{BASE_REFERENCE} of the adapter {str(path)!r} has format {written_as}, and this version of jnana reads "
-            f"formats up to {BASE_REFERENCE_FORMAT}: update jnana, or load the folder with `trust_remote_code=True`"
+            f"formats up to {BASE_REFERENCE_FORMAT}: update jnana, or load the directory with `trust_remote_code=True`"
         )
     names, published = reference["names"], reference.pop("base_model_id", None)
     folder = Path(path) / (hub_arguments.get("subfolder") or "")
-    for key, relative_path in reference.pop("relative_paths").items():  # local folders; other names are Hub ids
+    for key, relative_path in reference.pop("relative_paths").items():  # local bases; the other names are Hub ids
         beside = folder / relative_path
         if relative_path and beside.is_dir():
             names[key] = str(beside)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -136,3 +137,15 @@ def complete_adapter_folder(
     custom_object_save(inner, folder)
     inner.generation_config.save_pretrained(folder)
     write_base_reference(reference, folder, published)
+
+
+class BaseReferenceCallback(TrainerCallback):
+    """Writes beside each adapter checkpoint its base's record and the code, so that every `checkpoint-N` loads."""
+
+    def __init__(self, reference: dict[str, Any]):
+        self.reference = reference
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            complete_adapter_folder(model, self.reference, folder, published=args.push_to_hub)

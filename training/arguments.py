@@ -1,9 +1,9 @@
 """The options of the three training scripts, and the one function that reads them.
 
 A recipe is a flat YAML file; every key of it may be overridden on the command line as `--key value`. The options are
-the dataclasses below plus the stock `transformers.TrainingArguments`. All values, from YAML too, go through argparse
-as text, so `1e-4` is a number, `no` is a word (YAML 1.1 makes it `false`), and an unknown key is refused with the
-nearest known one.
+the dataclasses below and the stock `transformers.TrainingArguments`. All values, from YAML too, are parsed by argparse
+as text, so `1e-4` is a number and `no` is a string (YAML 1.1 reads it as `false`). An unknown key raises an error that
+names the nearest known one.
 """
 
 import dataclasses
@@ -21,34 +21,34 @@ from transformers import HfArgumentParser, TrainingArguments
 from jnana.modeling import PROJECTOR_FIELDS
 
 
-# What this project asks of the stock TrainingArguments unless the recipe says otherwise.
+# Defaults of this project for the stock TrainingArguments; a recipe overrides them.
 TRAINING_DEFAULTS = {
     "remove_unused_columns": "false",  # rows are images and conversations; the collator turns them into model inputs
     "label_names": ["labels"],
     "report_to": "none",
-    "dataloader_pin_memory": str(torch.cuda.is_available()).lower(),  # elsewhere it only warns
+    "dataloader_pin_memory": str(torch.cuda.is_available()).lower(),  # without a GPU it only warns
     "logging_steps": "10",
     "logging_first_step": "true",
-    "save_total_limit": "2",  # the last one, and the one before in case a crash truncated the last
-    # accelerate would cut a packed batch of a stream into slices along dimension 0, images and rows alike
+    "save_total_limit": "2",  # the last one, and the one before in case a crash leaves the last incomplete
+    # accelerate would slice a packed batch of a stream along dimension 0, images and rows alike
     "accelerator_config": '{"dispatch_batches": false}',
-    "hub_strategy": "end",  # the scripts push by themselves (training/sharing.py)
-    # no parameter is left unused (see training.stages), so no search for it in every step
+    "hub_strategy": "end",  # the scripts push the files that training/sharing.py selects
+    # every trained parameter is used (see training/stages.py), so DDP need not search for unused ones
     "ddp_find_unused_parameters": "false",
 }
 
 
 @dataclass
 class ModelArguments:
-    """Which model: a Jnana checkpoint, or the two backbones and the projector that joins them."""
+    """The model: a Jnana checkpoint, or two backbones and the projector that joins them."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A Jnana checkpoint, or an adapter folder of run_sft, to continue from."}
+        default=None, metadata={"help": "A Jnana checkpoint, or an adapter directory of run_sft, to continue from."}
     )
-    vision_model: str | None = field(default=None, metadata={"help": "Vision tower: Hub id or folder."})
-    text_model: str | None = field(default=None, metadata={"help": "Causal language model: Hub id or folder."})
+    vision_model: str | None = field(default=None, metadata={"help": "Vision tower: Hub id or directory."})
+    text_model: str | None = field(default=None, metadata={"help": "Causal language model: Hub id or directory."})
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if not the one in `text_model`. Refused if its ids are others."}
+        default=None, metadata={"help": "Default: the tokenizer in `text_model`. Another one must have the same ids."}
     )
     projector_type: Literal["linear", "mlp", "resblock"] | None = field(default=None)
     projector_hidden_act: str | None = field(default=None)
@@ -67,14 +67,14 @@ class ModelArguments:
         default=None, metadata={"help": "A shipped template's name (default `jnana`), or a .jinja file."}
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Of the frozen weights; what trains is always held in float32."}
+        default="float32", metadata={"help": "Dtype of the frozen weights; trained weights are always float32."}
     )
     attn_implementation: str | None = field(default=None)
     trust_remote_code: bool = field(default=False)
 
     @property
     def projector_fields(self) -> dict[str, Any]:
-        """The `JnanaConfig` fields that were given; the others keep `JnanaConfig`'s own defaults."""
+        """The `JnanaConfig` fields that are set; the others keep `JnanaConfig`'s defaults."""
         values = {name: getattr(self, name) for name in PROJECTOR_FIELDS}
         if self.vision_feature_layer is not None and len(self.vision_feature_layer) == 1:
             values["vision_feature_layer"] = self.vision_feature_layer[0]
@@ -83,10 +83,12 @@ class ModelArguments:
 
 @dataclass
 class TextModelArguments:
-    """Which language model stage 0 trains: a config from random weights, or a checkpoint to go on with."""
+    """The language model of stage 0: a config to initialise randomly, or a checkpoint to continue from."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "A language model to continue from."})
-    config_name_or_path: str | None = field(default=None, metadata={"help": "Take this checkpoint's config."})
+    config_name_or_path: str | None = field(
+        default=None, metadata={"help": "A checkpoint whose config is used, with random weights."}
+    )
     text_config: str | None = field(
         default=None, metadata={"help": "Config fields with `model_type`, as a mapping (JSON on the command line)."}
     )
@@ -99,14 +101,17 @@ class TextModelArguments:
 
     @property
     def text_config_fields(self) -> dict[str, Any]:
+        """`text_config` as a mapping; empty if it is not set."""
         return {} if self.text_config is None else json.loads(self.text_config)
 
 
 @dataclass
 class DataArguments:
-    """Pictures and conversations, for align and sft."""
+    """Images and conversations, for align and sft."""
 
-    train_data: str | None = field(default=None, metadata={"help": "A JSON file, an image folder, or a Hub data set."})
+    train_data: str | None = field(
+        default=None, metadata={"help": "A JSON file, an image directory, or a Hub data set."}
+    )
     train_format: str = field(default="auto", metadata={"help": "auto, coco_captions, llava_instruct, ..."})
     train_split: str = field(default="train")
     image_folder: str | None = field(default=None)
@@ -117,37 +122,35 @@ class DataArguments:
     independent_turns: bool = field(
         default=True, metadata={"help": "Each question/answer pair is a conversation of its own."}
     )
-    prompt: str | None = field(default=None, metadata={"help": "Question put before every caption."})
+    prompt: str | None = field(default=None, metadata={"help": "Question before every caption."})
     answer_keywords: bool = field(
         default=False, metadata={"help": "Train answers without stop words and punctuation (phi35_pooled)."}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Tokens a row may have, image tokens included."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a row at most, image tokens included."})
     max_image_pixels: int | None = field(default=None)
     on_bad_sample: Literal["raise", "skip"] = field(default="raise")
     image_check: Literal["none", "header", "decode"] = field(
-        default="header", metadata={"help": "How far every image is read in the check before training."}
+        default="header", metadata={"help": "How much of every image the check before training reads."}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read while training; of several processes each reads files of its own."}
+        default=False, metadata={"help": "Read the data while training; each process reads files of its own."}
     )
     max_train_rows: int | None = field(default=None)
     max_eval_rows: int | None = field(default=None)
     packing: Literal["none", "rows", "shared_image"] = field(
         default="none",
         metadata={
-            "help": "Several conversations a row, none of which sees another; with shared_image those about one image "
-            "pay for it once. Exactly what `none` trains; the batch size then counts packed rows."
+            "help": "Several conversations a row, invisible to one another; with shared_image, those about "
+            "one image share its tokens. Trains exactly what `none` trains; the batch size counts packed rows."
         },
     )
-    max_row_tokens: int = field(default=1024, metadata={"help": "Tokens a packed row may have."})
+    max_row_tokens: int = field(default=1024, metadata={"help": "Tokens of a packed row at most."})
     feature_cache: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder that keeps the frozen tower's features of every picture; what is missing is computed."
-        },
+        metadata={"help": "Directory of the frozen tower's features of every image; missing ones are computed first."},
     )
     feature_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "To store them in. Default: what the tower computes in."}
+        default=None, metadata={"help": "Dtype of the stored features; default: the dtype that the tower computes in."}
     )
 
 
@@ -162,64 +165,69 @@ class TextDataArguments:
     text_column: str = field(default="text")
     block_size: int = field(default=512, metadata={"help": "Tokens a block; the corpus is packed into such blocks."})
     streaming: bool = field(default=False)
-    max_train_rows: int | None = field(default=None, metadata={"help": "Documents of the corpus."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Documents of the corpus at most."})
     packing: Literal["blocks", "rows"] = field(
         default="blocks",
         metadata={
-            "help": "blocks: documents end to end, cut every block_size tokens, each sees the one before it; rows: "
-            "whole documents, invisible to one another, in rows of block_size tokens."
+            "help": "blocks: documents end to end, cut every block_size tokens; a token sees the documents before its "
+            "own. rows: whole documents, invisible to one another, in rows of block_size tokens."
         },
     )
 
 
 @dataclass
 class LoraArguments:
-    """How the language model is fine-tuned in run_sft. A further round on an adapter needs none of these."""
+    """The adapter and the quantisation of run_sft. A further round on an adapter needs none of these."""
 
     lora_r: int = field(default=0, metadata={"help": "Rank of the adapter; 0 trains the whole language model."})
     lora_alpha: float | None = field(default=None, metadata={"help": "Default: twice the rank."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "Default: 0."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Default: 0. Above 0, packed and separate rows draw different noise."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Last names of linear layers of the language model; default `all-linear`, each of them."},
+        metadata={
+            "help": "Linear layers of the language model, by the last part of their names; default: `all-linear`."
+        },
     )
     merge_adapter: bool = field(default=False, metadata={"help": "Also write output_dir/merged, a full checkpoint."})
     lora_vision_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Of the vision tower, which gets no adapter by default: last names, or `all-linear`."},
+        metadata={"help": "Linear layers of the vision tower, or `all-linear`; default: the tower gets no adapter."},
     )
     quantization: Literal["none", "nf4", "int8"] | None = field(
         default=None,
         metadata={
-            "help": "Bits of the frozen language model, by bitsandbytes; default none, or as the adapter's was."
+            "help": "Bits of the frozen language model (bitsandbytes); default: none, or those of a continued adapter."
         },
     )
     double_quantization: bool = field(default=True, metadata={"help": "nf4: quantise the quantisation constants too."})
     quantization_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "nf4: dtype of the products; default: `dtype`."}
+        default=None, metadata={"help": "nf4: dtype of matrix products; default: `dtype`."}
     )
     quantization_storage_dtype: Literal["uint8", "float32", "bfloat16", "float16"] = field(
-        default="uint8", metadata={"help": "nf4: dtype that the packed bits are kept as; FSDP needs that of the rest."}
+        default="uint8",
+        metadata={"help": "nf4: dtype that holds the packed bits; FSDP needs the dtype of the other weights."},
     )
     merge_base: Literal["dequantized", "full"] = field(
         default="dequantized",
-        metadata={"help": "merge_adapter: into the 4-bit base as trained, dequantised, or into the original weights."},
+        metadata={"help": "merge_adapter: into the dequantised 4-bit base, as trained, or into the original weights."},
     )
     base_model_id: str | None = field(
-        default=None, metadata={"help": "Hub id under which others find the local checkpoint that is fine-tuned."}
+        default=None, metadata={"help": "Hub id of the local checkpoint that is fine-tuned, written into the adapter."}
     )
 
 
 @dataclass
 class RateArguments:
-    """Learning rates and schedules of parts, in run_sft; `learning_rate` is the language model's."""
+    """Learning rates and schedules of single parts in run_sft; `learning_rate` is the language model's."""
 
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
     projector_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
         default=None, metadata={"help": "Default: `lr_scheduler_type`."}
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the vision tower's adapter; default: `learning_rate`."}
+        default=None, metadata={"help": "For the vision tower's adapter; default: `learning_rate`."}
     )
     vision_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
         default=None, metadata={"help": "Default: `lr_scheduler_type`."}
@@ -227,7 +235,7 @@ class RateArguments:
 
     @property
     def parts(self) -> dict[str, tuple[float | None, str | None]]:
-        """Rate and schedule of each part that may have its own."""
+        """Learning rate and schedule of each part that can have its own; `None` where they are not set."""
         return {
             "multi_modal_projector": (self.projector_learning_rate, self.projector_lr_scheduler_type),
             "vision_tower": (self.vision_learning_rate, self.vision_lr_scheduler_type),
@@ -235,28 +243,33 @@ class RateArguments:
 
     @property
     def given(self) -> bool:
-        """Whether any part has one of its own."""
+        """Whether any part has a learning rate or schedule of its own."""
         return any(value is not None for values in self.parts.values() for value in values)
 
     def rate_of(self, part: str) -> float | None:
+        """The part's own learning rate."""
         return self.parts.get(part, (None, None))[0]
 
     def schedule_of(self, part: str) -> str | None:
+        """The part's own schedule."""
         return self.parts.get(part, (None, None))[1]
 
 
 @dataclass
 class RunArguments:
-    """What happens around the stock Trainer."""
+    """Samples, restarts and the optimizer, around the stock Trainer."""
 
-    sample_steps: int = field(default=0, metadata={"help": "Write truth and generated text every N steps; 0: never."})
+    sample_steps: int = field(
+        default=0, metadata={"help": "Generate answers to validation rows every N steps; 0: never."}
+    )
     sample_count: int = field(default=4)
     sample_max_new_tokens: int = field(default=64)
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete output_dir's checkpoints and start anew instead of resuming."}
     )
     optimizer: Literal["stock", "muon"] = field(
-        default="stock", metadata={"help": "stock: TrainingArguments' `optim`; muon: Muon for matrices, else AdamW."}
+        default="stock",
+        metadata={"help": "stock: the one named by `optim`; muon: Muon for matrices, AdamW for other weights."},
     )
 
 
@@ -271,7 +284,7 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
         `tuple`: One instance of each class, in the order given.
 
     Raises:
-        ValueError: if the recipe cannot be read, a word belongs to no option, or a key is unknown (the message names
+        ValueError: if the recipe cannot be read, a value follows no option, or a key is unknown (the message names
             the nearest known key).
     """
     recipe = recipe_name(argv)
@@ -291,8 +304,8 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
     )
     if remaining and not remaining[0].startswith("-"):
         raise ValueError(
-            f"{remaining[0]!r} belongs to no option: the recipe is the first word of the command line, and an option "
-            "that takes one value was given several"
+            f"{remaining[0]!r} belongs to no option; give the recipe as the first argument, and one value to an "
+            "option that takes one"
         )
     if remaining:
         key = remaining[0].lstrip("-").split("=")[0].replace("-", "_")
@@ -301,12 +314,12 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
 
 
 def recipe_name(argv: Sequence[str]) -> str | None:
-    """The recipe on a command line: its first word, unless that is an option already."""
+    """The recipe on a command line: its first argument, unless that is an option."""
     return argv[0] if argv and not argv[0].startswith("-") else None
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe file as a dict whose scalars are text; keys set to nothing or `null` are left out.
+    """A recipe file as a dict whose scalars are text; keys with an empty value or `null` are left out.
 
     Raises:
         ValueError: if the file does not exist, is not YAML, is not a mapping, or names a key twice.
@@ -316,7 +329,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"recipe {str(path)!r} is not a file; the first argument is a YAML file, or starts with `--`")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":  # JSON is YAML, but for the tabs that many editors indent it with
+        if path.suffix == ".json":  # JSON is YAML, except for tabs as indentation
             text = text.replace("\t", " ")
         root = yaml.compose(text, Loader=yaml.BaseLoader)
         values = yaml.load(text, Loader=yaml.BaseLoader)
@@ -336,7 +349,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def as_command_line(values: dict[str, Any]) -> list[str]:
-    """`{"learning_rate": "1e-4"}` as `["--learning_rate=1e-4"]`; lists as several words, mappings as JSON."""
+    """`{"learning_rate": "1e-4"}` as `["--learning_rate=1e-4"]`; lists as several arguments, mappings as JSON."""
     words: list[str] = []
     for key, value in values.items():
         if isinstance(value, list):
@@ -349,7 +362,7 @@ def as_command_line(values: dict[str, Any]) -> list[str]:
 
 
 def typed(value: Any) -> Any:
-    """The scalars of a nested value as JSON types: `"1e-5"` -> 1e-05, `"true"` -> True; what is no JSON stays text."""
+    """The scalars of a nested value as JSON types: `"1e-5"` -> 1e-05, `"true"` -> True; other text is unchanged."""
     if isinstance(value, dict):
         return {key: typed(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -361,5 +374,6 @@ def typed(value: Any) -> Any:
 
 
 def unknown_key_message(key: str, known: Sequence[str], where: str) -> str:
+    """The error for an unknown option, with the most similar known one."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     return f"unknown key {key!r} in {where}; the nearest known key is {nearest!r} (--help lists all)"

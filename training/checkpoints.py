@@ -1,8 +1,8 @@
-"""Finding the checkpoint to go on from after a run was cut off.
+"""The checkpoints of a run on disk: which one to resume from, which are broken, and whether the next ones fit.
 
-A run killed while it wrote leaves a folder `checkpoint-N` with half a file in it. The Trainer would take it for the
-last checkpoint and stop with an error, or worse, start from half the weights. So each folder is opened before it is
-trusted, and a broken one is passed over for the one before.
+A run killed while it writes leaves a directory `checkpoint-N` with incomplete files. The Trainer would take it for the
+last checkpoint and stop with an error, or start from half of the weights. So each checkpoint is verified before it is
+used, and a broken one is skipped for the one before it.
 """
 
 import json
@@ -11,28 +11,36 @@ import re
 import shutil
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from jnana.modeling.loading_jnana import quantized_weight_count
 
 
 logger = logging.getLogger(__name__)
+
+ADAMW_BYTES = 8  # two float32 values for each trained parameter
 
 
 def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | None, overwrite: bool = False) -> str | None:
     """Decide where training starts.
 
     Args:
-        output_dir (`str`): The run's folder.
-        resume_from_checkpoint (`str`, *optional*): A folder named by the user; it must be whole.
+        output_dir (`str`): The run's directory.
+        resume_from_checkpoint (`str`, *optional*): A directory named by the user; the checkpoint must be complete.
         overwrite (`bool`, defaults to `False`): Start anew. The run's old checkpoints must then be deleted (see
             [`delete_checkpoints`]), or the next automatic resume would find them.
 
     Returns:
-        `str` or `None`: The checkpoint folder to hand to `Trainer.train`, `None` to start from the beginning.
+        `str` or `None`: The checkpoint directory for `Trainer.train`, `None` to start from the beginning.
 
     Raises:
-        ValueError: if the named checkpoint is not whole, or both options are given.
+        ValueError: if the named checkpoint is not complete, or both options are given.
     """
     if overwrite and resume_from_checkpoint:
         raise ValueError(
@@ -50,36 +58,37 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | None, ov
         if problem is None:
             logger.info(f"resuming from {folder} (overwrite_output_dir: true would start anew)")
             return str(folder)
-        logger.warning(f"{folder} is passed over: {problem}")
+        logger.warning(f"{folder} is skipped: {problem}")
     if resume_from_checkpoint:
         raise ValueError(
-            f"resume_from_checkpoint is {resume_from_checkpoint!r}, but {output_dir!r} holds no whole checkpoint-N; "
+            f"resume_from_checkpoint is {resume_from_checkpoint!r}, but {output_dir!r} has no complete checkpoint-N; "
             "leave it out to start from the beginning"
         )
     return None
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """The `checkpoint-N` folders of a run, the latest first."""
+    """The `checkpoint-N` directories of a run, the latest first."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = [folder for folder in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)]
     return sorted(numbered, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def delete_checkpoints(output_dir: str) -> None:
+    """Delete every `checkpoint-N` of a run."""
     for folder in list_checkpoints(output_dir):
         logger.info(f"deleting {folder}, as overwrite_output_dir is true")
         shutil.rmtree(folder)
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or `None` if it is whole.
+    """Why a checkpoint cannot be resumed from, or `None` if it is complete.
 
-    The Trainer writes `trainer_state.json` last, so a folder without it was cut off. Tensor files are checked by their
-    own tables of contents, without reading the tensors.
+    The Trainer writes `trainer_state.json` last, so a directory without it is incomplete. Tensor files are checked by
+    the sizes in their headers, without reading the tensors.
     """
     if not folder.is_dir():
-        return "there is no such folder"
+        return "the directory does not exist"
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,12 +102,12 @@ def checkpoint_problem(folder: Path) -> str | None:
         missing = sorted(shards - {file.name for file in weights})
         if missing:
             return f"{missing[0]} is missing"
-    # FSDP writes pytorch_model_fsdp.bin and optimizer.bin, or a folder for each, complete when it has its .metadata;
+    # FSDP writes pytorch_model_fsdp.bin and optimizer.bin, or a directory for each, complete when it has .metadata;
     # DeepSpeed writes global_stepN, complete when `latest` names it
     shards = [path for name in ("pytorch_model_fsdp_*", "optimizer_*") for path in sorted(folder.glob(name))]
     deepspeed = sorted(folder.glob("global_step*"))
     if not weights and not shards and not deepspeed and not (folder / "pytorch_model_fsdp.bin").is_file():
-        return "it holds no weights"
+        return "the directory holds no weights"
     for file in weights:
         if not safetensors_is_whole(file):
             return f"{file.name} is truncated"
@@ -133,3 +142,85 @@ def safetensors_is_whole(file: Path) -> bool:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return size == 8 + header_size + max(ends, default=0)
+
+
+def check_disk_space(trainer: Trainer, merge: bool = False) -> None:
+    """Raise if the weights of the first checkpoint do not fit on the disk; warn if all that the run keeps may not.
+
+    The error counts weights only, which are surely written. The warning adds what AdamW keeps for each trained
+    parameter; most other optimizers keep less. Copies of the weights that FSDP and DeepSpeed add are not counted.
+
+    Args:
+        trainer (`Trainer`): The run's.
+        merge (`bool`, defaults to `False`): Whether `output_dir/merged` is written at the end.
+
+    Raises:
+        ValueError: naming `output_dir`, the bytes needed and free, and broken checkpoints that may be deleted.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    if not args.should_save:
+        return
+    weights, checkpoint = weights_size(trainer), checkpoint_size(trainer)
+    # broken checkpoints and the final files of an earlier start are overwritten
+    present = list_checkpoints(args.output_dir)
+    broken = [] if args.save_only_model else [path for path in present if checkpoint_problem(path)]
+    final = max(weights - bytes_of(folder.glob("*.safetensors")), 0)
+    merged = max(merged_size(trainer.model) - bytes_of(folder.glob("merged/*")), 0) if merge else 0
+    free, held = shutil.disk_usage(folder).free, sum(bytes_of(path.rglob("*")) for path in broken)
+    # a new checkpoint is written before the oldest is deleted
+    complete = len(present) - len(broken)
+    kept = complete if args.save_total_limit is None else args.save_total_limit
+    new = 0 if str(args.save_strategy.value) == "no" else max(kept + 1 - complete, 1)
+    first, wanted = weights if new else final, checkpoint * new + final + merged
+    room = f"output_dir {args.output_dir!r} has {size_text(free)} free"
+    if broken:
+        names = ", ".join(path.name for path in broken)
+        room += f", and {size_text(held)} in broken checkpoints that may be deleted ({names})"
+    if free + held < first:
+        what = "the weights of one checkpoint" if new else "the final weights"
+        raise ValueError(f"{room}, but needs at least {size_text(first)} for {what}; make room, or choose another")
+    if free + held < wanted:
+        last = f"the final weights, and {size_text(merged)} for the merged model" if merge else "and the final weights"
+        logger.warning(
+            f"{room}; the run may need {size_text(wanted)} (about {size_text(checkpoint)} a checkpoint, "
+            f"save_total_limit {args.save_total_limit}, one more while it is written, {last})"
+        )
+
+
+def weights_size(trainer: Trainer) -> int:
+    """Bytes of the weights in a checkpoint: the trained parameters of an adapter, or all parameters."""
+    adapter = isinstance(trainer.model, PeftModel)
+    held = [p for p in trainer.model.parameters() if p.requires_grad or not adapter]
+    if trainer.is_deepspeed_enabled:  # in 16 bits, whatever the model was loaded in
+        return sum(parameter_count(p) * min(p.element_size(), 2) for p in held)
+    return sum(parameter_count(p) * p.element_size() for p in held)
+
+
+def checkpoint_size(trainer: Trainer) -> int:
+    """Bytes of a checkpoint with AdamW's state."""
+    trained = sum(parameter_count(p) for p in trainer.model.parameters() if p.requires_grad)
+    return weights_size(trainer) + (0 if trainer.args.save_only_model else trained * ADAMW_BYTES)
+
+
+def merged_size(model: PeftModel) -> int:
+    """Bytes of the merged model, about: the adapter's own weights are counted too."""
+    base = model.get_base_model()
+    return sum(map(parameter_count, base.parameters())) * base.dtype.itemsize
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """The number of values in a weight, also if it is packed in 4 bits or partitioned over the processes."""
+    return getattr(parameter, "ds_numel", None) or quantized_weight_count(parameter)
+
+
+def bytes_of(paths: Iterable[Path]) -> int:
+    """Bytes of the files among `paths`."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes with a unit: `75 kB`, `1.2 MB`."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= step:
+            return f"{num_bytes / step:,.0f} {unit}" if num_bytes >= 10 * step else f"{num_bytes / step:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -1,13 +1,12 @@
-"""Builds the cache of a frozen tower's features, before training: each picture goes through the tower once.
+"""Builds the cache of a frozen tower's features before training: the tower encodes each image once.
 
-The format, and how the collator reads it, are in `processing/feature_cache.py`. Here is what needs the model: which
-weights the features came from, and computing those that are missing. It may be killed at any time: parts that are
-complete stay, and the next start goes on behind them. The processes of one run share the work; a second run that
-wants the same folder waits until the first one is done.
+The cache's format, and how the collator reads it, are in `processing/data/feature_cache.py`. This module does what
+needs the model: it identifies the weights that the features come from and computes missing features. It may be killed
+at any time: finished parts stay, and the next start computes the rest. The processes of one run share the work; a
+second run that wants the same directory waits until the first run has finished.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -40,6 +39,7 @@ from jnana.processing.data.feature_cache import (
     image_digest,
     key_differences,
     read_key,
+    weights_digest,
     write_key,
     write_part,
 )
@@ -47,7 +47,7 @@ from jnana.processing.data.images import MAX_IMAGE_PIXELS, read_image_bytes
 from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .arguments import DataArguments
-from .disk_space import size
+from .checkpoints import size_text
 from .distributed import ProcessGroup, process_group
 
 
@@ -55,18 +55,18 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 BATCH_SIZE = 32
-# A part is written when it is this large or this old: what a kill can cost.
+# A part is written when it has this size or age, so that a kill costs little work.
 PART_BYTES = 256 * 1024 * 1024
 PART_SECONDS = 120.0
 
 
 @dataclass
-class Place:
-    """Where a picture stands: data set, row, position in the row."""
+class ImageLocation:
+    """The data set, the row and the image's index in that row."""
 
-    rows: int
+    data_set: int
     row: int
-    position: int
+    index: int
 
 
 def prepare_feature_cache(
@@ -77,22 +77,22 @@ def prepare_feature_cache(
     training_args: TrainingArguments,
 ) -> FeatureCache | None:
     """
-    The cache that the recipe asks for, holding every picture of the run.
+    The feature cache of a run, complete for every image of its data.
 
     Args:
-        args (`DataArguments`): `feature_cache`, `feature_cache_dtype`, and what is done about bad pictures.
+        args (`DataArguments`): `feature_cache`, `feature_cache_dtype`, `on_bad_sample`, `max_image_pixels`.
         model (`PreTrainedModel` or `PeftModel`): After [`apply_stage`], before the Trainer has wrapped it.
-        processor (`JnanaProcessor`): Its image processor prepares the pictures.
-        data (`list[Dataset]`): What is trained and validated on (rows, conversations or packed rows), or `None`.
+        processor (`JnanaProcessor`): Its image processor prepares the images.
+        data (`list[Dataset]`): Training and validation data (rows, conversations or packed rows), or `None`.
         training_args (`TrainingArguments`): Device, precision, processes, dataloader workers.
 
     Returns:
-        `FeatureCache` or `None`: `None` if the recipe asks for none.
+        `FeatureCache` or `None`: `None` without `feature_cache`.
 
     Raises:
-        ValueError: If the tower trains, the folder holds features of something else, the disk is too small, or the
-            processes don't see the same folder.
-        BadSampleError: With `on_bad_sample="raise"`, if a picture can't be read.
+        ValueError: If the tower trains, the directory holds features of another tower, image processor or choice of
+            layers, the disk is too small, or the processes don't share the directory.
+        BadSampleError: With `on_bad_sample="raise"`, if an image can't be read.
     """
     if args.feature_cache is None:
         return None
@@ -107,7 +107,7 @@ def prepare_feature_cache(
 
 
 def check_frozen(tower: nn.Module) -> None:
-    """Refuse a tower that trains.
+    """Check that the tower is frozen.
 
     Raises:
         ValueError: naming the number of its trainable parameters, and the remedy.
@@ -124,13 +124,13 @@ def feature_key(
     model: nn.Module, processor: JnanaProcessor, args: TrainingArguments, dtype: str | None = None
 ) -> dict[str, Any]:
     """
-    What features depend on besides the picture, as `cache.json` holds it.
+    All that features depend on besides the image, as it is written to `cache.json`.
 
     Args:
         model (`JnanaForConditionalGeneration`): Its tower and its config's choice of layers.
         processor (`JnanaProcessor`): Its image processor's settings.
         args (`TrainingArguments`): Whether the tower computes under autocast.
-        dtype (`str`, *optional*): To store them in; default: what the tower computes in.
+        dtype (`str`, *optional*): Of the stored features; default: the dtype that the tower computes in.
 
     Returns:
         `dict`: plain JSON values.
@@ -153,19 +153,8 @@ def feature_key(
     }
 
 
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a module's tensors, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.is_meta:  # FSDP fills weights in on one process only
-            return "not loaded on this process"
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class _Builder:
-    """One run's work on one cache; see [`prepare_feature_cache`]."""
+    """Fills one cache for one run; see [`prepare_feature_cache`]."""
 
     def __init__(self, args: DataArguments, model: nn.Module, processor: JnanaProcessor, data, training_args):
         self.folder = Path(args.feature_cache)  # type: ignore[arg-type]
@@ -185,21 +174,21 @@ class _Builder:
             self.begin(key)
         group.wait()
         cache = FeatureCache(self.folder)
-        places, problems = self.find_pictures(cache, group)
+        locations, problems = self.find_images(cache, group)
         self.report_problems(problems)
-        # All of them or none: another run may add pictures between one process's look and the next one's.
-        if any(group.gather(any(digest not in cache for digest in places))):
+        # The processes agree on one answer: another run may add images between their looks.
+        if any(group.gather(any(digest not in cache for digest in locations))):
             with self.lock() if group.rank == 0 else contextlib.nullcontext():
                 if group.rank == 0:
                     delete_unfinished(self.folder)
                     cache.refresh()  # another run may have added some while this one waited
-                missing = group.gather([digest for digest in places if digest not in cache])[0]
-                self.check_space(key, len(missing), len(places))
-                # FSDP may load weights on some processes only: those compute
+                missing = group.gather([digest for digest in locations if digest not in cache])[0]
+                self.check_space(key, len(missing), len(locations))
+                # FSDP may load the weights on some processes only; these compute the features
                 builders = [rank for rank, own in enumerate(keys) if own == key]
                 if group.rank in builders:
                     mine = missing[builders.index(group.rank) :: len(builders)]
-                    problems = self.build({digest: places[digest] for digest in mine}, key, group.rank == 0)
+                    problems = self.build({digest: locations[digest] for digest in mine}, key, group.rank == 0)
                 else:
                     problems = []
                 problems = [problem for some in group.gather(problems) for problem in some]
@@ -207,15 +196,15 @@ class _Builder:
             lost = sum(digest not in cache for digest in missing) - len(problems)
             if lost > 0:
                 raise ValueError(
-                    f"feature_cache {str(self.folder)!r}: {lost} pictures that other processes computed are not "
-                    "there; give a folder that all processes share"
+                    f"feature_cache {str(self.folder)!r}: {lost} images that other processes computed are not "
+                    "there; give a directory that all processes share"
                 )
             self.report_problems(problems)
-        logger.info(f"feature_cache {str(self.folder)!r}: {len(places):,} different pictures of this run are in it")
+        logger.info(f"feature_cache {str(self.folder)!r}: {len(locations):,} different images of this run are in it")
         return cache
 
     def begin(self, key: dict[str, Any]) -> None:
-        """Make the folder and its key, or compare the one that is there."""
+        """Create the directory and its key file, or compare the key that is there."""
         if not (self.folder / KEY_FILE).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.lock():
@@ -223,7 +212,7 @@ class _Builder:
                 if others - {name for name in others if name.startswith(f".{KEY_FILE}.")}:
                     raise ValueError(
                         f"feature_cache {str(self.folder)!r} holds other files ({sorted(others)[0]!r}, ...) and no "
-                        f"{KEY_FILE}; give a new folder"
+                        f"{KEY_FILE}; give a new directory"
                     )
                 if not (self.folder / KEY_FILE).is_file():
                     write_key(self.folder, key)
@@ -231,12 +220,12 @@ class _Builder:
         if differences:
             raise ValueError(
                 f"feature_cache {str(self.folder)!r} does not fit this run: {'; '.join(differences)}. Give another "
-                "folder, or delete this one to have it built anew"
+                "directory, or delete this one to have it built anew"
             )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """The only run that writes here; a killed one leaves nothing locked."""
+        """Keep other runs from writing to the directory; the lock of a killed run is free."""
         lock = FileLock(self.folder / LOCK_FILE)
         try:
             lock.acquire(timeout=0)
@@ -248,12 +237,12 @@ class _Builder:
         finally:
             lock.release()
 
-    def find_pictures(self, cache: FeatureCache, group: ProcessGroup) -> tuple[dict[bytes, Place], list[str]]:
-        """Every different picture of the run by its digest, and what is wrong with those that can't be read."""
-        places: dict[bytes, Place] = {}
+    def find_images(self, cache: FeatureCache, group: ProcessGroup) -> tuple[dict[bytes, ImageLocation], list[str]]:
+        """Every different image of the run by its digest, and the problems of images that can't be read."""
+        locations: dict[bytes, ImageLocation] = {}
         problems: list[str] = []
         noted: list[tuple[str, tuple[int, int], bytes]] = []
-        for number, (place, image, source) in enumerate(self.references(group.rank == 0)):
+        for number, (location, image, source) in enumerate(self.references(group.rank == 0)):
             if number % group.size != group.rank:
                 continue
             try:
@@ -262,70 +251,71 @@ class _Builder:
                 digest = cache.digest(image, source)
                 if path is not None and stamp is not None:
                     noted.append((path, stamp, digest))
-                places.setdefault(digest, place)
+                locations.setdefault(digest, location)
             except BadSampleError as error:
                 problems.append(str(error))
         if noted and os.access(self.folder, os.W_OK):
             append_file_digests(self.folder, noted)
-        merged: dict[bytes, Place] = {}
-        for some in group.gather(places):
+        merged: dict[bytes, ImageLocation] = {}
+        for some in group.gather(locations):
             merged = {**some, **merged}
         return merged, [problem for some in group.gather(problems) for problem in some]
 
-    def references(self, progress: bool) -> Iterator[tuple[Place, dict, str]]:
-        """Every image reference of the run, a path once."""
+    def references(self, progress: bool) -> Iterator[tuple[ImageLocation, dict, str]]:
+        """Every image reference of the run; each path once."""
         seen: set[str] = set()
-        with tqdm(total=sum(map(len, self.data)), desc="Finding pictures", unit="row", disable=not progress) as bar:
+        with tqdm(total=sum(map(len, self.data)), desc="Finding images", unit="row", disable=not progress) as bar:
             for number, rows in enumerate(self.data):
                 for index, row in enumerate(iterate_rows(rows)):
                     bar.update()
-                    for position, image in enumerate(row["images"]):
+                    for index_in_row, image in enumerate(row["images"]):
                         if image["bytes"] is None and image["path"]:
                             if image["path"] in seen:
                                 continue
                             seen.add(image["path"])
-                        yield Place(number, index, position), image, row["source"]
+                        yield ImageLocation(number, index, index_in_row), image, row["source"]
 
     def report_problems(self, problems: list[str]) -> None:
+        """Log images that can't be read, or raise with `on_bad_sample="raise"`."""
         if not problems:
             return
         listed = "\n".join(f"  {problem}" for problem in problems[:10])
         rest = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         if not self.skip:
             raise BadSampleError(
-                f"{len(problems)} pictures can't be read (on_bad_sample='skip' leaves their rows out):\n{listed}{rest}"
+                f"{len(problems)} images can't be read (on_bad_sample='skip' skips their rows):\n{listed}{rest}"
             )
-        logger.warning(f"{len(problems)} pictures can't be read; their rows are left out:\n{listed}{rest}")
+        logger.warning(f"{len(problems)} images can't be read; their rows are skipped:\n{listed}{rest}")
 
     def check_space(self, key: dict[str, Any], missing: int, wanted: int) -> None:
-        """Print how large the cache will be, and refuse when the disk is too small for it."""
+        """Log the size that the cache will have, and raise if the disk is too small for it."""
         each = DTYPES[key["dtype"]].itemsize * key["shape"][0] * key["shape"][1]
         need, free = missing * each, shutil.disk_usage(self.folder).free
         logger.info(
-            f"feature_cache {str(self.folder)!r}: {missing:,} of {wanted:,} different pictures are to be computed, "
-            f"{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size(each)} each, {size(need)} in all; "
-            f"{size(free)} are free"
+            f"feature_cache {str(self.folder)!r}: {missing:,} of {wanted:,} different images are to be computed, "
+            f"{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size_text(each)} each, {size_text(need)} in "
+            f"all; {size_text(free)} are free"
         )
         if need > 0.98 * free:
             raise ValueError(
-                f"feature_cache {str(self.folder)!r} needs {size(need)} for {missing:,} pictures, but only "
-                f"{size(free)} are free there; give a folder on a larger disk, store it in feature_cache_dtype: "
+                f"feature_cache {str(self.folder)!r} needs {size_text(need)} for {missing:,} images, but only "
+                f"{size_text(free)} are free there; give a directory on a larger disk, set feature_cache_dtype: "
                 "bfloat16, or leave it out"
             )
 
     @torch.no_grad()
-    def build(self, places: dict[bytes, Place], key: dict[str, Any], progress: bool) -> list[str]:
-        """Compute this process's share; returns what is wrong with pictures that can't be used."""
+    def build(self, locations: dict[bytes, ImageLocation], key: dict[str, Any], progress: bool) -> list[str]:
+        """Compute this process's share; returns the problems of images that can't be used."""
         tower = self.model.vision_tower
         was_training = tower.training
         tower.to(self.device).eval()
-        items = _Pictures(places, self.data, self.processor.image_processor, self.max_image_pixels)
+        items = _Images(locations, self.data, self.processor.image_processor, self.max_image_pixels)
         loader = DataLoader(items, BATCH_SIZE, num_workers=self.num_workers, collate_fn=_collate)
         problems: list[str] = []
         digests: list[bytes] = []
         blocks: list[torch.Tensor] = []
         begun = time.monotonic()
-        with tqdm(total=len(items), desc="Computing features", unit="picture", disable=not progress) as bar:
+        with tqdm(total=len(items), desc="Computing features", unit="image", disable=not progress) as bar:
             for good, pixel_values, bad in loader:
                 problems += bad
                 if good:
@@ -346,29 +336,31 @@ class _Builder:
         return problems
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """Pictures ready for the tower, or what is wrong with them; decoded in the dataloader's workers."""
+class _Images(torch.utils.data.Dataset):
+    """Digest, pixel values or `None`, and problem or `None` of each image; decoded in the dataloader's workers."""
 
-    def __init__(self, places: dict[bytes, Place], data: list[Dataset], image_processor: Any, max_image_pixels: int):
-        self.items = list(places.items())
+    def __init__(
+        self, locations: dict[bytes, ImageLocation], data: list[Dataset], image_processor: Any, max_image_pixels: int
+    ):
+        self.items = list(locations.items())
         self.data, self.image_processor, self.max_image_pixels = data, image_processor, max_image_pixels
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[bytes, torch.Tensor | None, str | None]:
-        digest, place = self.items[index]
-        row = self.data[place.rows][place.row]
-        image, source = row["images"][place.position], row["source"]
+        digest, location = self.items[index]
+        row = self.data[location.data_set][location.row]
+        image, source = row["images"][location.index], row["source"]
         try:
             data = read_image_bytes(image, source=source)
             if image_digest(data) != digest:
                 raise BadSampleError(f"{source}: image {image['path']!r} changed while the feature cache was built.")
             reference = {"path": image["path"], "bytes": data}
-            picture = load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
+            loaded = load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
         except BadSampleError as error:
             return digest, None, str(error)
-        return digest, self.image_processor(picture, return_tensors="pt")["pixel_values"][0], None
+        return digest, self.image_processor(loaded, return_tensors="pt")["pixel_values"][0], None
 
 
 def _collate(items: list[tuple]) -> tuple[list[bytes], torch.Tensor | None, list[str]]:

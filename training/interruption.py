@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .checkpoints import checkpoint_problem, list_checkpoints
-from .disk_space import size
+from .checkpoints import checkpoint_problem, list_checkpoints, size_text
 
 
 logger = logging.getLogger(__name__)
@@ -155,12 +154,12 @@ def explain_full_disk(args: TrainingArguments, remedy: str | None = None) -> Ite
         free = shutil.disk_usage(args.output_dir).free
         if remedy is None:
             whole = next((f for f in list_checkpoints(args.output_dir) if checkpoint_problem(f) is None), None)
-            kept = "No checkpoint is whole yet" if whole is None else f"{whole} is whole"
+            kept = "No checkpoint is complete yet" if whole is None else f"{whole} is complete"
             limit = f"lower save_total_limit ({args.save_total_limit})"
             remedy = f"{kept}; make room, or {limit}, and start the same command again"
         raise OSError(
             errno.ENOSPC,
-            f"output_dir {args.output_dir!r} has no room for what was to be written ({size(free)} are free). {remedy}",
+            f"output_dir {args.output_dir!r} has no room for the files of this run ({size_text(free)} free). {remedy}",
         ) from error
 
 

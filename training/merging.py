@@ -26,6 +26,7 @@ from jnana.modeling import JnanaForConditionalGeneration, available_device, load
 from jnana.processing import JnanaProcessor
 
 from .adapters import adapter_reference, is_adapter
+from .cards import set_name_in_usage
 from .loading import load_config, load_model
 
 
@@ -167,3 +168,4 @@ def write_merge_card(path: str, folder: str | Path, report: MergeReport) -> None
     text = card.text.replace("![training and validation loss over the steps](loss_curve.png)\n\n", "").strip()
     text = f"{text}\n\n## Merged\n\nThe adapter was {report}.\n"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(folder) / "README.md")
+    set_name_in_usage(Path(folder) / "README.md", Path(folder).resolve().name)

@@ -1,7 +1,7 @@
-"""Sharing a checkpoint on the Hub: which files go, and that nothing of this machine goes with them.
+"""Shares a checkpoint on the Hub: selects the files to upload and checks that they name no local path.
 
-The stock Trainer uploads `output_dir` as it stands: pictures of the samples, lists of bad rows and a pickle of the
-arguments among it. So the scripts upload by themselves what [`published_files`] lists, after the last file is written.
+The stock Trainer uploads all of `output_dir`, with the images of the samples, the lists of bad rows and a pickle of
+the arguments. So the scripts upload only the files that [`published_files`] lists, after the last one is written.
 """
 
 import json
@@ -17,6 +17,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from jnana.modeling import BASE_REFERENCE
+from jnana.processing.data.paths import is_hub_id
+
+from .cards import set_name_in_usage
 
 
 logger = logging.getLogger(__name__)
@@ -40,14 +43,15 @@ PUBLISHED = (
     "README.md",
     "loss_curve.png",
 )
-VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")  # any text may be an entry of these
+# Any text may be an entry of a vocabulary, so these files are not searched for paths.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def published_files(folder: str | Path) -> list[Path]:
-    """The files of a checkpoint that are for others: weights, configs, processor, code, card; sorted by name.
+    """The files of a checkpoint that are uploaded: weights, configs, processor, code, card; sorted by name.
 
     Raises:
-        ValueError: if the folder is not a complete checkpoint.
+        ValueError: if the directory holds no complete checkpoint.
     """
     folder = Path(folder)
     files = [file for file in sorted(folder.glob("*")) if file.is_file()]
@@ -56,7 +60,7 @@ def published_files(folder: str | Path) -> list[Path]:
     if not any(name.endswith(".safetensors") for name in names) or not names & {"config.json", "adapter_config.json"}:
         raise ValueError(
             f"{str(folder)!r} holds no finished checkpoint (no weights or no config); give the output_dir of a run "
-            "that ended, or its sub-folder `merged`"
+            "that ended, or its subdirectory `merged`"
         )
     if "tokenizer.json" not in names and "tokenizer_config.json" not in names:
         raise ValueError(f"{str(folder)!r} holds weights without a tokenizer; give the output_dir of a run that ended")
@@ -64,42 +68,45 @@ def published_files(folder: str | Path) -> list[Path]:
 
 
 def check_published(folder: str | Path) -> None:
-    """Refuse to share a checkpoint that others could not load, or that tells of this machine's folders.
+    """Check that others can load a checkpoint, and that its files name no directory of this machine.
 
     Raises:
-        ValueError: naming the file, what it says, and the remedy.
+        ValueError: naming the file, the path in it, and the remedy.
     """
     folder = Path(folder).resolve()
     reference = folder / BASE_REFERENCE
     if reference.is_file():
         content = json.loads(reference.read_text(encoding="utf-8"))
         local = {key: content["names"][key] for key in content["relative_paths"]}
-        check_base_is_shared(local, f"{reference} says that the adapter rests on")
+        check_base_is_shared(local, f"{reference} says that the adapter needs")
     for file in published_files(folder):
         if file.suffix not in (".json", ".py", ".md", ".jinja") or file.name in VOCABULARIES:
             continue
         text = file.read_text(encoding="utf-8")
         values = json_texts(json.loads(text)) if file.suffix == ".json" else [("", text)]
         for name, value in values:
-            path = folder_of_this_machine(value, folder)
+            path = local_path_in(value, folder)
             if path is not None:
                 where = f"{file}, {name}" if name else str(file)
-                raise ValueError(f"{where} names {path!r}, a folder of this machine; take it out before sharing")
+                raise ValueError(f"{where} names {path!r}, a directory of this machine; remove it before sharing")
 
 
-def folder_of_this_machine(text: str, folder: Path) -> str | None:
-    """A path within `text` that lies in a folder of this machine: `/x/y` at least, home, the working one, `folder`."""
-    homes = {place for place in (Path.home(), Path.cwd(), folder) if len(place.parts) > 1}
-    for path in re.findall(r"(?:~|[A-Za-z]:)?[/\\][\w.\-/\\]*[\w\-]", text):
-        candidate = Path(path).expanduser()
-        for place in (candidate, *candidate.parents):
-            if place in homes or (place.is_absolute() and len(place.parts) > 2 and place.exists()):
+def local_path_in(text: str, folder: Path) -> str | None:
+    """The first path in `text` that lies in a directory of this machine.
+
+    These are home, the working directory, `folder`, and every existing directory of at least two levels (`/x/y`).
+    """
+    homes = {path for path in (Path.home(), Path.cwd(), folder) if len(path.parts) > 1}
+    for found in re.findall(r"(?:~|[A-Za-z]:)?[/\\][\w.\-/\\]*[\w\-]", text):
+        candidate = Path(found).expanduser()
+        for path in (candidate, *candidate.parents):
+            if path in homes or (path.is_absolute() and len(path.parts) > 2 and path.exists()):
                 return str(candidate)
     return None
 
 
 def json_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every text within a JSON value, with the way to it."""
+    """Every text in a JSON value, each after its keys joined by dots."""
     if isinstance(value, str):
         yield name, value
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -108,30 +115,30 @@ def json_texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_base_is_shared(names: dict[str, str], subject: str) -> None:
-    """Refuse an adapter whose base only this machine has.
+    """Check that the models an adapter needs are on the Hub.
 
     Args:
-        names (`dict[str, str]`): What the adapter rests on, as in its base reference.
-        subject (`str`): How the error begins.
+        names (`dict[str, str]`): The models, as in the adapter's base reference.
+        subject (`str`): The beginning of the error message.
 
     Raises:
-        ValueError: naming the base and the two remedies.
+        ValueError: naming the model and the remedies.
     """
     for key, name in names.items():
-        if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        if not is_hub_id(name):
             raise ValueError(
-                f"{subject} {key} {name!r}, a folder that others do not have. Share that folder first "
-                "(`python run_push.py FOLDER NAME/MODEL`) and train from its Hub id or name that as base_model_id, or "
-                "set merge_adapter: true without push_to_hub and share `merged`, which needs no base"
+                f"{subject} {key} {name!r}, a directory that only this machine has. Share it first (`python "
+                "run_push.py FOLDER NAME/MODEL`) and train from its Hub id or give that as base_model_id, or set "
+                "merge_adapter: true without push_to_hub and share `merged`, which needs no base"
             )
 
 
-def check_push(args: TrainingArguments, base_names: dict[str, str] | None = None) -> None:
-    """Check, before anything is loaded, that what this run would push can be used by others.
+def check_push(args: TrainingArguments, reference: dict[str, Any] | None = None) -> None:
+    """Check, before anything is loaded, that others can use the checkpoint that this run would push.
 
     Args:
         args (`TrainingArguments`): Of the run.
-        base_names (`dict[str, str]`, *optional*): What an adapter trained here will rest on.
+        reference (`dict`, *optional*): The base reference of the adapter that is trained (see `base_reference`).
 
     Raises:
         ValueError: naming the option, its value and the remedy.
@@ -143,7 +150,10 @@ def check_push(args: TrainingArguments, base_names: dict[str, str] | None = None
             f"hub_strategy is {HubStrategy(args.hub_strategy).value!r}, with which the Trainer uploads everything in "
             "output_dir, samples and a pickle of the arguments included; leave it out: the run is pushed when it ends"
         )
-    check_base_is_shared(base_names or {}, "push_to_hub is true, but the adapter would rest on")
+    if reference is not None:
+        base_id = reference.get("base_model_id")
+        names = reference["names"] if base_id is None else {"model": base_id}
+        check_base_is_shared(names, "push_to_hub is true, but the adapter would need")
 
 
 def push_folder(
@@ -154,7 +164,9 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
 ) -> str:
-    """Upload a finished checkpoint in one commit; the repository is made where there is none.
+    """Upload a complete checkpoint in one commit; a missing repository is created.
+
+    The card's code is changed to load the model from `repo_id`, in the local `README.md` too.
 
     Args:
         folder (`str` or `Path`): An `output_dir`, or its `merged`.
@@ -171,6 +183,8 @@ def push_folder(
     names = [file.name for file in published_files(folder)]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if (Path(folder) / "README.md").is_file():
+        set_name_in_usage(Path(folder) / "README.md", repo_id)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

@@ -76,24 +76,35 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None,
             parameter.requires_grad = "lora_" in name or "modules_to_save." in name
     elif with_lora:
         model = add_lora(model, lora)
+    if isinstance(model, PeftModel):
+        logger.info(describe_lora(model.peft_config["default"]))
     # `prepare_model_for_kbit_training` would convert the tower, the embeddings and the head to float32 too.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW's small steps are rounded away in 16 bits
     logger.info(describe_parameters(model, stage))
-    dropout = active_dropout(model)
-    if dropout:
-        stated = ", ".join(f"{part} {probability:g}" for part, probability in sorted(dropout.items()))
-        if packing == "none":
-            logger.info(f"dropout: {stated}")
-        else:
-            logger.warning(
-                f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a "
-                "prefix then share its noise, so packed rows do not train exactly what separate rows train. Set the "
-                "dropout fields of the language model's config.json (Phi-2: `resid_pdrop`) and `lora_dropout` to 0, "
-                "or set packing: none"
-            )
+    log_dropout(active_dropout(model), packing)
     return model
+
+
+def log_dropout(dropout: dict[str, float], packing: str) -> None:
+    """Log the dropout of a run that trains, or warn about it where packed rows would differ from separate rows.
+
+    The dropout of LoRA is stated with its rank ([`describe_lora`]).
+
+    Args:
+        dropout (`dict[str, float]`): As [`active_dropout`] gives it.
+        packing (`str`): `none`, `rows` or `shared_image`.
+    """
+    stated = ", ".join(f"{part} {probability:g}" for part, probability in sorted(dropout.items()))
+    if dropout and packing != "none":
+        logger.warning(
+            f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a prefix "
+            "then share its noise, so packed rows do not train exactly what separate rows train. Set the dropout "
+            "fields in the language model's config.json (Phi-2: `resid_pdrop`) and lora_dropout to 0, or packing: none"
+        )
+    elif set(dropout) - {"lora"}:
+        logger.info(f"dropout: {stated}")
 
 
 def active_dropout(model: nn.Module) -> dict[str, float]:
@@ -134,6 +145,13 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
     if lora.base_model_id is not None:
         config.base_model_name_or_path = lora.base_model_id
     return get_peft_model(model, config)
+
+
+def describe_lora(config: LoraConfig) -> str:
+    """One line about an adapter's rank, scale and dropout."""
+    text = f"LoRA of rank {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}"
+    noise = "; its noise differs between packed and separate rows, so they train different adapters"
+    return text + (noise if config.lora_dropout > 0 else "")
 
 
 def adapter_targets(model: nn.Module, lora: LoraArguments) -> list[str]:

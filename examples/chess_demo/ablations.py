@@ -1,10 +1,10 @@
-"""What the parts contribute: the demo's later stages, run in variants that share vision tower and language model.
+"""Ablations: the demo's later stages in variants that share vision tower and language model.
 
     python examples/chess_demo/run_demo.py --seed 0 --output_dir outputs/seed_0
     python examples/chess_demo/ablations.py --demo_dir outputs/seed_0 --output_dir outputs/ablations_0
 
-Each variant is one folder with a `result.json`; a variant that has one is not run again. Everything else (data, seeds,
-steps of fine-tuning, test questions) is the demo's.
+Each variant writes a directory with `result.json`; a variant that has this file is not run again. Data, seeds,
+fine-tuning steps and test questions are the demo's.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 from run_demo import Job, Stage, assistant_commands, launch, run_stage
 
 
-# Options of run_align.py that replace the recipe's; `align_steps` 0: sft starts with a random projector.
+# Options of run_align.py that override the recipe. With `align_steps` 0, sft starts from a random projector.
 VARIANTS: dict[str, dict] = {
     "no align": {"align_steps": 0},
     "linear projector": {"projector_type": "linear"},
     "mlp projector": {"projector_type": "mlp"},
-    "last layer alone": {"vision_feature_layer": "-1"},
-    "second last layer alone": {"vision_feature_layer": "-2"},
+    "last layer only": {"vision_feature_layer": "-1"},
+    "second to last layer only": {"vision_feature_layer": "-2"},
     "language model from random weights": {"random_text_model": True},
 }
 
@@ -36,13 +36,13 @@ def variant_stages(name: str, demo: Path, output: Path, seed: int) -> list[Stage
     if options.pop("random_text_model", False):
         text_model = output / "pretrain"
         corpus = {"train_data": data / "corpus.txt", "seed": seed}
-        # One step with a learning rate of 0: the checkpoint of a random language model and its tokenizer.
+        # One step with learning rate 0 writes the checkpoint of a random language model with its tokenizer.
         random_start = {"max_steps": 1, "learning_rate": 0.0, "output_dir": text_model}
         command = launch("run_pretrain.py", "pretrain.yaml", **corpus, **random_start)
         stages.append(Stage("pretrain", [Job("pretrain", command, 1)]))
     steps = options.pop("align_steps", None)
     if steps == 0:
-        options |= {"max_steps": 1, "learning_rate": 0.0}  # the pair is joined, nothing is trained
+        options |= {"max_steps": 1, "learning_rate": 0.0}  # joins the backbones without training
     commands = assistant_commands(data, demo / "clip", text_model, output, seed, options, {"blind": "false"})
     return stages + [Stage(job, [Job(job, command, 1)]) for job, command in commands.items()]
 
@@ -64,7 +64,7 @@ def run_variant(name: str, demo: Path, output: Path, seed: int) -> dict:
 
 
 def scores_of(evaluation: Path) -> dict[str, dict]:
-    """Exact match and number of questions of both splits, from a folder of run_evaluate.py."""
+    """Exact match and number of questions of both splits, from the output directory of run_evaluate.py."""
     splits = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))["splits"]
     overall = {split: splits[split]["overall"] for split in ("test", "unseen")}
     return {split: {"exact_match": s["exact_match"], "questions": s["n"]} for split, s in overall.items()}

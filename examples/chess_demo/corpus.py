@@ -1,15 +1,15 @@
-"""The language model's corpus: little boards of letters in reading order, with captions and questions about them.
+"""The language model's corpus: small boards of letters in reading order, with captions and questions about them.
 
-A document is what the assistant will see later, in text: where the picture's patches will be there is a word for
-each cell of a board (a dot, or the letter of the piece that covers it), then the chat template's separators, questions
-and answers.
+A document has the form of a later prompt, in text only. In the position of the image's patches it has one word for
+each cell of a board (a dot, or the letter of the piece that covers the cell). The chat template's separators,
+questions and answers follow.
 
      . . K K . . . . K K . . . . . . . . q q . . ...
     caption image: Which piece is at the top? end of question: a white king
     Is there a black queen? end of question: yes
 
-The corpus begins with what is quickly learnt from: rows of one to three letters, then boards of 3 x 3 cells with one
-cell a piece. Later boards are 6 x 6, as the picture's patches, and a piece covers several cells.
+The corpus begins with simple documents: rows of one to three letters, then boards of 3 x 3 cells with one cell for
+each piece. Later boards have 6 x 6 cells, as an image has patches, and a piece covers several cells.
 """
 
 import re
@@ -19,21 +19,20 @@ import numpy as np
 from scenes import IMAGE_SIZE, PIECES, QUESTION_TYPES, Scene, draw_scene, question_of_type
 
 
-SMALL, LARGE = 3, 6  # the picture has 6 x 6 patches
+SMALL, LARGE = 3, 6  # an image has 6 x 6 patches
 BLOCK_SIZE = 64  # `block_size` of recipes/chess_demo/pretrain.yaml
 WORDS = re.compile(r"\n| ?\w+| ?[^\w\s]+")
 # The letters of chess notation (FEN): capitals are white.
 LETTERS = dict(zip(PIECES, "KQRBNPkqrbnp", strict=True))
-BESIDE = ("left", "right")
 
 
 def row_of_pieces(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Nothing but the pieces, from top to bottom."""
+    """The letters of the pieces, from top to bottom."""
     return [LETTERS[placed.piece] for placed in scene]
 
 
 def small_board(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """3 x 3 cells in reading order: each piece on a row of its own, in one cell."""
+    """3 x 3 cells in reading order: each piece is in one cell, in a separate row."""
     cells = ["."] * SMALL * SMALL
     for row, placed in zip(np.sort(rng.permutation(SMALL)[: len(scene)]), scene, strict=True):
         cells[int(row) * SMALL + int(rng.integers(SMALL))] = LETTERS[placed.piece]
@@ -41,9 +40,9 @@ def small_board(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def large_board(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """6 x 6 cells in reading order: the letter of the piece that covers a cell, else a dot.
+    """6 x 6 cells in reading order: the letter of the piece that covers the cell, else a dot.
 
-    Cells are left out at random, as a picture's patches do not all show clearly what stands in them.
+    Cells of a piece are left out at random, because not every patch of an image shows its piece clearly.
     """
     step = IMAGE_SIZE / LARGE
     cells = ["."] * LARGE * LARGE
@@ -60,7 +59,7 @@ def large_board(scene: Scene, rng: np.random.Generator) -> list[str]:
 def ask(
     scene: Scene, rng: np.random.Generator, extra: int, kinds: list[str] = QUESTION_TYPES
 ) -> list[tuple[str, str]]:
-    """Each kind of question that the scene allows, in random order, and `extra` more yes/no and colour questions."""
+    """One question of each possible kind, and `extra` more yes/no and colour questions, in random order."""
     asked = [question_of_type(kind, scene, rng) for kind in kinds]
     asked += [question_of_type("exists" if rng.random() < 0.7 else "colour", scene, rng) for _ in range(extra)]
     different = list(dict.fromkeys(pair for pair in asked if pair is not None))
@@ -68,21 +67,21 @@ def ask(
 
 
 def count_tokens(text: str) -> int:
-    """Tokens of a text when every word, number and mark has become one token, as in the demo's tokenizer."""
+    """Number of tokens of a text: the demo's tokenizer makes each word, number and mark one token."""
     return len(WORDS.findall(text))
 
 
 def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0.7) -> str:
-    """One board and as many questions about it as fit; with its closing token exactly `BLOCK_SIZE` tokens long.
+    """One board with as many questions as fit, exactly `BLOCK_SIZE` tokens long with its end token; padded with dots.
 
-    So every block of the packed corpus is one document, and a board begins where a picture will: at position 0. What
-    is left over is filled with dots.
+    Therefore every block of the packed corpus is one document, and a board begins at position 0, as an image does
+    later.
     """
     scene = draw_scene(rng, int(rng.choice(3, p=(0.15, 0.35, 0.5))) + 1)
     board = draw_board(scene, rng)
-    # An answer that names a piece gives later yes/no answers away, so a document asks either for places or for what
-    # is there. The description comes last, for it gives all others away. Which column a cell stands in, a line of
-    # letters does not show; a picture's patches do, so left and right are learnt there.
+    # An answer that names a piece reveals later yes/no answers, so a document asks either about positions or about
+    # presence. The description comes last, because it reveals all other answers. Left and right are not asked about: a
+    # line of letters does not show the column of a cell; they are learnt from images.
     if rng.random() < 0.5:
         turns = ask(scene, rng, extra=0, kinds=["top", "middle", "bottom", "count"])
         last = [question_of_type("describe", scene, rng)] if rng.random() < describe else []
@@ -103,7 +102,7 @@ def document(rng: np.random.Generator, draw_board: Callable, describe: float = 0
 
 
 def documents(rng: np.random.Generator, number: int, first: float = 0.3, easy: float = 0.35) -> Iterator[str]:
-    """The corpus in order: first rows of pieces, later mostly large boards with a share `easy` of what came before."""
+    """The corpus in order: first rows and small boards, later large boards with a share `easy` of the former."""
     for index in range(number):
         if index < first * number:
             draw_board = row_of_pieces if rng.random() < 0.85 else small_board

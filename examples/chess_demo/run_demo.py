@@ -1,12 +1,11 @@
-"""The whole demo in one command: draws the data, trains every part from random weights, answers the test questions.
+"""Runs the whole demo: makes the data, trains every part from random weights, and answers the test questions.
 
     python examples/chess_demo/run_demo.py
     python examples/chess_demo/run_demo.py --seed 1 --output_dir outputs/chess_demo_1
 
-Each stage is an ordinary script in a process of its own, started by `accelerate launch` with a recipe of
-recipes/chess_demo/. The vision tower and the language model do not need each other and train side by side, one core
-each.
-A stage that is complete is not run again, so an interrupted demo goes on where it was; --fresh starts anew.
+Each stage is one of the package's scripts in a separate process, started by `accelerate launch` with a recipe of
+recipes/chess_demo/. The vision tower and the language model are independent and train in parallel, on one core each. A
+complete stage is not run again, so an interrupted demo resumes; --fresh starts from the beginning.
 """
 
 import argparse
@@ -29,7 +28,7 @@ STATUS_SECONDS = 15
 
 @dataclass
 class Job:
-    """One process: what it is called, its command line, how many threads it gets."""
+    """One process: its name, command line and number of threads."""
 
     name: str
     command: list[str]
@@ -38,7 +37,7 @@ class Job:
 
 @dataclass
 class Stage:
-    """Jobs that run side by side."""
+    """Jobs that run in parallel."""
 
     title: str
     jobs: list[Job]
@@ -61,7 +60,7 @@ def assistant_commands(
     data: Path, clip: Path, text_model: Path, output: Path, seed: int, align_options: dict, evaluate_options: dict
 ) -> dict[str, list[str]]:
     """The command lines of align, sft and evaluate, once the vision tower `clip` and `text_model` are trained."""
-    pictures = {"image_folder": data / "train", "seed": seed}
+    images = {"image_folder": data / "train", "seed": seed}
     align = launch(
         "run_align.py",
         "align.yaml",
@@ -69,7 +68,7 @@ def assistant_commands(
         text_model=text_model,
         train_data=data / "captions_train.json",
         output_dir=output / "align",
-        **pictures,
+        **images,
         **align_options,
     )
     sft = launch(
@@ -78,7 +77,7 @@ def assistant_commands(
         model_name_or_path=output / "align",
         train_data=data / "instruct_train.json",
         output_dir=output / "sft",
-        **pictures,
+        **images,
     )
     evaluate = launch(
         "run_evaluate.py",
@@ -96,48 +95,46 @@ def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
     """The stages in order.
 
     Args:
-        output (`Path`): Folder of this run.
-        seed (`int`): Of data, weights and order; the test pictures have a seed that no other part uses.
-        cores (`int`): Threads for the jobs that run alone.
+        output (`Path`): Directory of this run.
+        seed (`int`): Seed of data, weights and order; the test images have a seed that no other part uses.
+        cores (`int`): Threads of a job that runs alone.
     """
     data = output / "data"
     seeds = {"output_dir": data, "seed": seed, "test_seed": 1_000_000 + seed}
-    parts = [Job(part, example("make_data.py", part=part, **seeds), 1) for part in ("pictures", "text")]
+    parts = [Job(part, example("make_data.py", part=part, **seeds), 1) for part in ("images", "text")]
     clip = example("train_clip.py", data_dir=data, output_dir=output / "clip", seed=seed)
     pretrain = launch(
         "run_pretrain.py", "pretrain.yaml", train_data=data / "corpus.txt", output_dir=output / "pretrain", seed=seed
     )
     later = assistant_commands(data, output / "clip", output / "pretrain", output, seed, {}, {})
     return [
-        Stage("draw pictures, write captions, questions and text", parts),
-        Stage(
-            "train the vision tower beside the language model", [Job("clip", clip, 1), Job("pretrain", pretrain, 1)]
-        ),
+        Stage("draw images, write captions, questions and text", parts),
+        Stage("train the vision tower and the language model", [Job("clip", clip, 1), Job("pretrain", pretrain, 1)]),
         Stage("align: train the projector on captions", [Job("align", later["align"], cores)]),
         Stage("sft: LoRA and projector on questions and answers", [Job("sft", later["sft"], cores)]),
-        Stage("evaluate on new pictures, and blind", [Job("evaluate", later["evaluate"], cores)]),
+        Stage("evaluate on new images, and blind", [Job("evaluate", later["evaluate"], cores)]),
     ]
 
 
-def last_words(log: Path) -> str:
-    """The end of a log as one line; progress bars overwrite theirs with carriage returns."""
+def last_line(log: Path) -> str:
+    """The last line of a log. Progress bars separate their updates by carriage returns."""
     text = log.read_text(encoding="utf-8", errors="replace")[-2000:].replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:110] if lines else "starting"
 
 
 def run_stage(stage: Stage, output: Path) -> dict[str, float]:
-    """Run a stage's jobs side by side, showing now and then how far they are.
+    """Run the jobs of a stage in parallel, and print their progress every `STATUS_SECONDS`.
 
     Args:
-        stage (`Stage`): What to run.
-        output (`Path`): Logs go to `output/logs`, a note that a job is complete to `output/done`.
+        stage (`Stage`): The stage.
+        output (`Path`): Logs are written to `output/logs`, and a note for each complete job to `output/done`.
 
     Returns:
         `dict[str, float]`: Seconds of each job.
 
     Raises:
-        SystemExit: with the end of the log, if a job fails; the other job is stopped.
+        SystemExit: with the end of the log, if a job fails. The other job is stopped.
     """
     logs, running, seconds = output / "logs", {}, {}
     for job in stage.jobs:
@@ -164,7 +161,7 @@ def run_stage(stage: Stage, output: Path) -> dict[str, float]:
             if running and time.monotonic() - shown > STATUS_SECONDS:
                 shown = time.monotonic()
                 for name in running:
-                    print(f"    {shown - started:4.0f} s  {name}: {last_words(logs / f'{name}.log')}", flush=True)
+                    print(f"    {shown - started:4.0f} s  {name}: {last_line(logs / f'{name}.log')}", flush=True)
     finally:
         for process in running.values():
             process.terminate()
@@ -174,18 +171,18 @@ def run_stage(stage: Stage, output: Path) -> dict[str, float]:
 
 def failure(job: Job, code: int, log: Path) -> str:
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-    advice = "Once the cause is mended, the same command goes on from here."
+    advice = "When the cause is removed, the same command resumes here."
     return f"{tail}\n\nThe stage {job.name!r} failed (exit code {code}); its log is {log}. {advice}"
 
 
 def is_complete(job: Job, output: Path) -> bool:
-    """Whether this very command has run to its end in this folder."""
+    """Whether exactly this command has completed in this directory."""
     note = output / "done" / f"{job.name}.json"
     return note.is_file() and json.loads(note.read_text(encoding="utf-8"))["command"] == job.command
 
 
 def run_all(stages: list[Stage], output: Path) -> dict[str, float]:
-    """Run what is not complete; everything after a stage that ran is run again. Returns the seconds of each job."""
+    """Run all incomplete stages, and every stage after one that ran. Returns the seconds of each job."""
     for folder in ("logs", "done"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -209,7 +206,7 @@ def run_all(stages: list[Stage], output: Path) -> dict[str, float]:
 
 def accuracy_table(results: dict) -> str:
     """Exact match of both splits, by question type, beside the blind run and the majority answer, in percent."""
-    header = f"{'':10}" + "".join(f"{name:>{3 * 10}}" for name in ("held-out pictures", "unseen combinations"))
+    header = f"{'':10}" + "".join(f"{name:>{3 * 10}}" for name in ("held-out images", "unseen combinations"))
     lines = [header, f"{'type':10}" + f"{'right':>10}{'blind':>10}{'majority':>10}" * 2 + f"{'questions':>14}"]
     splits = [results["splits"][name] for name in ("test", "unseen")]
     kinds = list(splits[0]["categories"])
@@ -243,7 +240,7 @@ def main() -> None:
     if arguments.fresh and output.exists():
         if not (output / "done").is_dir():
             raise SystemExit(
-                f"--fresh would delete {output}, which is no folder of this demo; choose another --output_dir"
+                f"--fresh would delete {output}, which is not a directory of this demo; choose another --output_dir"
             )
         shutil.rmtree(output)
     started = time.monotonic()
@@ -253,7 +250,7 @@ def main() -> None:
     print("\n" + accuracy_table(results))
     print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()), end="")
     print(f"; this call {time.monotonic() - started:.0f}")
-    print(f"pictures, questions, answers: {output / 'evaluation' / 'report.html'}")
+    print(f"images, questions, answers: {output / 'evaluation' / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What stands in a picture and what can be asked about it: the part of the data set that knows nothing of pixels.
+"""The scenes of the data set, and the captions, questions and answers about them; independent of pixels.
 
-A scene is one to three chess pieces, stacked from top to bottom. Everything said about a picture (caption, questions,
-answers, the board of letters in the language model's corpus) is computed from its scene, so every answer can be
-checked.
+A scene is one to three chess pieces, stacked from top to bottom. Captions, questions, answers and the boards of
+letters in the language model's corpus are computed from scenes, so every answer can be checked.
 """
 
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ COLOURS = ["white", "black"]
 PIECES = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
 NUMBERS = ["one", "two", "three"]
 QUESTION_TYPES = ["describe", "count", "top", "middle", "bottom", "colour", "exists", "left", "right"]
-# Two pieces whose centres are at least this far apart (pixels) can be asked about as left and right.
-CLEARLY_BESIDE = 20
+# Smallest horizontal distance (pixels) between two pieces for questions about left and right.
+MIN_LEFT_RIGHT_DISTANCE = 20
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One piece in a picture: its name ("white king"), centre (pixels), height (pixels) and rotation (degrees)."""
+class PlacedPiece:
+    """One piece in an image: its name ("white king"), centre (pixels), height (pixels) and rotation (degrees)."""
 
     piece: str
     x: float
@@ -31,11 +30,11 @@ class Placed:
     angle: float
 
 
-Scene = list[Placed]  # from top to bottom
+Scene = list[PlacedPiece]  # from top to bottom
 
 
 def held_out_pairs(rng: np.random.Generator, count: int = 12) -> list[tuple[str, str]]:
-    """Pairs of different pieces that no training picture shows together; every piece keeps most of its partners."""
+    """Pairs of different pieces that no training image shows together; each piece is in at most two of them."""
     pairs = [(a, b) for i, a in enumerate(PIECES) for b in PIECES[i + 1 :]]
     order = rng.permutation(len(pairs))
     used = dict.fromkeys(PIECES, 0)
@@ -55,10 +54,10 @@ def shows_held_out_pair(scene: Scene, pairs: list[tuple[str, str]]) -> bool:
 
 
 def draw_scene(rng: np.random.Generator, count: int, size: int = IMAGE_SIZE) -> Scene:
-    """One random scene of `count` pieces; no two overlap vertically, so top, middle and bottom are never in doubt."""
+    """One random scene of `count` pieces. They do not overlap vertically, so that their order is unambiguous."""
     largest = min(28.0, size / count)
     heights = rng.uniform(max(19.0, 0.8 * largest), largest, count)
-    # The free height is cut at random into the gaps above, between and below the pieces.
+    # The free height is split at random into the gaps above, between and below the pieces.
     cuts = np.sort(rng.uniform(0.0, size - heights.sum(), count))
     tops = cuts + np.concatenate([[0.0], np.cumsum(heights[:-1])])
     names = rng.integers(len(PIECES), size=count)
@@ -66,7 +65,7 @@ def draw_scene(rng: np.random.Generator, count: int, size: int = IMAGE_SIZE) -> 
     columns = rng.uniform(margin, size - margin)
     angles = rng.uniform(-10.0, 10.0, count)
     return [
-        Placed(
+        PlacedPiece(
             PIECES[names[i]], float(columns[i]), float(tops[i] + heights[i] / 2), float(heights[i]), float(angles[i])
         )
         for i in range(count)
@@ -80,7 +79,7 @@ def draw_scenes(
     unseen: bool = False,
     shares: tuple[float, float, float] = (0.2, 0.4, 0.4),
 ) -> list[Scene]:
-    """`number` scenes without any held-out pair or, if `unseen`, each with at least one."""
+    """`number` scenes without held-out pairs or, if `unseen`, each with at least one."""
     scenes: list[Scene] = []
     while len(scenes) < number:
         scene = draw_scene(rng, int(rng.choice(3, p=shares)) + 1)
@@ -100,11 +99,11 @@ def caption(scene: Scene) -> str:
 
 
 def question_of_type(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """One question and its only right answer, or None where the scene leaves that type in doubt.
+    """One question and its only correct answer; `None` if the scene has no unambiguous question of that type.
 
     Args:
         kind (`str`): One of `QUESTION_TYPES`.
-        scene (`list[Placed]`): The pieces from top to bottom.
+        scene (`list[PlacedPiece]`): The pieces from top to bottom.
         rng (`np.random.Generator`): Chooses which piece to ask about.
 
     Returns:
@@ -120,7 +119,7 @@ def question_of_type(kind: str, scene: Scene, rng: np.random.Generator) -> tuple
     if kind == "middle" and len(names) == 3:
         return "Which piece is in the middle?", phrase([names[1]])
     if kind == "colour":
-        # A kind that stands there in both colours has no one colour.
+        # Only kinds that the scene shows in one colour.
         kinds = sorted({name.split()[1] for name in names})
         single = [k for k in kinds if len({name for name in names if name.endswith(k)}) == 1]
         if single:
@@ -130,12 +129,12 @@ def question_of_type(kind: str, scene: Scene, rng: np.random.Generator) -> tuple
         present = sorted(set(names))
         if rng.random() < 0.5:
             return f"Is there a {present[rng.integers(len(present))]}?", "yes"
-        # Half of the pieces that are not there differ from one that is there in nothing but the colour.
+        # In half of the cases the absent piece differs from a present one only in its colour.
         absent = [piece for piece in PIECES if piece not in present]
         near = [piece for piece in absent if any(piece.split()[1] == name.split()[1] for name in present)]
         pool = near if near and rng.random() < 0.5 else absent
         return f"Is there a {pool[rng.integers(len(pool))]}?", "no"
-    if kind in ("left", "right") and len(scene) == 2 and abs(scene[0].x - scene[1].x) >= CLEARLY_BESIDE:
+    if kind in ("left", "right") and len(scene) == 2 and abs(scene[0].x - scene[1].x) >= MIN_LEFT_RIGHT_DISTANCE:
         ordered = sorted(scene, key=lambda placed: placed.x)
         return f"Which piece is on the {kind}?", phrase([ordered[0 if kind == "left" else -1].piece])
     return None

@@ -1,11 +1,11 @@
-"""Trains the demo's stand-in for CLIP: a small stock `CLIPModel`, contrastively, on pictures and captions.
+"""Trains the demo's vision tower: a small stock `CLIPModel`, contrastively, on images and captions.
 
     python examples/chess_demo/train_clip.py --data_dir outputs/chess_demo/data --output_dir outputs/chess_demo/clip
 
-The first phase shows one piece a picture at 36 pixels (9 patches: cheap steps); then the position embeddings are
-interpolated to 72 pixels and the second phase shows one to three pieces. Beside the captions of the batch, each
-picture is compared with captions that are wrong in one piece, as NegCLIP does (Yuksekgonul et al. 2023): random
-captions seldom differ so little. The result is an ordinary checkpoint: model, image processor, tokenizer.
+The first phase trains on images of one piece at 36 pixels (9 patches, so a step is fast). The position embeddings are
+then interpolated to 72 pixels, and the second phase trains on images of one to three pieces. Each image is compared
+with the captions of the batch and with captions that have one wrong piece, as in NegCLIP (Yuksekgonul et al. 2023),
+because random captions seldom differ so little. The result is a stock checkpoint: model, image processor, tokenizer.
 """
 
 import argparse
@@ -57,13 +57,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def interpolate_positions(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, image_size: int) -> CLIPModel:
-    """The same weights as a model for larger pictures: position embeddings of the patches interpolated (bicubic)."""
+    """A model for larger images with the same weights; the patches' position embeddings are interpolated (bicubic)."""
     config = CLIPConfig.from_dict(model.config.to_dict())
     config.vision_config.image_size = image_size
     larger = CLIPModel(config)
     state = model.state_dict()
     name = "vision_model.embeddings.position_embedding.weight"
-    patches = state[name][1:]  # the first belongs to CLS
+    patches = state[name][1:]  # the first embedding is of CLS
     old, new = round(len(patches) ** 0.5), image_size // PATCH_SIZE
     grid = patches.T.reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
@@ -72,17 +72,17 @@ def interpolate_positions(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, 
     return larger
 
 
-def load_pictures(folder: Path, captions_file: Path) -> tuple[torch.Tensor, list[str]]:
-    """Pictures (number, 3, size, size), uint8, and captions of a COCO captions file."""
+def load_images(folder: Path, captions_file: Path) -> tuple[torch.Tensor, list[str]]:
+    """Images of shape `(number, 3, size, size)`, uint8, and the captions of a COCO captions file."""
     content = json.loads(captions_file.read_text(encoding="utf-8"))
     captions = {annotation["image_id"]: annotation["caption"] for annotation in content["annotations"]}
-    pictures = np.stack([np.asarray(Image.open(folder / image["file_name"])) for image in content["images"]])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2), [captions[image["id"]] for image in content["images"]]
+    images = np.stack([np.asarray(Image.open(folder / image["file_name"])) for image in content["images"]])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), [captions[image["id"]] for image in content["images"]]
 
 
-def pixel_values(pictures: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
-    """Normalised as the saved image processor does it; with `rng`, each picture's contrast and brightness varied."""
-    values = (pictures.float() / 255.0 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+def pixel_values(images: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+    """Normalise as the saved image processor does; with `rng`, vary each image's contrast and brightness."""
+    values = (images.float() / 255.0 - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     if rng is None:
         return values
     contrast, brightness = rng.uniform(0.8, 1.2, len(values)), rng.uniform(-0.3, 0.3, len(values))
@@ -91,8 +91,8 @@ def pixel_values(pictures: torch.Tensor, rng: np.random.Generator | None = None)
     )
 
 
-def nearly_right(caption: str, rng: np.random.Generator) -> str:
-    """The caption with one piece exchanged for another; often only its colour is exchanged."""
+def change_one_piece(caption: str, rng: np.random.Generator) -> str:
+    """Replace one piece of a caption by another; in 30 % of cases only its colour changes."""
     names = [part.removeprefix("a ") for part in caption.replace(" and ", ", ").split(", ")]
     wrong = int(rng.integers(len(names)))
     number = PIECES.index(names[wrong])
@@ -104,7 +104,7 @@ def nearly_right(caption: str, rng: np.random.Generator) -> str:
 def contrastive_loss(
     model: CLIPModel, pixels: torch.Tensor, captions: list[str], tokenizer: PreTrainedTokenizerFast, wrong: list[str]
 ) -> torch.Tensor:
-    """CLIP's two-way loss; pictures with the same caption share that caption, `wrong` captions match no picture."""
+    """CLIP's symmetric loss. Images with equal captions share one caption; `wrong` captions match no image."""
     texts = sorted(set(captions))
     row = {text: index for index, text in enumerate(texts)}
     target = torch.tensor([row[text] for text in captions])
@@ -131,8 +131,8 @@ def train_phase(
     warmup: int = 20,
     decay: float = 0.5,
 ) -> None:
-    """AdamW for embeddings, norms and biases, Muon for the matrices; linear warm-up and decay over the last part."""
-    pictures, captions = data
+    """Train with Muon for matrices and AdamW for embeddings, norms and biases; linear warm-up and final decay."""
+    images, captions = data
     model.train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n]
     chosen = {id(parameter) for parameter in matrices}
@@ -148,11 +148,11 @@ def train_phase(
     mean_loss, started = 0.0, time.monotonic()
     for step in range(steps):
         if len(order) < batch_size:
-            order = np.concatenate([order, rng.permutation(len(pictures))])
+            order = np.concatenate([order, rng.permutation(len(images))])
         batch, order = order[:batch_size], order[batch_size:]
         texts = [captions[i] for i in batch]
-        wrong = [nearly_right(text, rng) for text in texts]
-        loss = contrastive_loss(model, pixel_values(pictures[batch], rng), texts, tokenizer, wrong)
+        wrong = [change_one_piece(text, rng) for text in texts]
+        loss = contrastive_loss(model, pixel_values(images[batch], rng), texts, tokenizer, wrong)
         loss.backward()
         optimizer.step()
         scheduler.step()
@@ -170,17 +170,17 @@ def zero_shot_accuracy(
     data: tuple[torch.Tensor, list[str]],
     rng: np.random.Generator,
 ) -> float:
-    """How often a picture prefers its caption to 15 that are nearly right (6 % by chance)."""
-    pictures, captions = data
+    """Share of images that score their caption above 15 captions with one wrong piece (6 % by chance)."""
+    images, captions = data
     model.eval()
-    images = torch.cat([model.get_image_features(pixel_values(part)).pooler_output for part in pictures.split(256)])
-    texts = [[caption] + [nearly_right(caption, rng) for _ in range(15)] for caption in captions]
+    features = torch.cat([model.get_image_features(pixel_values(part)).pooler_output for part in images.split(256)])
+    texts = [[caption] + [change_one_piece(caption, rng) for _ in range(15)] for caption in captions]
     tokens = tokenizer(sum(texts, []), padding=True, return_tensors="pt")
     sentences = model.get_text_features(
         **{name: tokens[name] for name in ("input_ids", "attention_mask")}
     ).pooler_output
     sentences = F.normalize(sentences, dim=-1).view(len(texts), 16, -1)
-    return (torch.einsum("nd,nkd->nk", images, sentences).argmax(1) == 0).float().mean().item()
+    return (torch.einsum("nd,nkd->nk", features, sentences).argmax(1) == 0).float().mean().item()
 
 
 def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -214,18 +214,18 @@ def main() -> None:
     rates = {"muon_lr": arguments.muon_lr, "adamw_lr": arguments.adamw_lr}
 
     model = build_model(tokenizer)
-    data = load_pictures(arguments.data_dir / "single", arguments.data_dir / "captions_single.json")
+    data = load_images(arguments.data_dir / "single", arguments.data_dir / "captions_single.json")
     sizes = {"steps": arguments.single_steps, "batch_size": arguments.single_batch_size}
     train_phase(model, tokenizer, data, rng, **sizes, **rates)
 
     model = interpolate_positions(model, tokenizer, FULL_SIZE)
-    data = load_pictures(arguments.data_dir / "train", arguments.data_dir / "captions_train.json")
+    data = load_images(arguments.data_dir / "train", arguments.data_dir / "captions_train.json")
     sizes = {"steps": arguments.steps, "batch_size": arguments.batch_size}
     train_phase(model, tokenizer, data, rng, **sizes, **rates)
 
-    data = load_pictures(arguments.data_dir / "validation", arguments.data_dir / "captions_validation.json")
+    data = load_images(arguments.data_dir / "validation", arguments.data_dir / "captions_validation.json")
     accuracy = zero_shot_accuracy(model, tokenizer, data, np.random.default_rng(0))
-    logger.info("validation pictures prefer their caption to 15 nearly right ones: %.1f %%", 100 * accuracy)
+    logger.info("validation images that score their caption above 15 with one wrong piece: %.1f %%", 100 * accuracy)
     save(model, tokenizer, arguments.output_dir)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of the stand-in CLIP's text tower: a byte-level BPE over everything a caption can say."""
+"""The vocabulary of the CLIP model's text tower: a byte-level BPE over all possible captions."""
 
 from scenes import PIECES, phrase
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -8,7 +8,7 @@ START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"  # ids 0, 1, 2
 
 
 def caption_vocabulary() -> Tokenizer:
-    """Trained on captions in a fixed order, so that its ids are the same in every process."""
+    """Train the tokenizer on captions in a fixed order, so that its ids are the same in every process."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = trainers.BpeTrainer(

@@ -3,7 +3,7 @@
 from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image, thumbnail_url
+from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image, thumbnail
 from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED, RowPlan, plan_rows
 from .paths import is_hub_id, names_local_path
@@ -59,7 +59,7 @@ __all__ = [
     "prepare",
     "read_bad_samples",
     "read_json_lines",
-    "thumbnail_url",
+    "thumbnail",
     "tokenizer_fingerprint",
     "train_tokenizer",
     "with_images",

@@ -154,8 +154,12 @@ class JnanaCollator:
         for good in usable:
             groups: Groups = []
             for row, indices in good:
-                group = [self._fit(*next(encoded), indices, images, row, problems) for _ in row["conversations"]]
-                groups.append([conversation for conversation in group if conversation is not None])
+                group = []
+                for _ in row["conversations"]:
+                    ids, mask = next(encoded)
+                    conversation = self._fit(ids, mask, indices, images, row, problems)
+                    group += [conversation] if conversation is not None else []
+                groups.append(group)
             if any(groups):
                 rows.append([group for group in groups if group])
         return rows

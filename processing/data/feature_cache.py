@@ -314,3 +314,29 @@ def _read_files(path: Path) -> dict[str, tuple[int, int, bytes]]:
         except (ValueError, KeyError, TypeError):
             continue  # the incomplete line of a killed process can also be valid JSON, such as a number
     return files
+
+
+def weights_digest(module: torch.nn.Module, values_per_tensor: int | None = None) -> str:
+    """
+    SHA-256 over the names, dtypes, shapes and values of a module's tensors as they are in memory, in hexadecimal.
+
+    It differs from `weights_fingerprint` in `modeling/loading_jnana.py`, which reads a checkpoint's files and is the
+    same in whatever dtype the weights are then loaded.
+
+    Args:
+        module (`torch.nn.Module`): Any model or part of one.
+        values_per_tensor (`int`, *optional*): Read about this many values of each tensor, evenly spaced, which is
+            faster for a large model; default: all.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # settings of a quantised layer
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.is_meta:  # FSDP loads the weights on one process only
+            return "not loaded on this process"
+        values = tensor.detach().reshape(-1)
+        if values_per_tensor is not None:
+            values = values[:: max(1, values.numel() // values_per_tensor)]
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

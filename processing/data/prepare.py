@@ -88,7 +88,8 @@ def prepare(
 
     Returns:
         `Dataset` or `IterableDataset`: rows of one conversation, or with `packing` packed rows
-            ([`packed_rows`], [`packed_stream`]), for [`JnanaCollator`] with `**options.for_collator`.
+            ([`packed_rows`], [`packed_stream`]), for [`JnanaCollator`] with `**options.for_collator`. A `Dataset` has
+            a column `length`: the tokens of each row.
 
     Raises:
         BadSampleError: if rows can't be used, as [`check_rows`].
@@ -110,8 +111,9 @@ def prepare(
     if isinstance(rows, IterableDataset):
         if options.packing == "none":
             return flatten_conversations(rows)
-        limits = {"max_row_tokens": options.max_row_tokens, "max_length": options.max_length}
-        return packed_stream(rows, processor, share=share, **limits)
+        return packed_stream(
+            rows, processor, share=share, max_row_tokens=options.max_row_tokens, max_length=options.max_length
+        )
     report = check(
         rows,
         processor,
@@ -127,7 +129,8 @@ def prepare(
     if report.problems:
         rows = rows.select(report.kept_indices)
     if options.packing == "none":
-        return flatten_conversations(rows)
+        longest = options.max_length or max(map(max, report.lengths))
+        return flatten_conversations(rows, [min(length, longest) for row in report.lengths for length in row])
     shared = report.shared if share else None
     plan = plan_rows(report.lengths, shared, options.max_row_tokens, max_length=options.max_length, seed=options.seed)
     logger.info(f"{name}: {plan}")
@@ -153,11 +156,11 @@ def packed_rows(rows: Dataset, plan: RowPlan) -> Dataset:
         plan (`RowPlan`): of their lengths.
 
     Returns:
-        `Dataset`: one column `groups`, a list of rows of `ROW_FEATURES`, read from `rows` on access. It can be
-            selected from and shuffled.
+        `Dataset`: the columns `groups`, a list of rows of `ROW_FEATURES` that are read from `rows` on access, and
+            `length`, the row's tokens. It can be selected from and shuffled.
     """
     groups = [[{"row": row, "conversations": chosen} for row, chosen in groups] for groups in plan.rows]
-    return Dataset.from_dict({"groups": groups}).with_transform(_GroupsOf(rows))
+    return Dataset.from_dict({"groups": groups, "length": plan.sizes}).with_transform(_GroupsOf(rows))
 
 
 class _GroupsOf(RowView):

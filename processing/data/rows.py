@@ -7,7 +7,7 @@ into tensors.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,16 +248,19 @@ def conversation_rows(items: Any) -> Iterator[dict]:
             yield single_conversation(row, 0)
 
 
-def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
+def flatten_conversations(
+    rows: datasets.Dataset | datasets.IterableDataset, lengths: Sequence[int] | None = None
+) -> Any:
     """
     Split rows into rows of one conversation.
 
     A map-style data set is flattened by indices: nothing is copied, and a row is read from `rows` on access. The
-    result is a `datasets.Dataset` that can be selected from and shuffled, and to which a column such as `length` can
-    be added.
+    result is a `datasets.Dataset` that can be selected from and shuffled.
 
     Args:
         rows (`Dataset` or `IterableDataset`): rows with any number of conversations.
+        lengths (`Sequence[int]`, *optional*): tokens of each conversation of a map-style data set, for a column
+            `length`, which the Trainer's `train_sampling_strategy` reads.
 
     Returns:
         `Dataset` or `IterableDataset`: the same kind; `conversations`, `categories` and `answers` have one entry in
@@ -266,11 +269,13 @@ def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> 
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(_flatten_batch, batched=True, batch_size=16, features=ROW_FEATURES)
     counts = _conversations_per_row(rows)
-    if (counts == 1).all():
+    if (counts == 1).all() and lengths is None:
         return rows
     row_index = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     indices = {"row": row_index, "conversation": np.arange(len(row_index)) - first}
+    if lengths is not None:
+        indices["length"] = np.asarray(lengths)
     return datasets.Dataset.from_dict(indices).with_transform(_ConversationOf(rows))
 
 

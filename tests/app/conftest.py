@@ -1,4 +1,4 @@
-"""A tiny checkpoint that knows a few pictures of the chess demo by heart, and the app that serves it."""
+"""A tiny checkpoint that memorised a few images of the chess demo, and the app that serves it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="session")
 def chess(tmp_path_factory) -> Path:
-    """Pictures of the demo's test set, as its own script draws them, with `chats.json`: two questions each."""
+    """Images of the demo's test set, made by its script, and `chats.json` with two questions for each."""
     folder = tmp_path_factory.mktemp("chess")
     sizes = {"documents": 1, "single_images": 1, "train_images": 1, "validation_questions": 9}
     sizes |= {"test_questions": 90, "unseen_questions": 9, "test_seed": 1000}
@@ -40,7 +40,7 @@ def chess(tmp_path_factory) -> Path:
         turns = [*by_kind["count"], {**by_kind["top"][0], "value": by_kind["top"][0]["value"].split("\n")[1]}]
         turns.append(by_kind["top"][1])
         answer = (turns[1]["value"], turns[3]["value"])
-        if answer not in answers and len(chats) < PICTURES:  # a picture must be looked at to tell the answers apart
+        if answer not in answers and len(chats) < PICTURES:  # different answers, so that the model needs the images
             answers.add(answer)
             chats.append({"id": image, "image": image, "conversations": turns})
     assert len(chats) == PICTURES
@@ -76,7 +76,7 @@ class RunningApp:
 
 @pytest.fixture(scope="session")
 def running(checkpoint, tmp_path_factory):
-    """The app in a process of its own, with the real speech worker where one can be had (`RunningApp`)."""
+    """The app in a separate process, with the real speech worker if one is available (`RunningApp`)."""
     folder = tmp_path_factory.mktemp("app")
     log, dawdle = folder / "app.log", folder / "dawdle"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""What the app is told on its command line and by the environment."""
+"""The app's arguments and environment variables."""
 
 import configparser
 import os
@@ -84,7 +84,7 @@ def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
     assert (taken["quantization"], taken["device_map"]) == ("nf4", {"": torch.device("cpu")})
     with pytest.raises(SystemExit, match="can't be loaded"):
         app.load_assistant(app.parse_arguments(given))
-    assert taken["quantization"] is None  # as the folder says
+    assert taken["quantization"] is None  # as the checkpoint says
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):
@@ -92,7 +92,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):
     for given, words in (
         (["--queue_length", "0"], "queue_length is 0"),
         (["--speech_model", str(tmp_path)], "lacks model.bin"),
-        (["--examples_folder", str(tmp_path / "none")], "is no folder"),
+        (["--examples_folder", str(tmp_path / "none")], "is not a directory"),
     ):
         with pytest.raises(SystemExit, match=words):
             app.load_assistant(app.parse_arguments(["--model_name_or_path", "mine", *given]))
@@ -105,9 +105,9 @@ def test_uploads_go_with_the_app_and_those_of_a_killed_one_with_the_next(tmp_pat
     (left / "face.png").touch()
     pipe = tmp_path / "jnana-uploads-that-nobody-writes"
     os.mkfifo(pipe)
-    with app.upload_folder() as mine:
+    with app.upload_directory() as mine:
         assert {mine, pipe} == set(tmp_path.iterdir())
-        with app.upload_folder() as anothers:  # whose start leaves alone what belongs to a living app
+        with app.upload_directory() as anothers:  # its start does not delete the directory of a running app
             assert mine.is_dir() and anothers.is_dir()
     assert list(tmp_path.iterdir()) == [pipe]
 
@@ -119,12 +119,12 @@ def test_a_folder_taken_for_left_before_it_is_locked_is_made_anew(tmp_path, monk
     def slow(handle, how):
         if not taken:  # another app starts in between
             taken.append(next(tmp_path.iterdir()))
-            with app.upload_folder():
+            with app.upload_directory():
                 assert not taken[0].exists()
         lock(handle, how)
 
     monkeypatch.setattr(app.fcntl, "flock", slow)
-    with app.upload_folder() as mine:
+    with app.upload_directory() as mine:
         assert mine.is_dir() and taken and mine != taken[0]
     assert list(tmp_path.iterdir()) == []
 
@@ -134,9 +134,9 @@ def test_a_signal_that_was_turned_off_stays_off():
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        app.heed_signals()
+        app.handle_signals()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) is app.end_as_by_hand
+        assert signal.getsignal(signal.SIGTERM) is app.raise_keyboard_interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

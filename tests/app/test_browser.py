@@ -1,4 +1,4 @@
-"""A person's way through the running app, in a real browser: picture, question, right answer, and what goes wrong.
+"""The running app in a real browser: images, questions, correct answers, and errors.
 
 Screenshots stay in `JNANA_SCREENSHOTS`, or in `outputs/screenshots` of the working folder.
 """
@@ -29,7 +29,7 @@ sync_api.expect.set_options(timeout=TIMEOUT)
 
 @pytest.fixture(scope="module")
 def microphone(tmp_path_factory) -> Path:
-    """What the browser's microphone hears; to be written before it is used."""
+    """The file that the browser's microphone plays; a test must write it first."""
     return tmp_path_factory.mktemp("microphone") / "said.wav"
 
 
@@ -51,7 +51,7 @@ def tab(browser, running):
     devices = ["camera", "microphone", "clipboard-read", "clipboard-write"]
     page = browser.new_page(viewport={"width": 1180, "height": 940}, permissions=devices)
     page.set_default_timeout(TIMEOUT)
-    page.outside = []  # what the page fetches from elsewhere
+    page.outside = []  # requests to other servers
     page.on("request", lambda r: page.outside.append(r.url) if running.address not in r.url else None)
     page.goto(running.address)
     page.wait_for_selector("#question textarea")
@@ -76,7 +76,7 @@ def hand_over(tab, recording: Path) -> None:
 
 
 def ask(tab, question: str | None = None) -> str:
-    """Type (or leave what the box says), send, wait for the answer to be complete; the last message of the chat."""
+    """Type a question (or keep the text of the box), send it, and wait for the answer; returns the last message."""
     answers = tab.locator("#chat .bot.message")
     before = answers.count()
     if question is not None:
@@ -88,7 +88,7 @@ def ask(tab, question: str | None = None) -> str:
 
 
 def toast(tab, name: str) -> str:
-    """What a notice says; kept as a screenshot, then closed."""
+    """The text of a notice, which is saved as a screenshot and closed."""
     tab.wait_for_selector(".toast-body")
     screenshot(tab, name)
     text = tab.inner_text(".toast-body")
@@ -98,7 +98,7 @@ def toast(tab, name: str) -> str:
 
 
 def chats(chess: Path) -> list[tuple[Path, list[str]]]:
-    """Each picture, with question, answer, question, answer."""
+    """Each image file, with question, answer, question, answer."""
     records = json.loads((chess / "chats.json").read_text())
     return [
         (chess / "test" / r["image"], [turn["value"].split("\n")[-1] for turn in r["conversations"]]) for r in records
@@ -110,9 +110,9 @@ def test_pictures_questions_and_right_answers(tab, chess):
         show(tab, file)
         tab.wait_for_selector("#waiting img")
         assert ask(tab, turns[0]) == turns[1]
-        assert " 0 of them known" in tab.inner_text("#status")
+        assert " 0 of them cached" in tab.inner_text("#status")
         assert ask(tab, turns[2]) == turns[3]
-        assert " 0 of them known" not in tab.inner_text("#status")  # the picture was not read again
+        assert " 0 of them cached" not in tab.inner_text("#status")  # the image was not processed again
         screenshot(tab, f"two_turns_{number}")
         tab.click("#clear")
         sync_api.expect(tab.locator("#chat .message")).to_have_count(0)
@@ -127,7 +127,7 @@ def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, running, tm
     for name in ("text", "bomb", "large"):
         show(tab, tmp_path / f"{name}.png")
         said = toast(tab, f"hostile_{name}")
-        # What is too large the page itself does not send; the server's own word is in tests/chat/test_gate.py
+        # The page itself refuses large files; tests/chat/test_gate.py has the server's refusal
         assert ("maximum allowed size" if name == "large" else "can't be used as a picture") in said
         assert str(tmp_path) not in said and "Traceback" not in said and "/tmp" not in said
         tab.reload()

@@ -1,7 +1,7 @@
-"""The app, with a model that waits while a certain file is there: long enough for a visitor to press Stop.
+"""The app, with a model that waits while a certain file exists, so that a test can press Stop in time.
 
-A tiny model's answer is complete before a hand, or a browser, has moved. So each token but the first waits until the
-file is gone or touched, or the answer is stopped. Nothing else differs from `python app.py`.
+A tiny model completes its answer before a browser can act. Therefore each token except the first waits until the file
+is removed or touched, or the answer is stopped. Otherwise it is the same as `python app.py`.
 
     python -m tests.app.unhurried_app FILE [options of app.py]
 """
@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 from jnana import app
-from jnana.chat.session import Stopped
+from jnana.chat.session import StopOnEvent
 
 
-SECONDS_A_TOKEN = 120  # at most: a test that fails leaves the app to the next one
+SECONDS_A_TOKEN = 120  # limit, so that a failed test does not block the next one
 
 
 def wait_beside(file: Path) -> None:
-    at_once = Stopped.__call__
+    at_once = StopOnEvent.__call__
 
     def touched() -> int | None:
         return file.stat().st_mtime_ns if file.exists() else None
@@ -30,7 +30,7 @@ def wait_beside(file: Path) -> None:
             time.sleep(0.02)
         return at_once(self, *args, **kwargs)
 
-    Stopped.__call__ = unhurried  # type: ignore[method-assign]
+    StopOnEvent.__call__ = unhurried  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory benchmark's mechanics on a CPU: it is the recipe that runs, and what is counted follows the options."""
+"""The memory benchmark at a tiny size: it runs the recipe, and its counts follow the options."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_the_recipe_is_what_runs(tmp_path, capsys):
 
 
 def test_options_of_run_sft_go_there(capsys):
-    """The control: unquantised, the language model's own weights are held; and a misspelt option is refused."""
+    """The control: without quantization the full weights are counted; unknown options are refused."""
     result = sft_memory.main([*TINY, "--quantization", "none", "--lora_r", "3"])
     held = result["held_bytes"]
     assert held["quantised"] == 0 and held["language_model"] > 4 * 2 * 12 * 32**2

@@ -1,4 +1,4 @@
-"""The benchmark's mechanics at a tiny size: what it writes, and that it refuses a faster way to something else."""
+"""The throughput benchmark at a tiny size: the files it writes, and its checks of losses and gradients."""
 
 import json
 

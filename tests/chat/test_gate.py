@@ -1,4 +1,4 @@
-"""The routes of the page's server: those it needs are there, and nothing else of what Gradio serves."""
+"""The gate: only the page's own routes answer, and requests and uploads have limits."""
 
 import asyncio
 import json
@@ -45,9 +45,13 @@ def client(tmp_path, monkeypatch):
     def make(login: tuple[str, str] | None = None, gate: bool = True) -> TestClient:
         limits = Limits(upload_megabytes=0.1, all_uploads_megabytes=0.5)
         assistant = SimpleNamespace(
-            limits=limits, transcriber=None, speech_note="off", describe=lambda: "tiny", goodbye=lambda visitor: None
+            limits=limits,
+            transcriber=None,
+            speech_note="off",
+            describe=lambda: "tiny",
+            close_chat=lambda visitor: None,
         )
-        assistant.welcome = lambda: None
+        assistant.new_visitor = lambda: None
         blocks = build_interface(assistant)
         options = launch_options(assistant, tmp_path)
         blocks.max_file_size = options["max_file_size"]
@@ -71,9 +75,9 @@ def test_only_the_pages_own_routes_answer(client, monkeypatch):
     assert page.get("/gradio_api/app_id").status_code == 200
     for method, path in CLOSED:
         reply = page.request(method, path)
-        assert (reply.status_code, reply.text) == (404, "There is nothing here."), path
+        assert (reply.status_code, reply.text) == (404, "Not found."), path
     assert fetched == []
-    assert page.get("/gradio_api/file=/etc/passwd").status_code == 403  # Gradio's own word
+    assert page.get("/gradio_api/file=/etc/passwd").status_code == 403  # refused by Gradio
     with pytest.raises(OSError, match="fetched"):  # the control: what Gradio does by itself
         client(gate=False).get("/gradio_api/file=http://example.com/")
 
@@ -170,7 +174,7 @@ def test_what_is_on_its_way_takes_room(tmp_path):
         assert threading.get_ident() != here
         return tidy_size_of(folder)
 
-    for holds in (-1, 9):  # with a count for each, with one for all
+    for holds in (-1, 9):  # one measurement for each upload, or one for all
         said: list[int] = []
         done = asyncio.Event()
         gate = Gate(inner, tmp_path, 1, 1)

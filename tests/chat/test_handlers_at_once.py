@@ -1,4 +1,4 @@
-"""Handlers of one visitor that run at the same time: a click in the middle of another's work loses nothing."""
+"""Concurrent handlers of one visitor: no handler loses the result of another."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from tests.chat.test_interface import assistant, page, png, send, unchanged  # n
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Pictures are read when `slow.go` is set; `slow.begun` says that one is waiting for it."""
+    """Images are read after `slow.go` is set; `slow.begun` is set when one waits for it."""
 
     class Slow:
         begun, go = threading.Event(), threading.Event()
@@ -30,13 +30,13 @@ def slow(monkeypatch):
         assert Slow.go.wait(30)
         return at_once(*arguments)
 
-    at_once = assistant_module.read_picture
-    monkeypatch.setattr(assistant_module, "read_picture", read)
+    at_once = assistant_module.read_image
+    monkeypatch.setattr(assistant_module, "read_image", read)
     return Slow
 
 
 def in_background(handler, *arguments):
-    """A handler in a thread of its own; the returned function waits for what it shows."""
+    """Run a handler in a thread; the returned function waits for its result."""
     shown = []
     thread = threading.Thread(target=lambda: shown.append(handler(*arguments)))
     thread.start()
@@ -56,60 +56,62 @@ def test_each_session_has_one_visitor_from_the_start(assistant):  # noqa: F811
     def visitor(handler, session, *inputs):
         return asyncio.run(blocks.preprocess_data(functions[handler], [*inputs, None], holder[session]))[-1]
 
-    first = visitor("add_picture", "one", None)
+    first = visitor("add_image", "one", None)
     assert visitor("take", "one", "why?") is first and visitor("clear", "one") is first
     other = visitor("take", "two", "why?")
     assert other is not first and other.chat is not first.chat and other.chat.session is not first.chat.session
     state = next(block for block in blocks.blocks.values() if isinstance(block, gradio.State) and block.value)
-    assert state.value is not first and state.delete_callback == assistant.goodbye
+    assert state.value is not first and state.delete_callback == assistant.close_chat
     asyncio.run(
-        blocks.postprocess_data(functions["drop_pictures"], [first, gradio.skip(), gradio.skip()], holder["one"])
+        blocks.postprocess_data(functions["drop_images"], [first, gradio.skip(), gradio.skip()], holder["one"])
     )
-    holder.delete_state("one")  # as when it has been idle for too long
+    holder.delete_state("one")  # as after idle_seconds
     assert visitor("clear", "one") is not first
 
 
 def test_a_question_does_not_overtake_its_picture(page, assistant, png, slow):  # noqa: F811
-    visitor = assistant.welcome()
-    shown = in_background(page.add_picture, png, visitor)
+    visitor = assistant.new_visitor()
+    shown = in_background(page.add_image, png, visitor)
     assert slow.begun.wait(30)
-    with pytest.raises(Refused, match="still being taken in"):
+    with pytest.raises(Refused, match="still being uploaded"):
         page.take("what is this?", visitor)
     slow.go.set()
     same, row, *_ = shown()
     assert same is visitor and len(row["value"]) == 1
     last = send(page, "what is this?", 4, visitor)
     assert [message["role"] for message in last[3]] == ["user", "user", "assistant"]
-    assert visitor.chat.images == 1
+    assert visitor.chat.image_count == 1
 
 
 def test_a_picture_counts_while_it_is_taken_in_and_answered(page, assistant, png, slow):  # noqa: F811
-    visitor = assistant.welcome()
-    shown = in_background(page.add_picture, png, visitor)
-    assert slow.begun.wait(30) and visitor.chat.images == 1
+    visitor = assistant.new_visitor()
+    shown = in_background(page.add_image, png, visitor)
+    assert slow.begun.wait(30) and visitor.chat.image_count == 1
     slow.go.set()
     shown()
     page.take("why?", visitor)
     stream = page.answer(0.0, 4, visitor)
     for _ in stream:
-        assert visitor.chat.images == 1
+        assert visitor.chat.image_count == 1
     with pytest.raises(Refused, match="can't be used"):
         assistant.receive(visitor.chat, __file__)
-    assert visitor.chat.images == 1  # what is refused does not count
+    assert visitor.chat.image_count == 1  # refused images do not count
 
 
 def test_a_picture_that_comes_after_clear_stays_away(page, assistant, png, slow):  # noqa: F811
-    visitor = assistant.welcome()
-    shown = in_background(page.add_picture, png, visitor)
+    visitor = assistant.new_visitor()
+    shown = in_background(page.add_image, png, visitor)
     assert slow.begun.wait(30)
     page.clear(visitor)
     slow.go.set()
     same, row, *_ = shown()
-    assert same is visitor and row["value"] == [] == visitor.chat.waiting  # what is shown is what is sent
+    assert (
+        same is visitor and row["value"] == [] == visitor.chat.waiting
+    )  # the page shows the images that will be sent
 
 
 def test_stop_while_it_reads(page, assistant):  # noqa: F811
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     assert " 8 new tokens" in send(page, "why?", 8, visitor)[5]  # the control
     page.take("why?", visitor)
     stream = page.answer(0.0, 8, visitor)
@@ -121,7 +123,7 @@ def test_stop_while_it_reads(page, assistant):  # noqa: F811
 
 
 def test_clear_while_it_reads_leaves_the_model_to_others(page, assistant, monkeypatch):  # noqa: F811
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     page.take("why?", visitor)
     stream = page.answer(0.0, 8, visitor)
     next(stream)
@@ -133,7 +135,7 @@ def test_clear_while_it_reads_leaves_the_model_to_others(page, assistant, monkey
 
 
 def test_an_answer_that_fails_after_clear_brings_nothing_back(page, assistant, monkeypatch, caplog):  # noqa: F811
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     reached, go = threading.Event(), threading.Event()
 
     def late(**_):
@@ -153,11 +155,11 @@ def test_an_answer_that_fails_after_clear_brings_nothing_back(page, assistant, m
     with caplog.at_level(logging.ERROR):
         assert all(unchanged(part) for view in shown() for part in view)
     assert "ZeroDivisionError" in caplog.text
-    assert visitor.chat.asked.question == "the new question" and len(visitor.chat.transcript) == 1
+    assert visitor.chat.queued.question == "the new question" and len(visitor.chat.transcript) == 1
 
 
 def test_two_clicks_ask_once(page, assistant):  # noqa: F811
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     page.take("why?", visitor)
     stream = page.answer(0.0, 8, visitor)
     next(stream)  # the session itself is not busy yet
@@ -167,12 +169,12 @@ def test_two_clicks_ask_once(page, assistant):  # noqa: F811
             again()
     for view in stream:
         if "new tokens" in view[5]:
-            page.take("and then?", visitor)  # who sees the end may ask again
-    assert visitor.chat.asked.question == "and then?"
+            page.take("and then?", visitor)  # after the last view the visitor may ask again
+    assert visitor.chat.queued.question == "and then?"
 
 
 def test_memory_of_a_cpu_runs_out(page, assistant, monkeypatch):  # noqa: F811
-    first, second = assistant.welcome(), assistant.welcome()
+    first, second = assistant.new_visitor(), assistant.new_visitor()
     send(page, "why?", 4, first)
     assert first.chat.session.cached_tokens > 0
     with monkeypatch.context() as patched, pytest.raises(Refused, match="too little memory"):

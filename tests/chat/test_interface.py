@@ -1,4 +1,4 @@
-"""The page's handlers: what a visitor sees, and that nothing a visitor does ends the app."""
+"""The page's handlers: the values that they show, and their behaviour after errors."""
 
 import asyncio
 import time
@@ -20,11 +20,11 @@ gradio = pytest.importorskip("gradio", reason="the app extra (gradio) is not ins
 
 from jnana.chat.assistant import Assistant  # noqa: E402
 from jnana.chat.interface import EXAMPLES, build_interface, find_examples  # noqa: E402
-from jnana.chat.page import APOLOGY, Page, for_visitors  # noqa: E402
+from jnana.chat.page import GENERAL_ERROR, Page, for_visitors  # noqa: E402
 
 
 class StandInTranscriber:
-    """Speaks the Transcriber's interface; what it hears is the file's name."""
+    """Has the interface of Transcriber; the transcript is the file's name."""
 
     ready = True
 
@@ -59,7 +59,7 @@ def png(tmp_path) -> str:
 
 
 def send(page: Page, question: str, new_tokens: int, visitor, temperature: float = 0.0):
-    """As the page does it: the question is taken, then answered; the last that is shown."""
+    """Queue a question and answer it, as the page does; returns the last view."""
     visitor, *_ = page.take(question, visitor)
     return [visitor, *list(page.answer(temperature, new_tokens, visitor))[-1][1:]]
 
@@ -69,20 +69,20 @@ def unchanged(value) -> bool:
 
 
 def test_a_chat(page, png):
-    visitor = page.assistant.welcome()
-    same, row, button, cleared = page.add_picture(png, visitor)
+    visitor = page.assistant.new_visitor()
+    same, row, button, cleared = page.add_image(png, visitor)
     assert same is visitor
     assert len(row["value"]) == 1 and button["visible"] and cleared is None
     same, row, _, transcript, question, status = page.take("what do you see?", visitor)
     assert same is visitor and row["value"] == [] and question == "" and status.startswith("waiting")
     assert [message["role"] for message in transcript] == ["user", "user"]
     *earlier, last = page.answer(0.0, 6, visitor)
-    # what is typed meanwhile stays, and pictures are not sent again with each word
+    # the question box keeps its text, and images are not sent again with each token
     assert len(earlier) > 2 and all(unchanged(part) for view in earlier for part in (*view[1:3], view[4]))
-    assert all(view[0] is visitor for view in (*earlier, last))  # which counts as not idle
+    assert all(view[0] is visitor for view in (*earlier, last))  # resets the idle time
     transcript, status = last[3], last[5]
     assert [message["role"] for message in transcript] == ["user", "user", "assistant"]
-    assert "0 of them known from before" in status
+    assert "0 of them cached" in status
     answer = transcript[-1]["content"]
     taken = page.take_again(visitor)
     assert len(taken[3]) == 2 and unchanged(taken[4])
@@ -96,12 +96,12 @@ def test_a_chat(page, png):
 
 
 def test_examples_are_clicked(page):
-    visitor, row, _, question = page.choose_example(1, page.assistant.welcome())
+    visitor, row, _, question = page.choose_example(1, page.assistant.new_visitor())
     assert question == "How many pieces are there?" and len(visitor.chat.waiting) == len(row["value"]) == 1
 
 
 def test_refusals_leave_the_chat_as_it_was(page, png, assistant):
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     with pytest.raises(Refused, match="Type or say a question"):
         page.take("  ", visitor)
     with pytest.raises(Refused, match="Nothing has been asked"):
@@ -111,27 +111,27 @@ def test_refusals_leave_the_chat_as_it_was(page, png, assistant):
         with pytest.raises(Refused):
             list(page.answer(temperature, length, visitor))
     for _ in range(2):
-        page.add_picture(png, visitor)
+        page.add_image(png, visitor)
     with pytest.raises(Refused, match="at most 2 pictures"):
         assistant.receive(visitor.chat, png)
     page.take("why?", visitor)
-    with pytest.raises(Refused, match="at most 2 pictures"):  # those that wait for their turn count as well
+    with pytest.raises(Refused, match="at most 2 pictures"):  # images of a queued question count too
         assistant.receive(visitor.chat, png)
     visitor.chat.session.model.generate, kept = lambda **_: 1 / 0, visitor.chat.session.model.generate
     try:
         seen = []
         with pytest.raises(ZeroDivisionError):
-            seen += page.answer(0.0, 6, visitor)  # what came before the error is kept
+            seen += page.answer(0.0, 6, visitor)  # the views before the error
     finally:
         visitor.chat.session.model.generate = kept
     assert (
         seen[-1][3] == [] and seen[-1][4] == "why?" and len(visitor.chat.waiting) == 2
-    )  # question and pictures are back
+    )  # question and images are restored
     assert len(send(page, "why?", 6, visitor)[3]) == 4
 
 
 def test_an_answer_that_fails_the_second_time_leaves_the_first(page, assistant):
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     before = send(page, "why?", 4, visitor)[3]
     visitor.chat.session.model.generate, kept = lambda **_: 1 / 0, visitor.chat.session.model.generate
     try:
@@ -147,14 +147,14 @@ def test_an_answer_that_fails_the_second_time_leaves_the_first(page, assistant):
 
 
 def test_a_question_that_waits_for_its_turn_can_be_taken_back(page, assistant, png):
-    visitor = assistant.welcome()
-    page.add_picture(png, visitor)
+    visitor = assistant.new_visitor()
+    page.add_image(png, visitor)
     page.take("why?", visitor)
     with pytest.raises(Refused, match="still being answered"):  # a second click
         page.take("why?", visitor)
     _, row, _, transcript, question, status = page.stop(visitor)
     assert (transcript, question, status, len(row["value"])) == ([], "why?", "", 1)
-    (nothing,) = page.answer(0.0, 4, visitor)  # its turn comes, and there is nothing to do
+    (nothing,) = page.answer(0.0, 4, visitor)  # nothing is queued any more
     assert all(unchanged(part) for part in nothing) and visitor.chat.session.messages == []
     send(page, "why?", 4, visitor)
     page.take_again(visitor)
@@ -162,23 +162,23 @@ def test_a_question_that_waits_for_its_turn_can_be_taken_back(page, assistant, p
 
 
 def test_what_is_written_is_no_markup(page, assistant):
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     shown = page.take('<img src="http://example.com/x"> a < b & c', visitor)[3]
     assert shown[0]["content"] == '&lt;img src="http://example.com/x"&gt; a &lt; b &amp; c'
-    assert page.stop(visitor)[4].startswith("<img")  # in the box it is as typed
+    assert page.stop(visitor)[4].startswith("<img")  # unescaped in the question box
 
 
 def test_a_chat_cleared_in_mid_answer_stays_cleared(page, assistant):
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     page.take("why?", visitor)
     stream = page.answer(0.0, 8, visitor)
     next(stream), next(stream)
     old = visitor.chat
     page.clear(visitor)
     (last,) = stream
-    assert all(unchanged(part) for part in last)  # nothing that would bring the old chat back
+    assert all(unchanged(part) for part in last)  # nothing of the old chat is shown
     assert page.settle(visitor) == ([], "") and visitor.chat is not old
-    assert id(old.session) not in assistant._recent  # nor does its memory stay
+    assert id(old.session) not in assistant._recent  # its cache is freed too
 
 
 def test_what_goes_wrong_is_one_line_without_details(caplog):
@@ -191,7 +191,7 @@ def test_what_goes_wrong_is_one_line_without_details(caplog):
 
     with pytest.raises(gradio.Error) as told:
         for_visitors(fails)("x")
-    assert told.value.message == APOLOGY and "/secret/x" in caplog.text
+    assert told.value.message == GENERAL_ERROR and "/secret/x" in caplog.text
     stream = for_visitors(streams)("x")
     assert next(stream) == 1
     with pytest.raises(gradio.Error, match="Too large"):
@@ -203,32 +203,32 @@ def test_speech_fills_the_question(page, assistant):
         page.transcribe("hello.wav")
     assistant.transcriber = StandInTranscriber()
     try:
-        assert "listening" in page.notice("how many.wav") and page.notice(None) == ""
+        assert "transcribing" in page.notice("how many.wav") and page.notice(None) == ""
         heard, status = page.transcribe("how many.wav")
-        assert (page.add_words(heard, "Tell me:"), status) == ("Tell me: how many", "")
-        assert page.add_words(page.transcribe(None)[0], "typed ") == "typed "  # the recording was taken away
+        assert (page.append_transcript(heard, "Tell me:"), status) == ("Tell me: how many", "")
+        assert page.append_transcript(page.transcribe(None)[0], "typed ") == "typed "  # the recording was removed
         with pytest.raises(Refused, match="No speech was heard"):
             page.transcribe("silence.wav")
         with pytest.raises(Refused, match="holds no sound"):
             page.transcribe("broken.wav")
-        with pytest.raises(Refused, match="Type the question") as refusal:
+        with pytest.raises(Refused, match="type the question") as refusal:
             page.transcribe("nobody.wav")
-        assert "/" not in str(refusal.value)  # of the server's own troubles a visitor learns no paths
+        assert "/" not in str(refusal.value)  # no paths of the server in messages to visitors
     finally:
         assistant.transcriber = None
 
 
 def test_only_the_latest_chats_keep_their_cache(page, assistant):
-    first, second = assistant.welcome(), assistant.welcome()
+    first, second = assistant.new_visitor(), assistant.new_visitor()
     for visitor in (first, second):
         send(page, "why?", 4, visitor)
     assert first.chat.session.cached_tokens == 0 < second.chat.session.cached_tokens
-    last = send(page, "and then?", 4, first)  # read anew
+    last = send(page, "and then?", 4, first)  # processed again
     assert len(last[3]) == 4 and second.chat.session.cached_tokens == 0
 
 
 def test_when_memory_runs_out_the_kept_chats_make_room(page, assistant):
-    first, second = assistant.welcome(), assistant.welcome()
+    first, second = assistant.new_visitor(), assistant.new_visitor()
     send(page, "why?", 4, first)
     assert first.chat.session.cached_tokens > 0
 
@@ -267,7 +267,7 @@ def test_no_input_makes_the_server_fetch_an_address(assistant, monkeypatch):
 
 
 def test_a_visitor_who_leaves_stops_the_answer(page, assistant):
-    visitor = assistant.welcome()
+    visitor = assistant.new_visitor()
     page.take("why?", visitor)
     stream = page.answer(0.0, 8, visitor)
     next(stream), next(stream)

@@ -1,4 +1,4 @@
-"""What strangers may send: every refusal names its limit and no path."""
+"""Limits on requests: every refusal names its limit and contains no path."""
 
 import struct
 import zlib
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jnana.chat.limits import Limits, Refused, check_question, read_picture, read_upload, refuse_addresses
+from jnana.chat.limits import Limits, Refused, check_question, read_image, read_upload, refuse_addresses
 
 
 LIMITS = Limits(upload_megabytes=1, image_megapixels=1)
 
 
 def bomb(path: Path, width: int, height: int) -> Path:
-    """A PNG of a few hundred bytes whose header promises `width` x `height` pixels."""
+    """A PNG of a few hundred bytes whose header states `width` x `height` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -27,9 +27,9 @@ def bomb(path: Path, width: int, height: int) -> Path:
 
 def test_a_picture_within_the_limits_is_read(tmp_path):
     Image.new("RGB", (1000, 1000), "red").save(tmp_path / "good.png")
-    assert read_picture(tmp_path / "good.png", LIMITS).size == (1000, 1000)
+    assert read_image(tmp_path / "good.png", LIMITS).size == (1000, 1000)
     with pytest.raises(Refused, match="at most 0.5 megapixels"):
-        read_picture(tmp_path / "good.png", Limits(image_megapixels=0.5))
+        read_image(tmp_path / "good.png", Limits(image_megapixels=0.5))
 
 
 def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
@@ -45,7 +45,7 @@ def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
     bomb(tmp_path / "line.png", 5000, 1)
     for file in sorted(tmp_path.iterdir()):
         with pytest.raises(Refused) as refusal:
-            read_picture(file, LIMITS)
+            read_image(file, LIMITS)
         assert "can't be used as a picture" in str(refusal.value)
         assert str(tmp_path) not in str(refusal.value) and file.name not in str(refusal.value)
         assert refusal.value.__cause__ is None
@@ -56,7 +56,7 @@ def test_files_and_questions_have_a_size(tmp_path):
     with pytest.raises(Refused, match="has 2 MB; at most 1 MB"):
         read_upload(tmp_path / "large.bin", LIMITS)
     assert check_question(" why? ", LIMITS) == "why?"
-    assert check_question("a \ud800 \U0001f600", LIMITS) == "a ? \U0001f600"  # no tokenizer or reply can hold a half
+    assert check_question("a \ud800 \U0001f600", LIMITS) == "a ? \U0001f600"  # a lone surrogate cannot be encoded
     with pytest.raises(Refused, match="4,001 characters; at most 4,000"):
         check_question("a" * 4001, LIMITS)
 

@@ -1,4 +1,4 @@
-"""A kept cache changes nothing but the time: same answers, same keys and values, the picture read once."""
+"""The kept cache changes only the time: equal answers, equal keys and values, and each image is encoded once."""
 
 import threading
 
@@ -52,7 +52,7 @@ def picture(colour: str) -> Image.Image:
 
 
 def talk(session: ChatSession) -> list[str]:
-    """Three questions about one picture, then one about a second picture, then one without."""
+    """Three questions about one image, one about two more images, and one without an image."""
     answers = [list(session.ask(QUESTIONS[0], [picture("red")], max_new_tokens=8))]
     answers += [list(session.ask(question, max_new_tokens=8)) for question in QUESTIONS[1:]]
     answers.append(list(session.ask(QUESTIONS[0], [picture("blue"), picture("red")], max_new_tokens=8)))
@@ -61,7 +61,7 @@ def talk(session: ChatSession) -> list[str]:
 
 
 class Reading:
-    """Counts what the model is made to read."""
+    """Counts the images and the longest sequence that the model processes."""
 
     def __init__(self, model):
         self.images, self.longest = 0, 0
@@ -86,7 +86,7 @@ class Reading:
 
 
 def largest_difference(one: ChatSession, other: ChatSession) -> float:
-    """Of keys and values up to where both have read the same, relative to the largest."""
+    """Largest difference of keys and values over the common length, relative to the largest value."""
     length = min(one.cached_tokens, other.cached_tokens)
     worst = 0.0
     for mine, theirs in zip(one._cache.layers, other._cache.layers, strict=True):
@@ -99,7 +99,7 @@ def largest_difference(one: ChatSession, other: ChatSession) -> float:
 def reread(session: ChatSession) -> ChatSession:
     """Another session that answers the same last question with an empty cache."""
     other = ChatSession(session.model, session.processor)
-    other.messages, other._pictures = session.messages, session._pictures
+    other.messages, other._images = session.messages, session._images
     list(other.retry(max_new_tokens=8))
     return other
 
@@ -125,9 +125,9 @@ def test_the_length_at_which_phi3_changes_its_rotary_embedding(tmp_path, process
     kept, anew = ChatSession(model, processor), ChatSession(model, processor, keep_cache=False)
     expected = talk(anew)
     assert talk(kept) == expected
-    assert kept.last_turn.cached_tokens > 60  # beyond the change the cache serves again
+    assert kept.last_turn.cached_tokens > 60  # above the limit the cache is reused again
     monkeypatch.setattr(ChatSession, "_rotary_embedding_changes", lambda *_: False)
-    with pytest.raises(Exception):  # noqa: B017  # the control: pictures that were not passed again are missed
+    with pytest.raises(Exception):  # noqa: B017  # the control: pixel values are missing after transformers discards the cache
         talk(ChatSession(model, processor))
 
 
@@ -147,25 +147,25 @@ def test_a_picture_is_seen_once_and_a_chat_read_once(model, processor):
     assert without.longest == anew.last_turn.prompt_tokens
     with Reading(model) as third:
         list(session.ask(QUESTIONS[1], [picture("blue")], max_new_tokens=4))
-    assert third.images == 1  # the new one alone
+    assert third.images == 1  # only the new image
 
 
 def swap_picture(session: ChatSession) -> str:
-    """The same chat, about another picture."""
+    """The same chat about another image."""
     list(session.ask(QUESTIONS[0], [picture("red")], max_new_tokens=8))
-    session.messages, session._pictures = [], []
+    session.messages, session._images = [], []
     return list(session.ask(QUESTIONS[0], [picture("blue")], max_new_tokens=8))[-1]
 
 
 def test_another_picture_with_the_same_tokens_is_read(model, processor, monkeypatch):
     fresh = list(ChatSession(model, processor).ask(QUESTIONS[0], [picture("blue")], max_new_tokens=8))[-1]
     assert swap_picture(ChatSession(model, processor)) == fresh
-    monkeypatch.setattr(ChatSession, "_keys", lambda self, ids, pictures: list(ids))  # the control: ids alone
+    monkeypatch.setattr(ChatSession, "_keys", lambda self, ids, images: list(ids))  # the control: ids alone
     assert swap_picture(ChatSession(model, processor)) != fresh
 
 
 def change_history(session: ChatSession) -> str:
-    """The second question after another first answer than the model gave."""
+    """The second question after the first answer was changed."""
     list(session.ask(QUESTIONS[0], [picture("red")], max_new_tokens=8))
     session.messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": "a cat on a mat"}]}
     return list(session.ask(QUESTIONS[1], max_new_tokens=8))[-1]
@@ -176,8 +176,8 @@ def test_the_cache_is_cut_where_the_chat_differs(model, processor, monkeypatch):
     session = ChatSession(model, processor)
     assert change_history(session) == anew
     assert 0 < session.last_turn.cached_tokens < session.last_turn.prompt_tokens
-    # the control: taking all that the cache holds
-    monkeypatch.setattr(ChatSession, "_common_length", lambda self, keys: min(len(keys) - 1, len(self._held)))
+    # the control: the whole cache is reused
+    monkeypatch.setattr(ChatSession, "_common_length", lambda self, keys: min(len(keys) - 1, len(self._cached_keys)))
     assert change_history(ChatSession(model, processor)) != anew
 
 
@@ -194,8 +194,8 @@ def test_retry_reads_one_token_and_answers_the_same(model, processor):
 def test_a_prompt_that_ends_in_a_picture_is_never_cut_in_it(model, processor):
     session = ChatSession(model, processor)
     keys = session._keys([5, 6, *[processor.image_token_id] * 4], [session.prepare(picture("red"))])
-    session._held = keys
-    assert session._common_length(keys) == 2  # not 5, which would leave one image token without its picture
+    session._cached_keys = keys
+    assert session._common_length(keys) == 2  # not 5, which would split the image
 
 
 def test_stopped_answers_stay_and_the_chat_goes_on(model, processor):
@@ -209,10 +209,10 @@ def test_stopped_answers_stay_and_the_chat_goes_on(model, processor):
     assert session.messages[-1]["content"][0]["text"].startswith(read[2].rstrip("\ufffd"))
     answer = session.ask(QUESTIONS[1], max_new_tokens=150)
     next(answer)
-    answer.close()  # a reader who left
+    answer.close()  # the reader closes the stream
     assert len(session.messages) == 4 and session.last_turn.new_tokens < 150
     anew = ChatSession(model, processor, keep_cache=False)
-    anew.messages, anew._pictures = session.messages, session._pictures
+    anew.messages, anew._images = session.messages, session._images
     assert list(session.ask("why?", max_new_tokens=6)) == list(anew.ask("why?", max_new_tokens=6))
 
 
@@ -238,7 +238,7 @@ def test_a_failed_answer_leaves_the_chat_as_it_was(model, processor, monkeypatch
             list(session.ask(QUESTIONS[1]))
     assert session.messages == messages and session.cached_tokens == 0
     anew = ChatSession(model, processor, keep_cache=False)
-    anew.messages, anew._pictures = session.messages, session._pictures
+    anew.messages, anew._images = session.messages, session._images
     assert list(session.ask("why?", max_new_tokens=6)) == list(anew.ask("why?", max_new_tokens=6))
 
 
@@ -273,7 +273,7 @@ def test_refusals_name_the_value(model, processor, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             session.ask("why?", **options)
-    with pytest.raises(ValueError, match="neither a question nor a picture"):
+    with pytest.raises(ValueError, match="neither a question nor an image"):
         session.ask("  ")
     with pytest.raises(ValueError, match="nothing has been asked"):
         session.retry()
@@ -290,7 +290,7 @@ def test_sampling_is_random_only_when_asked_for(model, processor):
     drawn = {list(session.retry(max_new_tokens=8, temperature=2.0))[-1] for _ in range(5)}
     assert len(drawn) > 1
     narrow = list(session.retry(max_new_tokens=8, temperature=2.0, top_p=1e-6))
-    assert narrow == greedy  # only the likeliest token is left to draw from
+    assert narrow == greedy  # only the likeliest token remains
 
 
 def test_adapters_talk_too(tmp_path, processor):
@@ -300,7 +300,7 @@ def test_adapters_talk_too(tmp_path, processor):
     model = get_peft_model(base, adapter)
     kept = talk(ChatSession(model, processor))
     assert kept == talk(ChatSession(model, processor, keep_cache=False))
-    assert kept != plain  # the adapter is at work
+    assert kept != plain  # the adapter changes the answers
 
 
 def test_streams_may_be_read_in_another_thread(model, processor):

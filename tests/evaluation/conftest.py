@@ -32,12 +32,12 @@ def save_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 
 def write_test_set(folder: Path, questions=QUESTIONS) -> Path:
-    """A LLaVA-Instruct file, one picture a question; returns the JSON's path."""
+    """A LLaVA-Instruct file, with one image for each question; returns the path of the file."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for number, (question, answer, category) in enumerate(questions):
         name = f"{number}.png"
-        # widths differ, so that a grey twin of the right size can be told from one of a fixed size
+        # different widths, so that a test can check the sizes of the grey images
         Image.new("RGB", (30 + number, 28), (40 * number % 256, 90, 200)).save(folder / name)
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         records.append({"id": str(number), "image": name, "category": category, "conversations": turns})

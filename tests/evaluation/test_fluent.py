@@ -1,4 +1,4 @@
-"""Keywords with the adapter on, the sentence with it off; a question without a picture never meets the adapter."""
+"""Keywords are generated with the adapter, sentences without it; questions without an image never use the adapter."""
 
 import pytest
 from PIL import Image
@@ -42,5 +42,5 @@ def test_which_pass_has_the_adapter(pair, monkeypatch):
 
 
 def test_a_merged_model_is_refused(pair):
-    with pytest.raises(ValueError, match="needs the adapter and its base apart"):
+    with pytest.raises(ValueError, match="needs a model with an unmerged adapter"):
         fluent_answer(*pair, [{"role": "user", "content": [{"type": "text", "text": "x"}]}])

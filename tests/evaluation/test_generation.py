@@ -1,4 +1,4 @@
-"""Answering a test set: the same answers however they are batched, interrupted or shared out."""
+"""Answering a test set: answers do not depend on batching, interruptions or the number of processes."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def loaded(checkpoint):
 
 @pytest.fixture
 def count_generate(loaded, monkeypatch):
-    """Counts the questions put to the model; raises instead from the `stop`th call on."""
+    """Counts the questions in each `generate` call; raises from call number `stop` on."""
     model, asked, stop = loaded[0], [], [None]
     generate = type(model).generate
 
@@ -43,7 +43,7 @@ def predictions(records):
 
 
 def one_by_one(model, processor, questions, **padding):
-    """The answers without any of the code under test but the question list: no batch, no padding, or a wrong one."""
+    """The answers by a plain loop over the questions: without batches, and without padding or with a wrong one."""
     answers = []
     for question in questions.questions:
         messages = questions.messages_with_images(question, questions.images(question))
@@ -65,7 +65,7 @@ def test_batches_answer_as_single_questions_do(loaded, test_set):
     assert [record["category"] for record in records] == [category for _, _, category in QUESTIONS]
     assert all("record" in record["source"] for record in records)
     assert predictions(records) == one_by_one(model, processor, questions)
-    # the same rows padded on the right: other answers, so the comparison can fail
+    # the control: padding on the right changes the answers
     wrong = {"processor_kwargs": {"padding": "max_length", "max_length": 64, "padding_side": "right"}}
     assert predictions(records) != one_by_one(model, processor, questions, **wrong)
 
@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(loaded, test_set, tmp_path,
         answer_questions(*loaded, rows, predictions_file=file, **OPTIONS)
     assert len(file.read_text().splitlines()) == 4
     with file.open("a") as lines:
-        lines.write('{"source": "test.json, rec')  # what a kill in the middle of a write leaves
+        lines.write('{"source": "test.json, rec')  # as after a kill during a write
 
     asked.clear()
     stop[0] = None
@@ -206,7 +206,7 @@ def test_answers_of_another_run_are_never_taken(loaded, test_set, tmp_path, coun
     assert questions_asked() == 6 and questions_asked() == 0
     assert questions_asked(blind=True) == 6 and questions_asked() == 6  # a file holds one run
 
-    for colour in ("red", "blue"):  # drawn anew under its old name, the second time as many bytes
+    for colour in ("red", "blue"):  # replaced under its old name; the second file has the same size
         Image.new("RGB", (40, 40), colour).save(test_set.parent / "3.png", compress_level=0)
         assert questions_asked() == 1
     records = json.loads(test_set.read_text())

@@ -1,4 +1,4 @@
-"""The page and the contact sheet: complete by themselves, true to the records, and safe to open."""
+"""The report and the contact sheet: self-contained, consistent with the records, and safe to open."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jnana.evaluation import QuestionSet, SplitResult, summarise, write_contact_sheet, write_report
-from jnana.evaluation.report import THUMBNAIL_SIDE, drawn_at_random, thumbnail
+from jnana.evaluation.report import THUMBNAIL_SIDE, drawn_at_random
 from jnana.processing.data import load_rows
 from tests.evaluation.conftest import write_test_set
 
@@ -101,8 +101,8 @@ def test_no_markup_gets_in(tmp_path):
     assert len(page.of("script")) == 1 and len(page.of("article")) == 6
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.of("img"))
-    assert HOSTILE in page.cards[0] and HOSTILE not in text  # shown as written, by way of escapes
-    assert "49" not in page.cards[0]  # a template in an answer is not run
+    assert HOSTILE in page.cards[0] and HOSTILE not in text  # shown literally, because it is escaped
+    assert "49" not in page.cards[0]  # template code in an answer is not executed
 
 
 def test_page_needs_nothing_else(tmp_path):
@@ -124,7 +124,7 @@ def test_limit_of_pictures(tmp_path):
     assert [drawn_at_random(6, limit) for limit in (0, 6, 7)] == [[], list(range(6)), list(range(6))]
     chosen = drawn_at_random(540, 30)
     assert len(set(chosen)) == 30 and chosen == sorted(chosen) == drawn_at_random(540, 30)
-    assert len({index % 9 for index in chosen}) >= 7  # nine types in turns: a draw of every 18th would see one
+    assert len({index % 9 for index in chosen}) >= 7  # nine types in rotation: every 18th question would have one type
     with pytest.raises(ValueError, match="max_examples is -1"):
         written(tmp_path / "none.html", [result], max_examples=-1)
 
@@ -140,17 +140,19 @@ def test_unreadable_pictures_are_told(tmp_path):
     result.records[1].update(prediction=None, error="record 1: image '1.png' does not exist.")
     result.summary = summarise(result.records, result.blind_records)
     (tmp_path / "data" / "1.png").unlink()
-    (tmp_path / "data" / "2.png").unlink()  # gone after it was asked about
+    (tmp_path / "data" / "2.png").unlink()  # removed after the question was answered
     page = Page(written(tmp_path / "report.html", [result]))
     assert "image '1.png' does not exist." in page.cards[1]
     assert len(page.of("img")) == 4 and len(page.of("article")) == 6
 
 
-def test_thumbnails_are_small():
-    large = thumbnail(Image.new("RGBA", (2000, 1000), (10, 200, 30, 255)))
-    assert (large["width"], large["height"]) == (THUMBNAIL_SIDE, THUMBNAIL_SIDE // 2)
-    small = thumbnail(Image.new("L", (20, 10)))
-    assert (small["width"], small["height"]) == (20, 10)
+def test_large_images_become_thumbnails(tmp_path):
+    folder = tmp_path / "data"
+    result = split_result(folder, {})
+    Image.new("RGB", (2000, 1000)).save(folder / "0.png")
+    images = Page(written(tmp_path / "report.html", [result])).of("img")
+    assert (images[0]["width"], images[0]["height"]) == (str(THUMBNAIL_SIDE), str(THUMBNAIL_SIDE // 2))
+    assert (images[1]["width"], images[1]["height"]) == ("31", "28")
 
 
 def test_contact_sheet(tmp_path, recwarn):
@@ -160,7 +162,7 @@ def test_contact_sheet(tmp_path, recwarn):
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(maxcolors=1 << 24)}
         wide = sheet.width
     for number in range(6):
-        assert (40 * number % 256, 90, 200) in colours  # each picture is there
+        assert (40 * number % 256, 90, 200) in colours  # each image is drawn
     assert (0xC3, 0x28, 0x1C) in colours and (0x12, 0x75, 0x2F) in colours  # a wrong and a right answer
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 

@@ -1,15 +1,18 @@
-"""run_evaluate.py as people call it: what it writes, what it refuses, adapters, and two processes."""
+"""run_evaluate.py with command line arguments: its files, its errors, the model card, adapters, and two processes."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from jnana import run_evaluate
+from jnana.evaluation import find_card
 from jnana.evaluation.arguments import EvaluationArguments
 from jnana.training.adapters import complete_adapter_folder
 from jnana.training.loading import load_model
@@ -52,7 +55,7 @@ def test_a_models_own_answers_as_truth_score_full_marks(checkpoint, test_set, tm
 def test_recipe_with_two_test_sets(checkpoint, tmp_path):
     write_test_set(tmp_path / "a")
     write_test_set(tmp_path / "b", QUESTIONS[:3])
-    for name in "ab":  # pictures elsewhere than beside the JSON file
+    for name in "ab":  # images not beside the JSON file
         (tmp_path / name / "test.json").rename(tmp_path / f"{name}.json")
     recipe = tmp_path / "evaluate.yaml"
     recipe.write_text(
@@ -96,16 +99,57 @@ def test_an_adapter_answers_as_itself(checkpoint, test_set, tmp_path):
     assert answers[0] != answers[1]
 
 
+def test_scores_reach_the_card_of_a_local_checkpoint(checkpoint, test_set, tmp_path):
+    model = tmp_path / "my-model"
+    shutil.copytree(checkpoint, model)
+    without_card = call(model_name_or_path=model, eval_data=test_set, output_dir=tmp_path / "out", blind="false")
+    assert not (model / "README.md").exists()
+
+    card = "---\npipeline_tag: image-text-to-text\ntags: [jnana]\n---\n\n# My model\n\nText of its author.\n"
+    (model / "README.md").write_text(card)
+    for options in ({"update_card": "false"}, {"max_rows": 2}):
+        call(model_name_or_path=model, eval_data=test_set, output_dir=tmp_path / "none", blind="false", **options)
+        assert (model / "README.md").read_text() == card
+    call(model_name_or_path=model, eval_data=test_set, output_dir=tmp_path / "out", blind="false")
+    written = ModelCard.load(model / "README.md")
+    overall = without_card["splits"]["test"]["overall"]
+    by_metric = {result.metric_type: result for result in written.data.eval_results}
+    assert by_metric.keys() == {"exact_match", "vqa_accuracy"}
+    for metric, result in by_metric.items():
+        interval = [round(end, 4) for end in overall[f"{metric}_interval"]]
+        assert (result.dataset_type, result.dataset_split) == ("test.json", "test")
+        assert result.metric_value == round(overall[metric], 4)
+        assert result.metric_args == {"num_questions": 6, "interval_95": interval}
+    assert "Text of its author." in written.text and str(tmp_path) not in written.text
+    assert written.data.tags == ["jnana"]
+
+
+def test_no_card_is_found_on_the_hub_or_in_its_cache(tmp_path, monkeypatch):
+    (tmp_path / "someone" / "model").mkdir(parents=True)
+    card = tmp_path / "someone" / "model" / "README.md"
+    card.write_text("# Card")
+    monkeypatch.chdir(tmp_path)
+    assert find_card(EvaluationArguments(model_name_or_path="someone/model")) == Path("someone/model/README.md")
+    card.write_text("---\ntags: [jnana\n---\n# Card")
+    with pytest.raises(ValueError, match="invalid metadata; correct it, or pass --update_card false"):
+        find_card(EvaluationArguments(model_name_or_path="someone/model"))
+    (tmp_path / "blob").write_text("# Card")
+    card.unlink()
+    card.symlink_to(tmp_path / "blob")  # as the Hub's cache has it
+    assert find_card(EvaluationArguments(model_name_or_path="someone/model")) is None
+    assert find_card(EvaluationArguments(model_name_or_path="someone/other")) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"modle_name_or_path": "x"}, "nearest known key is 'model_name_or_path'"),
         ({"eval_data": "nowhere/test.json"}, "eval_data 'nowhere/test.json' does not exist"),
         ({"model_name_or_path": "./nowhere"}, "model_name_or_path './nowhere' does not exist"),
-        ({"image_folder": "nowhere"}, "image_folder 'nowhere' is not a folder"),
+        ({"image_folder": "nowhere"}, "image_folder 'nowhere' is not a directory"),
         ({"image_folder": '{"other": "."}'}, r"image_folder names \['other'\], eval_data \['test'\]"),
-        ({"eval_data": '{"test": "a.json"'}, "eval_data .* is no valid JSON"),
-        ({"eval_data": '{"a/b": "x.json", "c": "y.json"}'}, "calls a test set 'a/b'"),
+        ({"eval_data": '{"test": "a.json"'}, "eval_data .* is not valid JSON"),
+        ({"eval_data": '{"a/b": "x.json", "c": "y.json"}'}, "names a test set 'a/b'"),
         ({"eval_data": '{"a": 1}'}, "must map names to paths"),
         ({"batch_size": "0"}, "batch_size is 0; it must be at least 1"),
         ({"max_new_tokens": "-1"}, "max_new_tokens is -1"),
@@ -124,7 +168,7 @@ def test_refused_before_the_model_is_loaded(checkpoint, test_set, tmp_path, monk
 
     monkeypatch.setattr(run_evaluate, "load_model", load)
     options = {"model_name_or_path": checkpoint, "eval_data": test_set, "output_dir": tmp_path / "out"}
-    with pytest.raises(AssertionError, match="the model was loaded"):  # without the fault it gets that far
+    with pytest.raises(AssertionError, match="the model was loaded"):  # the control: valid arguments reach the loader
         call(**options)
     options = {name: value for name, value in {**options, **changes}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
@@ -147,7 +191,7 @@ def test_two_processes_answer_as_one(checkpoint, test_set, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
-    assert done.stdout.count("95 % interval") == 1  # the table once, not once a process
+    assert done.stdout.count("95 % interval") == 1  # one table, not one for each process
     for name in ("predictions.jsonl", "predictions_blind.jsonl"):
         assert lines(two / name) == lines(one / name)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())

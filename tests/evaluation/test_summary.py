@@ -1,4 +1,4 @@
-"""Scores, intervals and baselines against values worked out by hand."""
+"""Scores, intervals and baselines against values computed by hand."""
 
 import itertools
 
@@ -84,7 +84,7 @@ def test_summary_by_hand():
     assert summary["overall"]["exact_match_interval"] == pytest.approx(wilson_interval(1 / 4, 4))
     assert summary["overall"]["majority"]["exact_match"] == pytest.approx(3 / 4)
     assert summary["cut_off"] == 1
-    # a model that says the constant answers scores what the baseline scores
+    # a model that gives the constant answers has the score of the baseline
     constant = [{**item, "prediction": summary["majority_answers"][item["category"]]} for item in records]
     assert summarise(constant)["overall"]["exact_match"] == summary["overall"]["majority"]["exact_match"]
 

@@ -1,4 +1,4 @@
-"""The metrics against values worked out by hand from the official rules of VQA v2."""
+"""The metrics against values computed by hand from the official rules of VQA v2."""
 
 import itertools
 
@@ -18,20 +18,20 @@ from jnana.evaluation import ExactMatch, VQAAccuracy, exact_match, normalize_ans
         ("theatre", "theatre"),  # articles are whole words
         ("dont", "don't"),
         ("couldnt've", "couldn't've"),
-        ("couldntve", "couldntve"),  # two apostrophes forgotten: not in the official table
-        ("its", "its"),  # a word of its own
+        ("couldntve", "couldntve"),  # two missing apostrophes: not in the official table
+        ("its", "its"),  # another word
         ("Im", "im"),  # the official table has "Im", which lower-cased words never equal
-        ("somebody'd", "somebodyd"),  # the official table's slip
+        ("somebody'd", "somebodyd"),  # an error of the official table
         ("it's 10:30", "it's 10:30"),  # apostrophe and colon stay
         ("black-white", "black white"),  # a mark between letters: a space
-        ("black - white", "black white"),  # next to a space: gone
+        ("black - white", "black white"),  # next to a space: deleted
         ("yes/no, maybe", "yes no maybe"),  # the slash becomes a space, the comma is deleted
         ("1,000", "1000"),  # a comma between digits
         ("1,000/day", "1000day"),  # ... and then every mark is deleted without a space
         ("3.5", "3.5"),  # a period before a digit stays
         ("5.", "5"),
         ("e.g. this", "eg this"),
-        ("$3", "$3"),  # no mark of the list
+        ("$3", "$3"),  # not in the list of marks
         ("(a) [b] {c}", "b c"),
         ("one-two", "1 2"),  # punctuation comes before digits
         ("the-", ""),  # and before articles
@@ -57,7 +57,7 @@ def test_normalisation_settles_at_once():
 def test_ten_people(matches, expected):
     references = ["red"] * matches + ["blue"] * (10 - matches)
     assert vqa_accuracy("red", references) == pytest.approx(expected)
-    simple = min(matches / 3, 1)  # the formula without leaving anyone out is another one
+    simple = min(matches / 3, 1)  # the control: the formula without leaving anyone out
     assert (simple == pytest.approx(expected)) == (matches in (0, 4, 10))
 
 

@@ -1,4 +1,4 @@
-"""The demo's data set: the same under any hash seed, answers that follow from what was drawn, a truly unseen split."""
+"""The demo's data set: independent of the hash seed, answers that follow from the scenes, an unseen split."""
 
 import hashlib
 import json
@@ -85,7 +85,7 @@ def test_the_font_has_every_piece():
 
 
 def true_answer(question: str, scene: list[dict]) -> str:
-    """What the question's wording asks for, worked out anew from the positions of the pieces."""
+    """The answer to a question, computed from its wording and the positions of the pieces."""
     from_top = [placed["piece"] for placed in sorted(scene, key=lambda placed: placed["y"])]
     from_left = [placed["piece"] for placed in sorted(scene, key=lambda placed: placed["x"])]
     words = question.rstrip("?").split()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_utils
 
 from jnana import run_merge, run_sft
+from jnana.processing.data import read_json_lines
 from jnana.training.adapters import adapter_reference
-from jnana.training.callbacks import read_lines
 from jnana.training.loading import load_model
 from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
@@ -101,7 +101,7 @@ def test_the_disk_is_full_for_the_merged_model(aligned, tuned, data, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(modeling_utils, "safe_save_file", full)  # PEFT has its own
-        with pytest.raises(OSError, match="no room .* The adapter is whole; make room, and run: python") as caught:
+        with pytest.raises(OSError, match="no room .* The adapter is complete; make room, and run: python") as caught:
             run_sft.main(sft_options(data, aligned, output_dir=folder, merge_adapter="true"))
     _, script, *arguments = shlex.split(str(caught.value).partition("and run: ")[2])
     assert script == "run_merge.py" and not list(folder.glob("merged/*.safetensors"))
@@ -152,7 +152,7 @@ def test_an_adapter_on_other_weights_is_noticed(tuned, aligned, tmp_path, caplog
 
 
 def test_samples_and_loss_curve(tuned, pretrained):
-    lines = read_lines(tuned / "samples.jsonl")
+    lines = list(read_json_lines(tuned / "samples.jsonl", "skip"))
     assert [line["step"] for line in lines] == [0, 0, 3, 3, 6, 6]
     assert lines[0]["prompt"] == "what is the top?" and lines[0]["truth"] == "white"
     page = (tuned / "samples.html").read_text()
@@ -160,7 +160,7 @@ def test_samples_and_loss_curve(tuned, pretrained):
     for folder in (tuned, pretrained):
         with Image.open(folder / "loss_curve.png") as curve:
             assert curve.size[0] > 500
-    assert len(read_lines(pretrained / "samples.jsonl")) == 3
+    assert len(list(read_json_lines(pretrained / "samples.jsonl", "skip"))) == 3
 
 
 def test_the_card_is_ours_and_private(tuned, aligned):
@@ -239,3 +239,15 @@ def test_a_new_schedule_in_bfloat16(aligned, data, tmp_path):
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     model, processor = load_model(str(output), dtype="bfloat16")
     assert torch.isfinite(logits(model, processor, data)).all()
+
+
+def test_the_code_of_the_merged_card_runs(tuned, data, tmp_path, monkeypatch, capsys):
+    """It names the merged directory, not the adapter's; the card says where to run it."""
+    shutil.copytree(tuned / "merged", tmp_path / "merged")
+    with Image.open(data / "images" / "red_blue.png") as image:
+        image.save(tmp_path / "image.jpg")
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "merged" / "README.md").read_text(), re.DOTALL).group(1)
+    assert code.count('from_pretrained("merged"') == 2 and "parent directory" in code and '"sft"' not in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out

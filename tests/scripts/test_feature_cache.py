@@ -63,7 +63,7 @@ def test_two_processes_share_the_work(data, vision, pretrained, aligned, tmp_pat
     options = {"feature_cache": tmp_path / "cache", "per_device_train_batch_size": 4, "save_strategy": "no"}
     arguments = align_options(data, vision, pretrained, output_dir=tmp_path / "two", **options)
     output = finish(launch("run_align.py", arguments, processes=2))
-    assert "2 process(es)" in output and output.count("16 of 16 different pictures are to be computed") == 1
+    assert "2 process(es)" in output and output.count("16 of 16 different images are to be computed") == 1
     assert len(list((tmp_path / "cache").glob("features-*"))) == 2  # a part of each
     assert len(FeatureCache(tmp_path / "cache")) == 16
     assert_same_run(tmp_path / "two", aligned)

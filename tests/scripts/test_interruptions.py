@@ -211,8 +211,8 @@ def test_interrupted(case: Case, start, whole, tmp_path):
         if code == TERMINATED:
             assert ended.output.count("SIGTERM: stopped after step") == 1
     if case.how == "full disk":
-        assert "has no room for what was to be written" in ended.output
-        assert f"{output}/checkpoint-{case.resumed_from} is whole; make room" in ended.output
+        assert "has no room for the files of this run" in ended.output
+        assert f"{output}/checkpoint-{case.resumed_from} is complete; make room" in ended.output
         for link in output.glob("checkpoint-*/*"):
             if link.is_symlink():
                 link.unlink()  # there is room again

@@ -3,7 +3,7 @@
 from jnana import run_sft
 from jnana.processing.data import load_rows
 from jnana.training.loading import load_model
-from jnana.training.samples import samples_from_rows
+from jnana.training.monitoring import samples_from_rows
 from tests.scripts.conftest import align_options
 
 

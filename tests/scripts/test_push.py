@@ -1,4 +1,4 @@
-"""What is shared on the Hub: the right files with the right content, and nothing of this machine."""
+"""Uploads to the Hub: the right files with the right content, and no path of this machine."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PUSH = {"push_to_hub": "true", "hub_model_id": "me/model", "hub_token": "hf_x"}
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """Takes the place of the Hub within this process; the uploads it was asked for."""
+    """Replaces the Hub in this process; the arguments of each upload."""
     asked: list[dict] = []
     repository = type("Repository", (), {"repo_id": "me/model"})
     monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: repository)
@@ -38,7 +38,7 @@ def uploads(monkeypatch):
 
 
 def test_align_pushes_at_its_end(data, vision, pretrained, tmp_path, uploads):
-    """One upload, of the finished folder; with samples and skipped rows beside it that stay."""
+    """One upload, of the finished checkpoint; samples and lists of skipped rows are not uploaded."""
     samples = {"eval_data": data / "captions.json", "sample_steps": 1, "sample_max_new_tokens": 2, "max_steps": 2}
     run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path, save_steps=1, **samples, **PUSH))
     ((upload),) = uploads
@@ -55,8 +55,8 @@ def test_align_pushes_at_its_end(data, vision, pretrained, tmp_path, uploads):
     }
 
 
-def test_no_folder_of_this_machine(pretrained, aligned, tuned, tmp_path):
-    """In none of the chain's finished folders; put into one, it is found."""
+def test_no_path_of_this_machine(pretrained, aligned, tuned, tmp_path):
+    """No finished checkpoint of the chain names one; if it does, the check finds it."""
     for folder in (pretrained, aligned, tuned / "merged"):
         check_published(folder)
         for file in published_files(folder):
@@ -66,7 +66,7 @@ def test_no_folder_of_this_machine(pretrained, aligned, tuned, tmp_path):
         file = tmp_path / name / name
         content = json.dumps({**json.loads(file.read_text()), "x": value}) if name == "config.json" else value
         file.write_text(content)
-        with pytest.raises(ValueError, match=f"{name}.* names .*, a folder of this machine; take it out"):
+        with pytest.raises(ValueError, match=f"{name}.* names .*, a directory of this machine; remove it"):
             check_published(tmp_path / name)
 
 
@@ -97,8 +97,8 @@ def hub():
     hub.close()
 
 
-def talk(hub: LocalHub, folder: Path, *command: str) -> None:
-    """Run Python against `hub`, with an empty cache in `folder`; it must end well and ask nothing unheard of."""
+def run_with_hub(hub: LocalHub, folder: Path, *command: str) -> None:
+    """Run Python against `hub`, with an empty cache in `folder`; it must succeed and send known requests only."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
     environment |= {"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)
@@ -111,15 +111,15 @@ def talk(hub: LocalHub, folder: Path, *command: str) -> None:
 
 
 def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):
-    """`run_push.py` as people start it: one commit, every file as it is. Others read the same tokens and logits."""
-    talk(hub, tmp_path / "me", str(ROOT / "run_push.py"), str(tuned / "merged"), "someone/name")
+    """`run_push.py` makes one commit of unchanged files; a reader gets the same tokens and logits."""
+    run_with_hub(hub, tmp_path / "me", str(ROOT / "run_push.py"), str(tuned / "merged"), "someone/name")
     assert set(hub.files) == MODEL | PROCESSOR | CODE
     assert len(hub.commits) == 1
     for file in published_files(tuned / "merged"):
         assert hub.files[file.name] == file.read_bytes()
 
     picture = data / "images" / "red_blue.png"
-    talk(hub, tmp_path / "other", "-I", "-c", READ, str(ROOT), str(picture), str(tmp_path / "read.pt"))
+    run_with_hub(hub, tmp_path / "other", "-I", "-c", READ, str(ROOT), str(picture), str(tmp_path / "read.pt"))
     read = torch.load(tmp_path / "read.pt")
     model, processor = load_model(str(tuned / "merged"))
     image = {"type": "image", "image": Image.open(picture)}
@@ -139,7 +139,7 @@ def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):
 
 
 def test_the_hub_lists_its_files(hub, monkeypatch):
-    """As huggingface_hub reads the real one: files and folders, one level or all, and nothing where nothing is."""
+    """As the real Hub: files and directories, one level or all; a missing directory is an error."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     api = HfApi(endpoint=hub.url, token="hf_x")
     hub.files |= {"a.json": b"{}", "additional_chat_templates/tool.jinja": b"x", "deep/er/b.txt": b"b"}
@@ -154,7 +154,7 @@ def test_the_hub_lists_its_files(hub, monkeypatch):
 
 
 class TestRefused:
-    """Each before a model is loaded, with the remedy."""
+    """Each error comes before a model is loaded and names the remedy."""
 
     @pytest.fixture(autouse=True)
     def no_model(self, monkeypatch):
@@ -165,9 +165,7 @@ class TestRefused:
         monkeypatch.setattr(run_sft, "prepare_model", refuse)
 
     def test_an_adapter_on_a_local_base(self, data, aligned, tmp_path):
-        message = (
-            f"push_to_hub is true, but the adapter would rest on model '{aligned}', .* run_push.py .* merge_adapter"
-        )
+        message = f"push_to_hub is true, but the adapter would need model '{aligned}', .* run_push.py .* merge_adapter"
         with pytest.raises(ValueError, match=message):
             run_sft.main(sft_options(data, aligned, output_dir=tmp_path, **PUSH))
 
@@ -178,7 +176,7 @@ class TestRefused:
             )
 
     def test_pushing_that_adapter_later(self, tuned):
-        with pytest.raises(ValueError, match=r"jnana_base.json says that the adapter rests on model .*merged"):
+        with pytest.raises(ValueError, match=r"jnana_base.json says that the adapter needs model .*merged"):
             run_push.main([str(tuned), "me/model"])
 
     @pytest.mark.parametrize("folder", ["checkpoints", "nowhere"])

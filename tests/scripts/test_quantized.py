@@ -165,7 +165,7 @@ def test_the_chat_takes_every_kind_of_folder(quantized, aligned, folder, quantiz
     assert processor.decode(output, skip_special_tokens=True).strip() == answer
     assert largest_difference(session, reread(session)) < 1e-5
     without = ChatSession(load_model(str(aligned))[0], processor)  # the control: no adapter
-    without.messages, without._pictures = session.messages, session._pictures
+    without.messages, without._images = session.messages, session._images
     assert largest_difference(session, reread(without)) > 1e-3
 
 
@@ -221,8 +221,19 @@ def test_evaluating_an_adapter_on_its_4_bits_and_off_them(quantized, data, tmp_p
 
 
 def test_evaluation_says_before_loading_that_bitsandbytes_is_missing(quantized, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.option_checks.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr(run_evaluate, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "output_dir": tmp_path}
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes"):
         run_evaluate.main(options(model_name_or_path=quantized / "merged", quantization="nf4", **values))
+
+
+def test_merging_with_a_build_that_knows_cuda(tuned, tmp_path, monkeypatch):
+    """`pip install torch` gives such a build on machines without a GPU too; the merge is computed on the CPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")  # the control
+    merge_adapter(str(tuned), tmp_path)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, tuned / "merged"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

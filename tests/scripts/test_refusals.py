@@ -1,4 +1,4 @@
-"""Bad input: each is refused before a model is loaded, with field, value and remedy in the message."""
+"""Bad input raises an error before a model is loaded, with field, value and remedy in the message."""
 
 import json
 import shutil
@@ -27,10 +27,14 @@ def no_model(monkeypatch):
     ("changes", "message"),
     [
         ({"train_data": "missing/captions.json"}, "train_data 'missing/captions.json' does not exist"),
-        ({"image_folder": "missing"}, "image_folder 'missing' is not a folder"),
+        ({"image_folder": "missing"}, "image_folder 'missing' is not a directory"),
         ({"eval_strategy": "steps"}, "eval_strategy is 'steps' but eval_data is not set"),
         ({"sample_steps": 5}, "sample_steps is 5 but eval_data is not set"),
         ({"streaming": "true", "max_steps": -1}, "streaming is true but max_steps is -1"),
+        (
+            {"train_sampling_strategy": "group_by_length", "streaming": "true"},
+            "train_sampling_strategy is 'group_by_length' but streaming is true",
+        ),
         ({"output_dir": "/proc/nowhere"}, "output_dir '/proc/nowhere' cannot be written to"),
         ({"feature_cache": "/proc/nowhere"}, "feature_cache '/proc/nowhere' cannot be written to"),
         ({"feature_cache": "c", "streaming": "true", "max_steps": 2}, "feature_cache is 'c' but streaming is true"),
@@ -54,9 +58,9 @@ def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, me
 
 
 def test_a_feature_cache_under_zero_3(no_model, data, vision, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.checks.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("jnana.training.option_checks.is_deepspeed_zero3_enabled", lambda: True)
     options = {"output_dir": tmp_path, "feature_cache": tmp_path / "cache"}
-    with pytest.raises(ValueError, match="feature_cache is '.*cache', but ZeRO-3 cuts .*fsdp2.yaml.* leave it out"):
+    with pytest.raises(ValueError, match="feature_cache is .*, but ZeRO-3 partitions .*fsdp2.yaml.* leave it out"):
         run_align.main(align_options(data, vision, pretrained, **options))
 
 
@@ -108,7 +112,7 @@ def test_another_adapter_than_the_one_to_continue(no_model, data, tuned, tmp_pat
 
 
 def test_quantising_without_bitsandbytes(no_model, data, aligned, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.option_checks.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes, .* `quantization: none`"):
         run_sft.main(sft_options(data, aligned, output_dir=tmp_path, quantization="nf4"))
 
@@ -119,7 +123,7 @@ def test_merging_what_is_no_adapter(aligned, tmp_path):
 
 
 def test_many_gpus_in_one_process(no_model, data, vision, pretrained, tmp_path, monkeypatch):
-    """DataParallel would cut `pixel_values` and `input_ids` at different rows."""
+    """DataParallel would split `pixel_values` and `input_ids` at different rows."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match="one process sees 2 GPUs, .* `accelerate launch --num_processes 2`"):
         run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path))
@@ -187,11 +191,11 @@ def test_a_vocabulary_larger_than_the_embedding(data, tmp_path):
 
 
 class TestForeignTokenizer:
-    """A language model joined or continued under a vocabulary that is not its own, both named."""
+    """A language model joined or continued with another vocabulary than its own; the error names both."""
 
     @pytest.fixture
     def foreign(self, tmp_path):
-        """The same number of entries, two of them swapped: nothing else would notice."""
+        """The same number of entries, two of them swapped, which no other check would notice."""
         folder = save_tiny_text(tmp_path / "foreign")
         content = json.loads((folder / "tokenizer.json").read_text())
         vocabulary = content["model"]["vocab"]
@@ -213,7 +217,7 @@ class TestForeignTokenizer:
             run_align.main(arguments)
 
     def test_its_own_tokenizer_from_elsewhere_is_taken(self, data, vision, pretrained, tmp_path):
-        """The control: the same vocabulary in another folder is no stranger."""
+        """The control: the same vocabulary in another directory is accepted."""
         AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "copy")
         changes = {"tokenizer_name_or_path": tmp_path / "copy", "max_steps": 1, "save_strategy": "no"}
         run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "out", **changes))
@@ -241,7 +245,7 @@ class TestForeignTokenizer:
 
 
 class TestBadSamples:
-    """The whole list of problems before training, or skipped and listed."""
+    """Either one error with all problems before training, or the rows are skipped and listed."""
 
     @pytest.fixture
     def spoilt(self, data, tmp_path):

@@ -1,4 +1,4 @@
-"""Cut off and started again: the same weights as without the cut, and broken checkpoints passed over."""
+"""An interrupted and restarted run ends with the weights of an uninterrupted one; broken checkpoints are skipped."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from jnana import run_align, run_pretrain, run_sft
-from jnana.training.callbacks import read_lines
+from jnana.processing.data import read_json_lines
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
 from tests.scripts.launching import kill_at, launch
 
@@ -40,14 +40,14 @@ def test_kill_9_and_start_again(pretrained, data, tmp_path, capsys):
     cut(output / "checkpoint-12" / "model.safetensors")
     run_pretrain.main(arguments)
     said = capsys.readouterr().out
-    assert "checkpoint-12 is passed over: model.safetensors is truncated" in said
+    assert "checkpoint-12 is skipped: model.safetensors is truncated" in said
     assert f"resuming from {output / 'checkpoint-8'}" in said
     assert_same_weights(output, pretrained)
-    assert [line["step"] for line in read_lines(output / "samples.jsonl")] == [0, 6, 12]
+    assert [line["step"] for line in list(read_json_lines(output / "samples.jsonl", "skip"))] == [0, 6, 12]
 
 
 def test_a_resume_that_lost_its_optimizer_would_differ(pretrained, data, tmp_path):
-    """The control for the test above: the same steps from the same checkpoint with a fresh optimizer end elsewhere."""
+    """The control for the test above: the same steps with a fresh optimizer give other weights."""
     start = pretrained / "checkpoint-8"
     output = tmp_path / "fresh"
     changes = {
@@ -63,7 +63,7 @@ def test_a_resume_that_lost_its_optimizer_would_differ(pretrained, data, tmp_pat
 
 
 def test_align_and_adapter_resume(data, vision, pretrained, aligned, tuned, tmp_path):
-    """The last checkpoint of each is broken, so both go on from the one before."""
+    """The last checkpoint of each run is broken, so both resume from the one before."""
     shutil.copytree(aligned, tmp_path / "align")
     cut(tmp_path / "align" / "checkpoint-6" / "optimizer.pt")
     (tmp_path / "align" / "model.safetensors").unlink()
@@ -78,7 +78,7 @@ def test_align_and_adapter_resume(data, vision, pretrained, aligned, tuned, tmp_
 
 
 def test_a_finished_run_stays_as_it_is(data, vision, pretrained, aligned, tmp_path, capsys):
-    """Stock Trainer takes one step too many from the last checkpoint of a run."""
+    """The stock Trainer takes one step too many from the last checkpoint of a run."""
     shutil.copytree(aligned, tmp_path / "align")
     (tmp_path / "align" / "model.safetensors").unlink()
     run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align"))
@@ -88,7 +88,7 @@ def test_a_finished_run_stays_as_it_is(data, vision, pretrained, aligned, tmp_pa
 
 
 def test_a_finished_run_keeps_its_best_weights(data, vision, pretrained, tmp_path, capsys):
-    """Its last checkpoint holds other ones."""
+    """Its last checkpoint holds other weights."""
     output = tmp_path / "align"
     captions = {"eval_data": data / "captions.json", "eval_image_folder": data / "images", "eval_strategy": "steps"}
     best = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "greater_is_better": "true"}
@@ -108,7 +108,7 @@ def steps_of(folder) -> list[int]:
 
 
 def test_a_finished_run_goes_on_when_more_is_asked_for(data, vision, pretrained, tmp_path, capsys):
-    """By epochs, of two steps each, and by steps; asking for what is there trains nothing."""
+    """By epochs, of two steps each, and by steps; a finished run trains nothing."""
     output = tmp_path / "align"
     ways = [
         ({"num_train_epochs": 1.5}, 3),
@@ -137,7 +137,7 @@ def test_overwriting_starts_anew(data, vision, pretrained, aligned, tmp_path):
 
 
 def test_a_stream_resumes_exactly(data, tmp_path):
-    """A streamed corpus has no length; the batches already seen are read past."""
+    """A streamed corpus has no length; the batches already trained on are skipped."""
     corpus = data / "corpus.txt"
     arguments = {**PRETRAIN, "train_data": corpus, "streaming": "true", "logging_steps": 1}
     run_pretrain.main(options(**arguments, output_dir=tmp_path / "whole"))

@@ -256,3 +256,27 @@ def test_zero3_joins_two_backbones(join, script, changes, weights, tmp_path):
     losses = history(tmp_path / "one", "loss")
     assert (losses[0] - losses[1]).abs() > 1e-3  # the control: training did change something
     load_model(str(tmp_path / "zero3"))
+
+
+@pytest.mark.parametrize(
+    ("how", "changes", "message"),
+    [
+        pytest.param("zero2", {"optimizer": "muon"}, "optimizer is 'muon', .* ZeRO flattens", marks=needs_deepspeed),
+        ("fsdp2", {"quantization": "int8", **ADAPTER}, "quantization is 'int8', whose weights FSDP cannot shard"),
+    ],
+    ids=["muon with ZeRO", "int8 with FSDP2"],
+)
+def test_refused_before_a_model_is_loaded(start, how, changes, message, tmp_path):
+    with pytest.raises(AssertionError, match=message) as error:
+        start(tmp_path / "run", how, **changes)
+    assert "what trains" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_a_new_adapter_on_four_bits(start, how, tmp_path):
+    changes = {**ADAPTER, "quantization": "nf4"}
+    for each in ("one", how):
+        start(tmp_path / each, each, **changes)
+    assert_same_run(tmp_path / how, tmp_path / "one", "adapter_model.safetensors")
+    losses = history(tmp_path / "one", "loss")
+    assert (losses[0] - losses[1]).abs() > 1e-3  # the control

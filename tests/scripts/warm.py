@@ -8,13 +8,10 @@ from pathlib import Path
 from peft import get_peft_model  # noqa: F401
 from PIL import Image
 
-from jnana import (
-    run_align,
-    run_pretrain,  # noqa: F401
-    run_sft,  # noqa: F401
-)
+from jnana import run_align, run_pretrain, run_sft  # noqa: F401
 from jnana.training.arguments import ModelArguments
 from jnana.training.loading import prepare_model, prepare_processor
+from jnana.training.monitoring import LossCurveCallback
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 
@@ -25,4 +22,4 @@ with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.Stri
 Image.init()
 
 # Half of a tiny run's time would go into drawing its loss curve at every save; other tests look at that.
-run_align.LossCurveCallback.on_save = lambda *args, **kwargs: None
+LossCurveCallback.on_save = lambda *args, **kwargs: None

@@ -95,8 +95,8 @@ def test_nested_numbers_of_a_text_config(tmp_path):
         ("seed: 1\nseed: 2", [], r"sets 'seed' 2 times"),
         ("seed: [1", [], r"is not valid YAML"),
         ("- seed", [], r"holds a list; it must be a mapping"),
-        ("seed: 1", ["--seed", "1", "2"], r"'2' belongs to no option: the recipe is the first word"),
-        ("seed: [1, 2]", [], r"'2' belongs to no option: .* takes one value was given several"),
+        ("seed: 1", ["--seed", "1", "2"], r"'2' belongs to no option; give the recipe as the first argument"),
+        ("seed: [1, 2]", [], r"'2' belongs to no option; .* one value to an option that takes one"),
     ],
 )
 def test_refused_with_the_remedy(tmp_path, text, argv, message):
@@ -105,7 +105,7 @@ def test_refused_with_the_remedy(tmp_path, text, argv, message):
 
 
 def test_a_recipe_behind_the_options(tmp_path):
-    with pytest.raises(ValueError, match="recipe.yaml' belongs to no option: the recipe is the first word"):
+    with pytest.raises(ValueError, match="recipe.yaml' belongs to no option; give the recipe as the first argument"):
         parse_arguments(CLASSES, ["--seed", "1", write(tmp_path, "seed: 1")])
 
 

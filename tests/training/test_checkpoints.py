@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the last whole one."""
+"""A run resumes from its last complete checkpoint."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from jnana.training.checkpoints import checkpoint_problem, checkpoint_to_resume,
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with checkpoints at steps 2, 4 and 10 (10 sorts before 2 as text)."""
+    """A run's directory with checkpoints at steps 2, 4 and 10 (10 sorts before 2 as text)."""
     for step in (2, 4, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -37,13 +37,13 @@ def test_takes_the_last(run, caplog):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
-def test_a_truncated_file_is_passed_over(run, name, share, caplog):
+def test_a_truncated_file_is_skipped(run, name, share, caplog):
     cut(run / "checkpoint-10" / name, share)
     assert checkpoint_to_resume(str(run), None) == str(run / "checkpoint-4")
-    assert "checkpoint-10 is passed over" in caplog.text and name in caplog.text
+    assert "checkpoint-10 is skipped" in caplog.text and name in caplog.text
 
 
-def test_a_missing_file_is_passed_over(run):
+def test_a_missing_file_is_skipped(run):
     (run / "checkpoint-10" / "trainer_state.json").unlink()
     (run / "checkpoint-4" / "model.safetensors").unlink()
     assert checkpoint_to_resume(str(run), None) == str(run / "checkpoint-2")
@@ -58,7 +58,7 @@ def test_shards_are_all_needed(run):
 
 
 def test_sharded_checkpoints(run):
-    """FSDP's files, FSDP's folders, DeepSpeed's folder: each whole, then with one thing missing."""
+    """FSDP's files, FSDP's directories, DeepSpeed's directory: each complete, then with one part missing."""
     folder = run / "checkpoint-10"
     (folder / "optimizer.pt").rename(folder / "optimizer.bin")
     assert checkpoint_problem(folder) is None
@@ -67,7 +67,7 @@ def test_sharded_checkpoints(run):
     (folder / "optimizer.bin").unlink()
     assert "optimizer.pt is missing" in checkpoint_problem(folder)
     (folder / "model.safetensors").unlink()
-    assert checkpoint_problem(folder) == "it holds no weights"
+    assert checkpoint_problem(folder) == "the directory holds no weights"
     for name in ("pytorch_model_fsdp_0", "optimizer_0"):
         (folder / name).mkdir()
         assert checkpoint_problem(folder) == f"{name} is incomplete"
@@ -83,7 +83,7 @@ def test_sharded_checkpoints(run):
 def test_nothing_to_resume(tmp_path):
     assert checkpoint_to_resume(str(tmp_path), None) is None
     assert checkpoint_to_resume(str(tmp_path / "new"), None) is None
-    with pytest.raises(ValueError, match="resume_from_checkpoint is 'true', but .* no whole checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint is 'true', but .* no complete checkpoint"):
         checkpoint_to_resume(str(tmp_path), "true")
 
 

@@ -30,9 +30,11 @@ def run_two(function, folder, timeout: int = 120) -> list[str]:
 
 
 def _child(function, folder, rank: int) -> None:
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"})
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(variables | {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    PartialState._reset_state()  # the forked process inherits that of the test process
     PartialState(cpu=True)
     try:
         result = function(folder)
@@ -111,7 +113,7 @@ def test_one_process_alone():
 
 
 class TestUnpartitioned:
-    """Whether transformers sees ZeRO-3 while a model is built; tests/scripts/test_sharded.py tests the training after it."""
+    """Whether transformers sees ZeRO-3 while a model is built; tests/scripts/test_sharded.py tests the training."""
 
     class Plugin:
         def __init__(self, zero3_init_flag: bool):

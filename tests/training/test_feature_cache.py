@@ -1,4 +1,4 @@
-"""A frozen tower's features, kept on disk: the tower's own, once a picture, refused when they don't fit."""
+"""The cache of a frozen tower's features: equal to the tower's, computed once per image, checked against the run."""
 
 import json
 import logging
@@ -20,10 +20,11 @@ from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, FeatureCache, JnanaCollator, load_image, read_bad_samples
 from jnana.processing.data import feature_cache as cache_format
+from jnana.processing.data.feature_cache import weights_digest
 from jnana.processing.data.rows import caption_conversation, make_row, message, rows_to_dataset, text_part
 from jnana.training import feature_cache
 from jnana.training.arguments import DataArguments
-from jnana.training.feature_cache import prepare_feature_cache, weights_digest
+from jnana.training.feature_cache import prepare_feature_cache
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 
@@ -85,7 +86,7 @@ def towers_own(pair, path) -> torch.Tensor:
 
 
 def computed(monkeypatch, pair) -> list[int]:
-    """Counts the pictures that go through the tower from now on."""
+    """The number of images in each later call of the tower."""
     counts = []
     original = type(pair[0].model).get_vision_features
 
@@ -108,7 +109,7 @@ class TestContents:
         assert (red - green).abs().max() > 1e-2  # the control: pictures differ
         assert torch.equal(cache.stack([red, green])["image_features"], torch.stack([red, green]))
 
-    def test_one_picture_is_stored_once(self, pair, pictures, tmp_path, monkeypatch):
+    def test_one_image_is_stored_once(self, pair, pictures, tmp_path, monkeypatch):
         counts = computed(monkeypatch, pair)
         shutil.copy(pictures / "red.png", pictures / "copy.png")
         embedded = {"path": None, "bytes": (pictures / "red.png").read_bytes()}
@@ -182,7 +183,7 @@ class TestTraining:
         assert (wrong[name] - gradients[name]).norm() > 1e-4 * gradients[name].norm()
 
     def test_text_alone_trains_as_without_a_cache(self, pair, pictures, tmp_path, packing):
-        """Its features are none, so that with several processes the model knows what the others have."""
+        """Its features have no rows, so that with several processes the model knows the other processes' features."""
         model, processor = pair
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
         chat = [message("user", text_part("what?")), message("assistant", text_part("red"))]
@@ -195,7 +196,7 @@ class TestTraining:
         assert torch.equal(loss, cached_loss) and gradients.keys() == cached_gradients.keys()
         assert gradients and not any("projector" in name for name in gradients)
 
-    def test_bad_pictures_are_left_out_as_elsewhere(self, pair, pictures, tmp_path, packing):
+    def test_bad_images_are_skipped_as_without_a_cache(self, pair, pictures, tmp_path, packing):
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
         (pictures / "green.png").write_bytes(b"no image")
         options = {"packing": packing, "images": cache, "bad_samples_file": tmp_path / "bad.jsonl"}
@@ -208,8 +209,8 @@ class TestTraining:
         assert substitute["image_features"].eq(0).all()
 
 
-class TestPicturesThatDontFit:
-    def test_a_changed_picture_is_refused_then_added(self, pair, pictures, tmp_path, monkeypatch):
+class TestChangedAndBadImages:
+    def test_a_changed_image_raises_then_is_added(self, pair, pictures, tmp_path, monkeypatch):
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
         before = cache.load(reference(pictures / "red.png"))
         Image.new("RGB", (40, 30), "purple").save(pictures / "red.png")
@@ -229,7 +230,7 @@ class TestPicturesThatDontFit:
         ],
         ids=["missing", "text", "truncated"],
     )
-    def test_bad_pictures(self, pair, pictures, tmp_path, spoil, message, caplog):
+    def test_bad_images(self, pair, pictures, tmp_path, spoil, message, caplog):
         spoil(pictures / "blue.png")
         with pytest.raises(BadSampleError, match=f"record 2: image .*blue.png' .*{message}"):
             build(pair, rows_in(pictures), tmp_path / "cache")
@@ -244,7 +245,7 @@ class TestKeys:
     def refused(self, pair, pictures, tmp_path, message, **options):
         with pytest.raises(ValueError, match=message) as error:
             build(pair, rows_in(pictures), tmp_path / "cache", **options)
-        assert "Give another folder, or delete this one" in str(error.value)
+        assert "Give another directory, or delete this one" in str(error.value)
 
     def test_other_weights(self, pair, pictures, tmp_path):
         build(pair, rows_in(pictures), tmp_path / "cache")
@@ -279,6 +280,18 @@ class TestKeys:
         digests.add(weights_digest(layer.to(torch.bfloat16)))
         assert len(digests) == 3 and weights_digest(layer) in digests
 
+    def test_a_digest_of_some_values(self):
+        """Faster, so evenly spaced values stand for each tensor; small tensors are read whole."""
+        large, small = torch.nn.Linear(100, 100), torch.nn.Linear(3, 3)
+        digest, exact = weights_digest(large, 10), weights_digest(large)
+        assert weights_digest(small, 100) == weights_digest(small)
+        with torch.no_grad():
+            large.weight[0, 1] += 1  # the second value; every thousandth is read
+        assert weights_digest(large, 10) == digest and weights_digest(large) != exact
+        with torch.no_grad():
+            large.weight[0, 0] += 1
+        assert weights_digest(large, 10) != digest
+
     def test_a_tower_that_trains(self, pair, pictures, tmp_path):
         parameter = next(pair[0].model.vision_tower.parameters()).requires_grad_(True)
         try:
@@ -288,7 +301,7 @@ class TestKeys:
             parameter.requires_grad_(False)
 
     def test_a_folder_of_something_else(self, pair, pictures, tmp_path):
-        with pytest.raises(ValueError, match="holds other files .'black.png'.*give a new folder"):
+        with pytest.raises(ValueError, match="holds other files .'black.png'.*give a new directory"):
             build(pair, rows_in(pictures), pictures)
 
     def test_another_format(self, pair, pictures, tmp_path):
@@ -316,12 +329,12 @@ class TestDisk:
         usage = shutil.disk_usage(tmp_path)
         with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
             patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=6_000))
-            with pytest.raises(ValueError, match="needs 6.1 kB for 6 pictures, but only 6.0 kB are free"):
+            with pytest.raises(ValueError, match="needs 6.1 kB for 6 images, but only 6.0 kB are free"):
                 build(pair, rows_in(pictures), tmp_path / "cache")
-        assert counts == [] and "6 of 6 different pictures are to be computed, 4 x 64 float32" in caplog.text
+        assert counts == [] and "6 of 6 different images are to be computed, 4 x 64 float32" in caplog.text
 
     def test_killed_builds_go_on(self, pair, pictures, tmp_path, monkeypatch):
-        """`kill -9` while the fourth picture goes through the tower: three are kept, three computed."""
+        """`kill -9` while the tower encodes the fourth image: three are kept, three computed."""
         monkeypatch.setattr(feature_cache, "BATCH_SIZE", 1)
         monkeypatch.setattr(feature_cache, "PART_BYTES", 1)
         process = get_context("fork").Process(target=self.build_and_die, args=(pair, pictures, tmp_path))

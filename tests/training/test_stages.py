@@ -1,6 +1,7 @@
 """Exactly which tensors change in each stage, and where LoRA may go."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -145,6 +146,20 @@ def test_the_untrained_copy_of_the_projector_does_not_count():
 def test_unknown_stage():
     with pytest.raises(ValueError, match="stage 'finetune' is unknown; it must be one of"):
         apply_stage(copy.deepcopy(pair()), "finetune")
+
+
+@pytest.mark.parametrize("dropout", [None, 0.05])
+def test_lora_and_its_dropout_are_logged_once(dropout, caplog):
+    lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_dropout=dropout)
+    with caplog.at_level(logging.INFO, "jnana.training.stages"):
+        model = apply_stage(pair(), "sft", lora)
+    (line,) = [record.message for record in caplog.records if "dropout" in record.message]
+    assert line.startswith(f"LoRA of rank 2, alpha 4, dropout {dropout or 0}")
+    assert ("packed and separate rows" in line) == (dropout is not None)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "jnana.training.stages"):
+        apply_stage(model, "sft")  # a further round on the same adapter
+    assert line in caplog.text
 
 
 def test_dropout_of_what_trains_is_stated_and_packing_warned_about(caplog):

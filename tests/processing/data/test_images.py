@@ -1,5 +1,6 @@
 """Images as people have them: turned, transparent, 16-bit, broken, absurd."""
 
+import base64
 import io
 import struct
 import zipfile
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image
+from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -40,17 +41,21 @@ def test_paths_bytes_and_images_are_taken(pictures):
 
 def test_exif_orientation_is_applied():
     image = Image.new("RGB", (40, 20))
-    image.putpixel((0, 0), (255, 255, 255))
+    image.paste("white", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    loaded = load_image(encoded(image, exif=exif))
-    assert loaded.size == (20, 40) and loaded.getpixel((19, 0)) == (255, 255, 255)
-    assert load_image(encoded(image)).size == (40, 20)  # negative control
+    for format in ("PNG", "JPEG", "WEBP", "TIFF"):
+        reference = encoded(image, format, exif=exif)
+        loaded = load_image(reference)
+        assert loaded.size == (20, 40) and min(loaded.getpixel((19, 0))) > 128 > max(loaded.getpixel((0, 39)))
+        assert check_image(reference) == (40, 20)
+        plain = encoded(image, format)  # negative control
+        assert load_image(plain).size == (40, 20) and check_image(plain) == (20, 40)
 
 
 def test_unreadable_exif_is_no_reason_to_lose_an_image():
     data = encoded(Image.new("RGB", (4, 4), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
-    assert load_image(data).size == (4, 4)
+    assert load_image(data).size == (4, 4) and check_image(data) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -147,3 +152,16 @@ def test_images_inside_an_archive_are_read(tmp_path, pictures):
     assert load_image(f"zip://0.png::{tmp_path / 'a.zip'}").getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(BadSampleError, match="r1: image .* can't be read"):
         load_image(f"zip://gone.png::{tmp_path / 'a.zip'}", source="r1")
+
+
+def test_a_thumbnail_is_small_and_leaves_the_image_alone():
+    def opened(image: Image.Image) -> Image.Image:
+        made = thumbnail(image, 100)
+        small = Image.open(io.BytesIO(base64.b64decode(made["url"].removeprefix("data:image/jpeg;base64,"))))
+        assert small.size == (made["width"], made["height"])
+        return small
+
+    image = Image.new("RGBA", (2000, 1000), (10, 200, 30, 255))
+    small = opened(image)
+    assert small.size == (100, 50) and small.getpixel((50, 25))[1] > 150 and image.size == (2000, 1000)
+    assert opened(Image.new("L", (20, 10))).size == (20, 10)  # the control: nothing is enlarged

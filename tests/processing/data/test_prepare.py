@@ -129,3 +129,17 @@ def test_planned_sizes_hold_for_images_of_different_token_counts(processor, tmp_
     monkeypatch.setattr(type(processor), "count_image_tokens", lambda self, size=None: 9 if size[1] > size[0] else 4)
     planned, batch_sizes = sizes()
     assert planned == batch_sizes and sum(planned) == sum(equal) + 4 * 5  # four wide images, each once
+
+
+@pytest.mark.parametrize("max_length", [None, 18])
+@pytest.mark.parametrize("packing", ["none", "rows", "shared_image"])
+def test_the_column_length_counts_the_tokens_of_a_row(coco, pictures, processor, packing, max_length):
+    """The Trainer's `train_sampling_strategy` reads it; without it, it would take the rows' `pixel_values`."""
+    options = PrepareOptions(
+        image_folder=pictures, packing=packing, max_length=max_length, max_row_tokens=40, on_bad_sample="skip"
+    )
+    rows = prepare(coco, processor, options)
+    collator = JnanaCollator(processor, **options.for_collator)
+    counted = [collator([row])["input_ids"].shape[1] for row in rows]
+    assert rows["length"][:] == counted and (max_length is not None or len(set(counted)) > 1)
+    assert rows.select([2, 0])["length"][:] == [counted[2], counted[0]]

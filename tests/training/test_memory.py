@@ -1,0 +1,79 @@
+"""The memory that a run is said to need is what its tensors take, and what the recipe's README says."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from jnana.training.arguments import TextModelArguments, as_command_line, parse_arguments, read_recipe
+from jnana.training.loading import text_model_config
+from jnana.training.run import check_memory, training_memory
+from jnana.training.stages import apply_stage
+from tests.tiny import tiny_text_config, tiny_tokenizer
+from tests.training.test_disk_space import model_of
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_it_is_what_the_tensors_take(kind):
+    model = model_of(kind)
+    said = training_memory(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = [leaf for leaf in tree_leaves(optimizer.state_dict()["state"]) if torch.is_tensor(leaf) and leaf.ndim > 0]
+    assert said["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert said["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
+    assert said["optimizer"] == sum(tensor.nbytes for tensor in state)
+    if kind == "adapter":  # the control: the frozen weights count once
+        assert said["gradients"] < said["weights"] / 2
+
+
+def test_the_table_of_stage_0():
+    """Phi-2 from random weights as `recipes/jnana/pretrain.yaml` trains it, on the meta device."""
+    (args, _) = parse_arguments(
+        [TextModelArguments, TrainingArguments], known(RECIPES / "jnana" / "pretrain.yaml", "text_config")
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text_model_config(args, tiny_tokenizer()))
+    apply_stage(model, "pretrain")
+    table = (RECIPES / "jnana" / "README.md").read_text().partition("## Memory of stage 0")[2]
+    assert f"{sum(p.numel() for p in model.parameters()):,} weights" in table
+    rows = re.findall(r"^\| .*?on 4.*? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
+    assert len(rows) == 2
+    for row, shards in zip(rows, (1, 4), strict=True):
+        parts = list(training_memory(model, shards).values())
+        assert row == tuple(f"{num_bytes / 1e9:.1f}" for num_bytes in (*parts, sum(parts)))
+    whole, sharded = (sum(training_memory(model, shards).values()) for shards in (1, 4))
+    assert sharded < 24e9 / 2 < 24e9 < whole  # FSDP2 leaves half of a GPU of 24 GB for activations; DDP does not fit
+
+
+def known(recipe: Path, key: str) -> list[str]:
+    """A command line with one option of a recipe."""
+    return as_command_line({key: read_recipe(recipe)[key], "tokenizer_name_or_path": "x"})
+
+
+def test_a_gpu_with_less_is_warned_of(tmp_path, monkeypatch, caplog):
+    model = AutoModelForCausalLM.from_config(tiny_text_config())
+    needed = sum(training_memory(model).values())
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+
+    def said(available: int) -> str:
+        caplog.clear()
+        properties = type("Properties", (), {"total_memory": available})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        with caplog.at_level(logging.INFO, "jnana.training.run"):
+            check_memory(model, args)
+        return caplog.text
+
+    assert "which is less; start with recipes/accelerate/fsdp2.yaml" in said(needed - 1)
+    assert "memory of each process" in said(needed) and "which is less" not in said(needed)  # the control

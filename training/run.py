@@ -1,0 +1,250 @@
+"""What the training scripts share around `Trainer`: logging and seed, the collator, training, saving and sharing."""
+
+import logging
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+
+from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import JnanaCollator
+
+from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
+from .attention import choose_attention, row_multiple
+from .cards import write_model_card
+from .checkpoints import ADAMW_BYTES, check_disk_space, delete_checkpoints, size_text
+from .data import collator_options
+from .distributed import sharding_of
+from .feature_cache import prepare_feature_cache
+from .interruption import explain_full_disk, restored_signals
+from .merging import merge_adapter
+from .sharing import published_files, push_folder
+
+
+logger = logging.getLogger(__name__)
+
+TEXT_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+
+
+def start_run(args: TrainingArguments) -> None:
+    """Log to stdout, each line once per process group, and seed: weights are initialised before the Trainer seeds."""
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logging.basicConfig(stream=sys.stdout, level=level, format="%(message)s", force=True)
+    for name in ("httpx", "fsspec", "datasets", "matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logger.info(
+        f"{args.world_size} process(es), {args.parallel_mode.value}, on {args.device}; output in {args.output_dir}"
+    )
+    set_seed(args.seed)
+
+
+def prepare_collator(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    model: nn.Module,
+    processor: JnanaProcessor,
+    data: list[Dataset | IterableDataset | None],
+) -> JnanaCollator:
+    """The collator of align and sft, with the feature cache that the recipe asks for.
+
+    For packed rows this also sets the language model's attention implementation (see [`choose_attention`]), because
+    the collator pads rows to the length that suits it.
+
+    Args:
+        data_args (`DataArguments`): Packing, lengths, what to do about bad rows, `feature_cache`.
+        model_args (`ModelArguments`): `attn_implementation`.
+        training_args (`TrainingArguments`): Device, precision, output directory.
+        model (`JnanaForConditionalGeneration` or `PeftModel`): After [`apply_stage`].
+        processor (`JnanaProcessor`): Renders and tokenises the conversations.
+        data (`list[Dataset]`): Training rows and validation rows, or `None`.
+    """
+    images = prepare_feature_cache(data_args, model, processor, data, training_args)
+    attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
+    multiple = row_multiple(attention, data_args.packing)
+    options = collator_options(data_args, training_args.output_dir)
+    return JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)
+
+
+def train(trainer: Trainer, checkpoint: str | None, *, overwrite: bool = False, merge: bool = False) -> None:
+    """Train from `checkpoint` on and save the final weights, configs and processor in `output_dir`.
+
+    If the checkpoint is the end of the run, nothing is trained and its files are copied to `output_dir`.
+
+    Args:
+        trainer (`Trainer`): The run's.
+        checkpoint (`str`, *optional*): Directory of the checkpoint to resume from.
+        overwrite (`bool`, defaults to `False`): Delete the run's old checkpoints first.
+        merge (`bool`, defaults to `False`): Whether a merged model is written at the end, and needs space.
+
+    Raises:
+        ValueError: if the checkpoint is of another model, or the disk has no space for one checkpoint.
+    """
+    if overwrite and trainer.args.should_save:
+        delete_checkpoints(trainer.args.output_dir)
+    if checkpoint is not None:
+        check_same_model(trainer.model, checkpoint)
+    # set after the data was tokenised, which is faster in parallel; the dataloader's workers would warn
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= planned_steps(trainer):
+            restore_finished_run(trainer, checkpoint, state)
+            return
+    check_disk_space(trainer, merge)
+    check_memory(trainer.model, trainer.args)
+    with restored_signals(trainer), explain_full_disk(trainer.args):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
+        trainer.save_model(_internal_call=True)
+
+
+def planned_steps(trainer: Trainer) -> int:
+    """The number of optimizer steps that today's `max_steps`, or epochs of today's data, come to."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * max(steps_per_epoch, 1))
+
+
+def check_memory(model: nn.Module, args: TrainingArguments) -> None:
+    """Log the memory that each process needs at least, and warn if its GPU has less.
+
+    Args:
+        model (`nn.Module`): With `requires_grad` set, before the Trainer wraps it.
+        args (`TrainingArguments`): Device, sharding, number of processes.
+    """
+    sharding = sharding_of(args)
+    if sharding in (
+        "zero1",
+        "zero2",
+    ):  # hold copies of the weights in two dtypes, which depend on DeepSpeed's settings
+        return
+    parts = training_memory(model, args.world_size if sharding else 1)
+    text = ", ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
+    total = sum(parts.values())
+    logger.info(f"memory of each process without activations, with AdamW: {text}; {size_text(total)} in all")
+    available = torch.cuda.get_device_properties(args.device).total_memory if args.device.type == "cuda" else math.inf
+    if total > available:
+        logger.warning(
+            f"this GPU has {size_text(available)}, which is less; start with recipes/accelerate/fsdp2.yaml on more "
+            "GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
+        )
+
+
+def training_memory(model: nn.Module, shards: int = 1) -> dict[str, int]:
+    """Bytes of weights, gradients and AdamW's state in each process; a model on the meta device is counted too.
+
+    Args:
+        model (`nn.Module`): With `requires_grad` set.
+        shards (`int`, defaults to 1): Processes that all three are divided over, with FSDP or ZeRO-3.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = {
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": sum(ADAMW_BYTES * parameter.numel() for parameter in trained),
+    }
+    return {name: num_bytes // shards for name, num_bytes in parts.items()}
+
+
+def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:
+    """Copy the files of a run's last (or best) checkpoint to `output_dir`, because nothing is left to train.
+
+    `Trainer.train` would take one step too many from there.
+
+    Raises:
+        ValueError: if the checkpoint holds sharded weights only.
+    """
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    source = best or checkpoint
+    if not list(Path(source).glob("*.safetensors")):
+        raise ValueError(
+            f"{checkpoint} is the end of this run, but {source} holds sharded weights only, which training alone can "
+            "read; a larger max_steps or num_train_epochs continues from it"
+        )
+    logger.info(
+        f"{checkpoint} is the end of this run: nothing is trained, its files are copied to {trainer.args.output_dir} "
+        "(a larger max_steps or num_train_epochs continues from it)"
+    )
+    trainer.state = state
+    if trainer.args.should_save:
+        with explain_full_disk(trainer.args):
+            for file in published_files(source):
+                shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_same_model(model: nn.Module, checkpoint: str) -> None:
+    """Check that a run is resumed with the model it was started with; the Trainer would load the weights that fit.
+
+    Raises:
+        ValueError: naming the checkpoint, the option, both values and the remedy.
+    """
+    remedy = "give the run's own options, another output_dir, or overwrite_output_dir: true to start anew"
+    adapter = isinstance(model, PeftModel)
+    holds_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
+    if not holds_adapter and not (Path(checkpoint) / "config.json").is_file():
+        return  # sharded weights without a config
+    if adapter != holds_adapter:
+        held, wanted = ("a whole model", "an adapter") if adapter else ("an adapter", "a whole model")
+        raise ValueError(f"{checkpoint} holds {held}, but this run trains {wanted} (lora_r); {remedy}")
+    if adapter:
+        now, saved = model.peft_config["default"], PeftConfig.from_pretrained(checkpoint)
+        names = ("r", "lora_alpha")
+    else:
+        now, saved = model.config, type(model.config).from_pretrained(checkpoint)
+        names = PROJECTOR_FIELDS if isinstance(now, JnanaConfig) else TEXT_FIELDS
+    for name in names:
+        if getattr(now, name, None) != getattr(saved, name, None):
+            raise ValueError(
+                f"{checkpoint} was trained with {name} {getattr(saved, name, None)!r}, this run has "
+                f"{getattr(now, name, None)!r}; {remedy}"
+            )
+
+
+def finish_run(
+    trainer: Trainer,
+    stage: str,
+    model_args: ModelArguments | TextModelArguments,
+    data_args: DataArguments | TextDataArguments,
+    recipe: str | None = None,
+) -> None:
+    """Save the Trainer's state and the model card in `output_dir`, and push the checkpoint with `push_to_hub`.
+
+    Args:
+        trainer (`Trainer`): After [`train`].
+        stage, model_args, data_args, recipe: As for [`write_model_card`].
+    """
+    args = trainer.args
+    with explain_full_disk(args):
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            write_model_card(trainer, stage, model_args, data_args, recipe)
+    if args.push_to_hub and trainer.is_world_process_zero():
+        push_folder(args.output_dir, trainer.hub_model_id, token=args.hub_token, revision=args.hub_revision)
+
+
+def merge_trained_adapter(args: TrainingArguments, merge_base: str) -> None:
+    """Write `output_dir/merged` from the adapter in `output_dir`; for the process that saves.
+
+    Args:
+        args (`TrainingArguments`): Of the run, which has ended and whose model is freed.
+        merge_base (`str`): `dequantized` or `full`.
+    """
+    merged = f"{args.output_dir}/merged"
+    remedy = (
+        "The adapter is complete; make room, and run: python run_merge.py --model_name_or_path "
+        f"{args.output_dir} --output_dir {merged} --merge_base {merge_base}"
+    )
+    with explain_full_disk(args, remedy):
+        merge_adapter(args.output_dir, merged, merge_base, device=args.device)

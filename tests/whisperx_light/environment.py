@@ -20,7 +20,7 @@
 
 The pins of WhisperX 3.8.6 are overridden with versions that it also runs with, and packages that transcription does
 not use are left out. `pyannote_absent` replaces pyannote.audio: without speaker or voice detection WhisperX only
-inherits from its classes. This environment is for tests; users get the one that `processing/speech/worker.py` describes.
+inherits from its classes. This environment is for tests; users get that of `processing/speech/worker.py`.
 
 This file contains no code: `uv sync --script` reads the header.
 """

@@ -1,4 +1,4 @@
-"""Refuses tracked files whose names not every operating system can hold. `make quality` runs it.
+"""Fails if a tracked file has a name that some operating system does not allow. `make quality` runs it.
 
 python .ci/file_names.py
 """

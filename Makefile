@@ -63,7 +63,7 @@ $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml con
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
 	touch $@
 
-.venv-%/.installed: setup.cfg pyproject.toml constraints-%.txt
+.venv-%/.installed: setup.cfg setup.py pyproject.toml constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev]"
 	touch $@

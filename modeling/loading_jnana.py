@@ -205,13 +205,13 @@ def read_base_reference(path: str | Path, **hub_arguments: Any) -> dict[str, Any
     return {"quantization": {"quantization": "none"}, "dtype": None, **reference}
 
 
-def _find_file(path: str | Path, file: str, subfolder: str = "", **hub_arguments: Any) -> Path | None:
+def _find_file(path: str | Path, file: str, subfolder: str | None = None, **hub_arguments: Any) -> Path | None:
     """The local path of a file of a directory or a Hub repository, `None` if it has no such file."""
     if Path(path).is_dir():
-        local = Path(path) / subfolder / file
+        local = Path(path) / (subfolder or "") / file
         return local if local.is_file() else None
     try:
-        return Path(cached_file(str(path), file, subfolder=subfolder, **hub_arguments))
+        return Path(cached_file(str(path), file, subfolder=subfolder or "", **hub_arguments))
     except OSError as error:
         # The repository is there without the file. cached_file() raises that directly, and from EntryNotFoundError if
         # the file is not in the cache and the Hub can't be asked.

@@ -101,8 +101,7 @@ def log_dropout(dropout: dict[str, float], packing: str) -> None:
         logger.warning(
             f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a prefix "
             "then share its noise, so packed rows do not train exactly what separate rows train. Set the dropout "
-            "fields in the language model's config.json (Phi-2: `resid_pdrop`) and lora_dropout to 0, or set packing: "
-            "none"
+            "fields in the language model's config.json (Phi-2: `resid_pdrop`) and lora_dropout to 0, or packing: none"
         )
     elif set(dropout) - {"lora"}:
         logger.info(f"dropout: {stated}")

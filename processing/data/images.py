@@ -69,22 +69,35 @@ def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MA
         image, source, max_image_pixels: as in [`load_image`].
 
     Returns:
-        `tuple[int, int]`: (height, width) in pixels as stored, before the EXIF orientation is applied.
+        `tuple[int, int]`: (height, width) in pixels that [`load_image`] will give.
 
     Raises:
         BadSampleError: as [`load_image`].
     """
     if isinstance(image, Image.Image):
         _check_size(image, f"image of {image.width}x{image.height}", source, max_image_pixels)
-        return image_size(image)
+        return _upright_size(image)
     opened = _open(image, source, max_image_pixels)[1]
     with opened:
-        return image_size(opened)
+        return _upright_size(opened)
 
 
 def image_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of an image in pixels, the order in which `JnanaProcessor.count_image_tokens` takes it."""
     return image.height, image.width
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after the EXIF orientation is applied, without decoding pixels."""
+    height, width = image_size(image)
+    # PIL applies the orientation of a TIFF itself, and would decode a PNG to look for EXIF data at its end.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return height, width
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) in range(5, 9)  # by 90 degrees to the left or right
+    except Exception:  # unreadable EXIF data: `_decode` keeps the stored orientation too
+        turned = False
+    return (width, height) if turned else (height, width)
 
 
 def read_image_bytes(image: dict, *, source: str = "image") -> bytes:

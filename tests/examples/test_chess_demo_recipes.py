@@ -98,7 +98,7 @@ def test_fresh_deletes_nothing_that_is_not_the_demos(tmp_path):
     command = [sys.executable, str(DEMO / "run_demo.py"), "--fresh", "--output_dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "is no folder of this demo" in result.stderr
+    assert "is not a directory of this demo" in result.stderr
     assert (tmp_path / "precious.txt").read_text() == "keep"
 
 

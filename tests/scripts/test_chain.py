@@ -202,7 +202,7 @@ def test_sft_of_a_pair_without_align(pretrained, vision, data, tmp_path):
         "max_steps": 2,
         "output_dir": output,
         "merge_adapter": "true",
-        "activation_checkpointing": "true",
+        "gradient_checkpointing": "true",
     }
     run_sft.main(options(**arguments))
     adapted = logits(*load_model(str(output)), data)
@@ -215,7 +215,7 @@ def test_full_fine_tuning(aligned, data, tmp_path):
     changes = {
         "lora_r": 0,
         "max_steps": 2,
-        "activation_checkpointing": "true",
+        "gradient_checkpointing": "true",
         "optimizer": "muon",
         "dataloader_num_workers": 1,
     }
@@ -239,3 +239,15 @@ def test_a_new_schedule_in_bfloat16(aligned, data, tmp_path):
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     model, processor = load_model(str(output), dtype="bfloat16")
     assert torch.isfinite(logits(model, processor, data)).all()
+
+
+def test_the_code_of_the_merged_card_runs(tuned, data, tmp_path, monkeypatch, capsys):
+    """It names the merged directory, not the adapter's; the card says where to run it."""
+    shutil.copytree(tuned / "merged", tmp_path / "merged")
+    with Image.open(data / "images" / "red_blue.png") as image:
+        image.save(tmp_path / "image.jpg")
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "merged" / "README.md").read_text(), re.DOTALL).group(1)
+    assert code.count('from_pretrained("merged"') == 2 and "parent directory" in code and '"sft"' not in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out

@@ -183,7 +183,7 @@ def test_a_second_round_adopts_everything(quantized, data, tmp_path):
 
 
 def test_eight_bits_train_too(aligned, data, tmp_path):
-    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "activation_checkpointing": "true"}
+    changes = {"quantization": "int8", "max_steps": 2, "save_strategy": "no", "gradient_checkpointing": "true"}
     run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "int8", **changes))
     model, processor = load_model(str(tmp_path / "int8"))
     assert model.get_base_model().is_loaded_in_8bit and torch.isfinite(logits(model, processor, data)).all()

@@ -103,15 +103,16 @@ def assert_same_folder(folder, reference) -> None:
         assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
 
 
-def assert_one_lacked_an_image(outputs: list[str]) -> None:
+def assert_one_lacked_an_image(outputs: list[str], sharded: bool) -> None:
     counts = [output.count("a batch without an image") for output in outputs]
     assert max(counts) > 0 and min(counts) < SIZES["max_steps"], counts
-    # in evaluation the second process gets every second record, which has none
-    assert [output.count("evaluated without an image") > 0 for output in outputs] == [False, True]
+    # In evaluation the second process gets every second record, which has none. It encodes a blank image only if the
+    # other process waits for its part of the parameters.
+    assert [output.count("evaluated without an image") > 0 for output in outputs] == [False, sharded]
 
 
 def test_ddp_is_one_process(start, one, tmp_path):
-    assert_one_lacked_an_image(start(tmp_path / "run", "ddp"))
+    assert_one_lacked_an_image(start(tmp_path / "run", "ddp"), sharded=False)
     assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").is_file()
     assert_same_run(tmp_path / "run", one)
 
@@ -119,7 +120,7 @@ def test_ddp_is_one_process(start, one, tmp_path):
 def test_fsdp2_is_one_process(one, sharded):
     """accelerate's FSDP2 ran (its files say so), and what it leaves is an ordinary checkpoint in safetensors."""
     folder, outputs = sharded
-    assert_one_lacked_an_image(outputs)
+    assert_one_lacked_an_image(outputs, sharded=True)
     names = {path.name for path in (folder / "checkpoint-4").iterdir()}
     assert {"pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"} <= names and "optimizer.pt" not in names
     assert_same_run(folder, one)
@@ -133,7 +134,7 @@ def test_fsdp2_is_one_process(one, sharded):
 
 def test_fsdp2_with_a_feature_cache(start, one, tmp_path):
     """No process runs the tower while it trains or evaluates, the one without an image neither: all wait for all."""
-    assert_one_lacked_an_image(start(tmp_path / "run", "fsdp2", feature_cache=tmp_path / "cache"))
+    assert_one_lacked_an_image(start(tmp_path / "run", "fsdp2", feature_cache=tmp_path / "cache"), sharded=True)
     assert_same_run(tmp_path / "run", one)
 
 
@@ -182,7 +183,7 @@ def test_muon_under_fsdp2(start, tmp_path):
 def test_zero_is_one_process(start, one, how, tmp_path):
     """DeepSpeed ran (its files say so), resumes to the byte, and leaves an ordinary checkpoint in safetensors."""
     folder = tmp_path / how
-    assert_one_lacked_an_image(start(folder, how))
+    assert_one_lacked_an_image(start(folder, how), sharded=how == "zero3")
     states = sorted(path.name for path in (folder / "checkpoint-4" / "global_step4").glob("*optim_states.pt"))
     assert [name.split("_mp_rank")[0] for name in states] == [f"zero_pp_rank_{rank}" for rank in range(2)]
     assert_same_run(folder, one)
@@ -194,8 +195,11 @@ def test_zero_is_one_process(start, one, how, tmp_path):
     assert f"resuming from {folder}/checkpoint-2 " in start(folder, how)[0]
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder / "checkpoint-2" / "model.safetensors").read_bytes() != weights
-    with pytest.raises(AssertionError, match="is the end of this run, .* start it once without DeepSpeed"):
-        start(folder, how)
+    (folder / "model.safetensors").unlink()
+    assert (
+        "is the end of this run: nothing is trained" in start(folder, how)[0]
+    )  # the files of checkpoint-4 are copied
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 @pytest.fixture(scope="module")

@@ -41,17 +41,21 @@ def test_paths_bytes_and_images_are_taken(pictures):
 
 def test_exif_orientation_is_applied():
     image = Image.new("RGB", (40, 20))
-    image.putpixel((0, 0), (255, 255, 255))
+    image.paste("white", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    loaded = load_image(encoded(image, exif=exif))
-    assert loaded.size == (20, 40) and loaded.getpixel((19, 0)) == (255, 255, 255)
-    assert load_image(encoded(image)).size == (40, 20)  # negative control
+    for format in ("PNG", "JPEG", "WEBP", "TIFF"):
+        reference = encoded(image, format, exif=exif)
+        loaded = load_image(reference)
+        assert loaded.size == (20, 40) and min(loaded.getpixel((19, 0))) > 128 > max(loaded.getpixel((0, 39)))
+        assert check_image(reference) == (40, 20)
+        plain = encoded(image, format)  # negative control
+        assert load_image(plain).size == (40, 20) and check_image(plain) == (20, 40)
 
 
 def test_unreadable_exif_is_no_reason_to_lose_an_image():
     data = encoded(Image.new("RGB", (4, 4), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
-    assert load_image(data).size == (4, 4)
+    assert load_image(data).size == (4, 4) and check_image(data) == (4, 4)
 
 
 @pytest.mark.parametrize(

@@ -143,11 +143,12 @@ def test_files_that_are_no_recording_are_errors_and_the_worker_lives(transcriber
 
 IN_PROCESS = """
 import sys, types
-package = types.ModuleType("speech")  # its other files need packages that are not here
-package.__path__ = [sys.argv[1]]
-sys.modules["speech"] = package
-from speech.transcriber import Transcriber
-from speech.recordings import TranscriptionError
+for name in ("jnana", "jnana.processing", "jnana.processing.data", "jnana.processing.speech"):
+    package = types.ModuleType(name)  # without its __init__.py, which needs packages that are not here
+    package.__path__ = ["/".join([sys.argv[1], *name.split(".")[1:]])]
+    sys.modules[name] = package
+from jnana.processing.speech.transcriber import Transcriber
+from jnana.processing.speech.recordings import TranscriptionError
 with Transcriber(sys.argv[2]) as transcriber:
     print("HEARD", [transcriber.transcribe(path).text for path in sys.argv[3:]], transcriber._worker)
 try:
@@ -161,9 +162,8 @@ def test_whisperx_runs_in_this_process_where_it_is_importable(python, files, tmp
     """And says so when a model can't be had without a network."""
     environment = {**_environment(), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     environment.pop(PYTHON_VARIABLE, None)
-    package = WORKER_SCRIPT.parent
     done = subprocess.run(
-        [python, "-c", IN_PROCESS, package, STAND_IN_MODEL, files / "q.wav", files / "q.mp3"],
+        [python, "-c", IN_PROCESS, WORKER_SCRIPT.parents[2], STAND_IN_MODEL, files / "q.wav", files / "q.mp3"],
         capture_output=True,
         text=True,
         cwd=files,

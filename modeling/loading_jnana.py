@@ -346,8 +346,8 @@ def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs:
     model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
     if is_peft_available():  # without this line transformers would demand PEFT of every reader of a checkpoint
         from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
-    # transformers' `load_adapter` rounds an adapter to the dtype of the base, which it was not trained in, needs
-    # PEFT 0.19, and in transformers 5.20 forgets the subfolder.
+    # transformers' `load_adapter` rounds an adapter to the dtype of the base, though it was trained in float32, and in
+    # transformers 5.20 it ignores `subfolder`.
     model.add_adapter(PeftConfig.from_pretrained(path, **from_hub))
     adapter = {name: p for name, p in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
     for parameter in adapter.values():

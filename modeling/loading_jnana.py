@@ -31,6 +31,9 @@ logger = logging.get_logger(__name__)
 BASE_REFERENCE = "jnana_base.json"
 BASE_REFERENCE_FORMAT = 1  # the `format` of the files written now; files without the field are older and are read too
 
+# The files of an adapter, as PEFT names them.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 # Modules that are never quantised. transformers matches these from the start of a module's full name.
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
@@ -344,7 +347,12 @@ def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs:
     kwargs = dict(kwargs)
     with_info = kwargs.pop("output_loading_info", False)
     model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
-    info = model.load_adapter(path, adapter_kwargs=from_hub)
+    # Found here and given as a local directory: load_adapter() of transformers 5.20 does not look into a subfolder.
+    files = {file: _find_file(path, file, **from_hub) for file in ADAPTER_FILES}
+    missing = [file for file, found in files.items() if found is None]
+    if missing:
+        raise ValueError(f"the adapter {path!r} lacks {', '.join(missing)}; save it again")
+    info = model.load_adapter(str(files[ADAPTER_FILES[-1]].parent))  # type: ignore[union-attr]
     if info.missing_keys:
         raise ValueError(f"the adapter {path!r} lacks weights: {sorted(info.missing_keys)[:3]}, ...; save it again")
     hold_adapter_in_float32(model, path, from_hub)

@@ -31,9 +31,6 @@ logger = logging.get_logger(__name__)
 BASE_REFERENCE = "jnana_base.json"
 BASE_REFERENCE_FORMAT = 1  # the `format` of the files written now; files without the field are older and are read too
 
-# The files of an adapter, as PEFT names them.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
 # Modules that are never quantised. transformers matches these from the start of a module's full name.
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
@@ -347,38 +344,26 @@ def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs:
     kwargs = dict(kwargs)
     with_info = kwargs.pop("output_loading_info", False)
     model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
-    # Found here and given as a local directory: load_adapter() of transformers 5.20 does not look into a subfolder.
-    files = {file: _find_file(path, file, **from_hub) for file in ADAPTER_FILES}
-    missing = [file for file, found in files.items() if found is None]
-    if missing:
-        raise ValueError(f"the adapter {path!r} lacks {', '.join(missing)}; save it again")
-    info = model.load_adapter(str(files[ADAPTER_FILES[-1]].parent))  # type: ignore[union-attr]
-    if info.missing_keys:
-        raise ValueError(f"the adapter {path!r} lacks weights: {sorted(info.missing_keys)[:3]}, ...; save it again")
-    hold_adapter_in_float32(model, path, from_hub)
-    model.eval()
-    return (model, info.to_dict()) if with_info else model
-
-
-def hold_adapter_in_float32(model: Any, path: str, from_hub: dict[str, Any]) -> None:
-    """
-    Give an adapter the precision it was trained in. transformers rounds it to the dtype of the base; PEFT does not.
-
-    Args:
-        model ([`JnanaForConditionalGeneration`]): With the adapter loaded into it; changed in place.
-        path (`str`): Folder or Hub id of the adapter.
-        from_hub (`dict`): `revision`, `subfolder`, `token`, ... of the adapter.
-    """
-    rounded = [p for name, p in model.named_parameters() if ".lora_" in name and p.dtype != torch.float32]
-    if not rounded:
-        return
-    if is_peft_available():  # it loaded the adapter; without this line transformers demands PEFT of every reader
-        from peft import load_peft_weights, set_peft_model_state_dict
-    for parameter in rounded:
+    if is_peft_available():  # without this line transformers would demand PEFT of every reader of a checkpoint
+        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+    # transformers' `load_adapter` rounds an adapter to the dtype of the base, which it was not trained in, needs
+    # PEFT 0.19, and in transformers 5.20 forgets the subfolder.
+    model.add_adapter(PeftConfig.from_pretrained(path, **from_hub))
+    adapter = {name: p for name, p in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
+    for parameter in adapter.values():
         parameter.data = parameter.data.float()
-    weights = load_peft_weights(path, device=str(rounded[0].device), **from_hub)
+    weights = load_peft_weights(path, device=str(model.device), **from_hub)
     prefix = "base_model.model."  # of the names in a `PeftModel`, by which adapters are saved
-    set_peft_model_state_dict(model, {name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    expected = {name.replace(".default.", ".").replace(".modules_to_save.", ".") for name in adapter}
+    missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+    if missing:
+        raise ValueError(f"the adapter {path!r} lacks weights: {missing[:3]}, ...; save it again")
+    set_peft_model_state_dict(model, weights)
+    model.requires_grad_(False)
+    model.eval()
+    info = {"missing_keys": set(), "unexpected_keys": set(unexpected), "mismatched_keys": set(), "error_msgs": []}
+    return (model, info) if with_info else model
 
 
 def quantized_weight_count(weight: nn.Parameter) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from jnana.modeling import JnanaForConditionalGeneration, available_device, quantization_config, read_base_reference
@@ -259,6 +260,27 @@ class TestBothLoaders:
         assert processor.image_token_id == ours.config.image_token_id
         with pytest.raises(ValueError, match="is not a Jnana checkpoint: it has no processor_config.json"):
             load_model(repository)  # the control
+
+
+class TestAdapterFiles:
+    def test_nothing_trains_and_the_adapter_can_be_switched_off(self, pair, tmp_path):
+        folder = save_adapter(pair, tmp_path / "sft")
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not any(p.requires_grad for p in model.parameters()) and not model.training
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        adapted = logits_of(model)
+        model.disable_adapters()
+        assert not torch.allclose(logits_of(model), adapted, atol=1e-3)
+
+    @pytest.mark.parametrize("part", ["lora_B", "multi_modal_projector"])
+    def test_weights_that_are_missing(self, pair, tmp_path, part):
+        folder = save_adapter(pair, tmp_path / "sft")
+        file = f"{folder}/adapter_model.safetensors"
+        weights = load_file(file)
+        dropped = next(name for name in weights if part in name)
+        save_file({name: tensor for name, tensor in weights.items() if name != dropped}, file)
+        with pytest.raises(ValueError, match=f"the adapter .* lacks weights: .*{part}.*; save it again"):
+            AutoModelForImageTextToText.from_pretrained(folder)
 
 
 class TestBaseReference:

@@ -282,7 +282,7 @@ def test_planned_sizes_are_the_batches_sizes(processor, pictures):
     assert sum(len(row["conversations"]) for item in packed for row in item["groups"]) == sum(map(len, report.lengths))
     again = pickle.loads(pickle.dumps(packed.shuffle(seed=1).select(range(3))))
     assert sources(again) == sources(packed.shuffle(seed=1).select(range(3)))
-    assert packed.column_names == ["groups"]
+    assert packed.column_names == ["groups", "length"] and list(packed["length"]) == plan.sizes
 
 
 def test_a_stream_is_packed_while_it_is_read(processor, monkeypatch):

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
-from jnana.training.distributed import main_process_first
+from jnana.training.distributed import main_process_first, unpartitioned
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.loading import prepare_text_model, prepare_tokenizer
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
         eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)
 
     # 5. Model: everything trains
-    model = apply_stage(prepare_text_model(model_args, tokenizer), "pretrain")
+    with unpartitioned(training_args, whole=True):
+        model = apply_stage(prepare_text_model(model_args, tokenizer), "pretrain")
 
     # 6. Trainer
     trainer = Trainer(

@@ -59,7 +59,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "jnana").split(".")[0] == "jnana":
+                raise
+            message = f"jnana.{name} needs {error.name}, which is not installed: pip install 'jnana[train]'"
+            raise ModuleNotFoundError(message, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -171,9 +171,9 @@ class JnanaGenerationMixin(GenerationMixin):
         As `GenerationMixin.generate`. Images are encoded once, before the first token. Takes `image_features` as
         [`JnanaModel.forward`] does, and the cache as `past_key_values` or `cache`.
         """
-        for name in set(CACHE_NAMES) - {CACHE_NAME}:
-            if name in kwargs:
-                kwargs[CACHE_NAME] = kwargs.pop(name)
+        cache = _one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         kwargs.pop("mm_token_type_ids", None)  # some processors add them; image tokens are known by their id
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
@@ -581,6 +581,8 @@ def _check_float16_attention(text_config: PreTrainedConfig, inputs_embeds: torch
     if text_config.model_type != "phi" or text_config._attn_implementation != "eager":
         return
     device = inputs_embeds.device.type
+    if device == "meta":
+        return
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else inputs_embeds.dtype
     if dtype == torch.float16:

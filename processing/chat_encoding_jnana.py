@@ -149,7 +149,7 @@ def transcribe_chat(chat: list[dict], transcriber: Any) -> list[dict]:
         chat (`list[dict]`): messages. An audio part holds a file's path under `path`, or under `audio` a path, samples
             `(num_samples,)` with their `sampling_rate` beside them, or a dict of `array` and `sampling_rate`.
         transcriber (`Any`): has a method `transcribe(recording)`, or `transcribe(samples, sampling_rate)`, that
-            returns something with a `text`: a `Transcriber` of the package `processing`, for one.
+            returns something with a `text`: a `jnana.Transcriber`, for one.
 
     Returns:
         `list[dict]`: the chat itself if it has no recordings, else a copy.
@@ -164,7 +164,7 @@ def transcribe_chat(chat: list[dict], transcriber: Any) -> list[dict]:
     if not hasattr(transcriber, "transcribe"):
         raise ValueError(
             "The chat holds a recording, and transcriber=None. Give one, as in "
-            "`apply_chat_template(chat, transcriber=processing.Transcriber())`, or give the words as text."
+            "`apply_chat_template(chat, transcriber=jnana.Transcriber())`, or give the words as text."
         )
     return [
         {**message, "content": _in_words(content, transcriber)} if isinstance(content, list) else message
@@ -219,33 +219,6 @@ def mark_answers(text: str, spans: list[tuple[int, int]]) -> str:
         pieces += [text[last:start], ANSWER_START, text[start:end], ANSWER_END]
         last = min(end, len(text))
     return "".join([*pieces, text[last:]])
-
-
-def measure_sequence(
-    ids: list[int], mask: list[int], image_token_id: int, tokens_per_image: int = 1
-) -> tuple[int, int | None, int]:
-    """
-    The numbers that decide whether a sequence fits into a row.
-
-    Args:
-        ids (`list[int]`): token ids.
-        mask (`list[int]`): 1 on answer tokens.
-        image_token_id (`int`): the image token.
-        tokens_per_image (`int`, *optional*, defaults to 1): how many tokens will replace each image token in `ids`.
-
-    Returns:
-        `tuple[int, int | None, int]`: the length; the position of the first supervised token, `None` without one (the
-        first token of a sequence is never supervised); the position after the last image token, 0 without images.
-    """
-    more = tokens_per_image - 1
-    length = len(ids) + more * ids.count(image_token_id)
-    first = mask.index(1, 1) if 1 in mask[1:] else None
-    if first is not None:
-        first += more * ids[:first].count(image_token_id)
-    if image_token_id not in ids:
-        return length, first, 0
-    last = len(ids) - ids[::-1].index(image_token_id)
-    return length, first, last + more * ids[:last].count(image_token_id)
 
 
 def _join_text_parts(items: list | tuple) -> list:

@@ -28,7 +28,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, measure_sequence, transcribe_chat
+from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, transcribe_chat
 
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -137,21 +137,6 @@ class JnanaChatMixin(ProcessorMixin):
             inputs["assistant_masks"] = masks
             inputs.convert_to_tensors(tensor_type=call_kwargs.get("return_tensors"))
         return inputs
-
-    def measure_chats(self, conversations: list[list[dict]]) -> list[tuple[int, int | None, int]]:
-        """
-        Sizes of chats without opening their images (`{"type": "image"}` parts need hold none).
-
-        Args:
-            conversations (`list[list[dict]]`): a batch of chats.
-
-        Returns:
-            `list[tuple[int, int | None, int]]`: for each chat, as [`measure_sequence`].
-        """
-        return [
-            measure_sequence(ids, mask, self.image_token_id, self.tokens_per_image)
-            for ids, mask in zip(*self.encode_chats(conversations), strict=True)
-        ]
 
     def encode_chats(
         self, conversations: list[list[dict]], expand: bool = False, add_generation_prompt: bool = False

@@ -164,6 +164,16 @@ def add_evaluation_results(card_path: str | Path, results: Sequence[EvaluationRe
     card.save(card_path)
 
 
+def remove_evaluation_results(card: ModelCard) -> None:
+    """Take evaluation results out of a card that was copied from another model's; see [`add_evaluation_results`].
+
+    Args:
+        card (`ModelCard`): Changed in place.
+    """
+    card.data.eval_results = card.data.model_name = None
+    card.text = re.sub(rf"^{EVALUATION_HEADING}\n.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
+
+
 def table_row(result: EvaluationResult) -> str:
     low, high = result.interval
     return (

@@ -15,11 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from jnana.modeling.loading_jnana import quantized_weight_count
+from .stages import parameter_count
 
 
 logger = logging.getLogger(__name__)
@@ -206,11 +205,6 @@ def merged_size(model: PeftModel) -> int:
     """Bytes of the merged model, about: the adapter's own weights are counted too."""
     base = model.get_base_model()
     return sum(map(parameter_count, base.parameters())) * base.dtype.itemsize
-
-
-def parameter_count(parameter: nn.Parameter) -> int:
-    """The number of values in a weight, also if it is packed in 4 bits or partitioned over the processes."""
-    return getattr(parameter, "ds_numel", None) or quantized_weight_count(parameter)
 
 
 def bytes_of(paths: Iterable[Path]) -> int:

@@ -110,7 +110,7 @@ def sharding_of(args: TrainingArguments) -> Literal["fsdp", "zero1", "zero2", "z
 
 
 @contextlib.contextmanager
-def unpartitioned(args: TrainingArguments | None, pair: bool) -> Iterator[None]:
+def unpartitioned(args: TrainingArguments | None, whole: bool) -> Iterator[None]:
     """Under ZeRO-3, build and load models whole within the block; DeepSpeed partitions them when training starts.
 
     transformers partitions each weight as soon as it is made, whenever ZeRO-3 is configured. A pair of backbones can't
@@ -118,13 +118,14 @@ def unpartitioned(args: TrainingArguments | None, pair: bool) -> Iterator[None]:
 
     Args:
         args (`TrainingArguments`, *optional*): Of the run.
-        pair (`bool`): Whether two backbones are joined. A checkpoint is partitioned while it is read if
+        whole (`bool`): Whether the model can be built only whole: two backbones are joined, an adapter is loaded with
+            its base, weights are quantised or merged. Any other checkpoint is partitioned while it is read if
             `zero3_init_flag` asks for it.
     """
     if args is None or args.deepspeed_plugin is None or not is_deepspeed_zero3_enabled():
         yield
         return
-    if args.deepspeed_plugin.zero3_init_flag and not pair:
+    if args.deepspeed_plugin.zero3_init_flag and not whole:
         yield
         return
     unset_hf_deepspeed_config()

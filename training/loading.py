@@ -230,7 +230,9 @@ def prepare_model(
     quantization = quantization or {"quantization": "none"}
     if quantization["quantization"] != "none" and training_args is not None:
         loading["device_map"] = {"": training_args.device}
-    with unpartitioned(training_args, pair=args.model_name_or_path is None):
+    start = args.model_name_or_path
+    whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
+    with unpartitioned(training_args, whole):
         return _load_or_build(args, processor, quantization, loading)
 
 
@@ -285,7 +287,7 @@ def build_pair(
     check_image_tokens(model.config, processor, model_name=vision, processor_name="the processor")
     model.config.tokenizer_fingerprint = fingerprint
     for part in (model.config.vision_config, model.config.text_config):
-        part._name_or_path = ""  # transformers writes it into config.json, which is published
+        part.name_or_path = ""  # transformers writes it into config.json, which is published
     grow_embeddings(model, len(tokenizer))
     set_special_tokens(model, processor)
     return model

@@ -26,7 +26,7 @@ from jnana.modeling import JnanaForConditionalGeneration, available_device, load
 from jnana.processing import JnanaProcessor
 
 from .adapters import adapter_reference, is_adapter
-from .cards import set_name_in_usage
+from .cards import remove_evaluation_results, set_name_in_usage
 from .loading import load_config, load_model
 
 
@@ -163,6 +163,7 @@ def write_merge_card(path: str, folder: str | Path, report: MergeReport) -> None
     """Write the adapter's card with a section about the merge at its end."""
     file = cached_file(path, "README.md", _raise_exceptions_for_missing_entries=False)
     card = ModelCard("---\n---\n# A merged adapter\n") if file is None else ModelCard.load(file)
+    remove_evaluation_results(card)  # they were measured with the adapter on its base, perhaps in another precision
     tags = sorted({*(card.data.tags or []), "jnana"} - {"lora"})
     data = ModelCardData(**{**card.data.to_dict(), "library_name": "transformers", "tags": tags})
     text = card.text.replace("![training and validation loss over the steps](loss_curve.png)\n\n", "").strip()

@@ -317,7 +317,7 @@ def check_quantization(settings: dict[str, Any], device: torch.device) -> None:
     """Refuse a quantised base that bitsandbytes, or the device, cannot compute with.
 
     Args:
-        settings (`dict`): As `training.adapters.quantization_settings` gives them.
+        settings (`dict`): As `jnana.training.adapters.quantization_settings` gives them.
         device (`torch.device`): The device of the run.
 
     Raises:
@@ -394,6 +394,12 @@ def check_computation(
             f"attn_implementation is {attention!r}, which computes in 16 bits only, but {held}, and bf16 and fp16 are "
             "false; set `bf16: true`, or `attn_implementation: sdpa`"
         )
+    half = args.fp16 or (dtype == "float16" and not args.bf16)
+    if attention == "eager" and half and text_model_type(model_args) == "phi":
+        raise ValueError(
+            "attn_implementation is 'eager', which computes the attention scores of Phi in float16, where they "
+            "overflow; set `attn_implementation: sdpa`, or bf16: true instead of float16"
+        )
 
 
 def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | TextModelArguments) -> None:
@@ -412,14 +418,22 @@ def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | Tex
         )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    name = model_args.model_name_or_path or model_args.config_name_or_path
-    model_type = model_args.text_config_fields.get("model_type") if name is None else load_model_type(name)
+    model_type = text_model_type(model_args)
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
             f"use_liger_kernel is true, but Liger has no kernels for model_type {model_type!r}; leave it out"
         )
 
 
-def load_model_type(name: str) -> str | None:
-    """The `model_type` in the config of a checkpoint, given by its directory or Hub id."""
-    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+def text_model_type(args: ModelArguments | TextModelArguments) -> str | None:
+    """The `model_type` of the language model that the arguments name, read from a config; no weights are read."""
+    if isinstance(args, ModelArguments):
+        name = args.model_name_or_path or args.text_model
+    else:
+        name = args.model_name_or_path or args.config_name_or_path
+        if name is None:
+            return args.text_config_fields.get("model_type")
+    if name is None:
+        return None
+    config = PreTrainedConfig.get_config_dict(name)[0]
+    return config.get("text_config", config).get("model_type")

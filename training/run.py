@@ -22,11 +22,12 @@ from .attention import choose_attention, row_multiple
 from .cards import write_model_card
 from .checkpoints import ADAMW_BYTES, check_disk_space, delete_checkpoints, size_text
 from .data import collator_options
-from .distributed import sharding_of
+from .distributed import sharding_of, unpartitioned
 from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
 from .sharing import published_files, push_folder
+from .stages import parameter_count
 
 
 logger = logging.getLogger(__name__)
@@ -124,10 +125,7 @@ def check_memory(model: nn.Module, args: TrainingArguments) -> None:
         args (`TrainingArguments`): Device, sharding, number of processes.
     """
     sharding = sharding_of(args)
-    if sharding in (
-        "zero1",
-        "zero2",
-    ):  # hold copies of the weights in two dtypes, which depend on DeepSpeed's settings
+    if sharding in ("zero1", "zero2"):  # copies of the weights in two dtypes, which depend on DeepSpeed's settings
         return
     parts = training_memory(model, args.world_size if sharding else 1)
     text = ", ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
@@ -150,11 +148,16 @@ def training_memory(model: nn.Module, shards: int = 1) -> dict[str, int]:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = {
-        "weights": sum(parameter.nbytes for parameter in model.parameters()),
-        "gradients": sum(parameter.nbytes for parameter in trained),
-        "optimizer": sum(ADAMW_BYTES * parameter.numel() for parameter in trained),
+        "weights": sum(map(_whole_bytes, model.parameters())),
+        "gradients": sum(map(_whole_bytes, trained)),
+        "optimizer": sum(ADAMW_BYTES * parameter_count(parameter) for parameter in trained),
     }
     return {name: num_bytes // shards for name, num_bytes in parts.items()}
+
+
+def _whole_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a weight; of all its parts where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_numel", 0) * parameter.element_size() or parameter.nbytes
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:
@@ -243,8 +246,8 @@ def merge_trained_adapter(args: TrainingArguments, merge_base: str) -> None:
     """
     merged = f"{args.output_dir}/merged"
     remedy = (
-        "The adapter is complete; make room, and run: python run_merge.py --model_name_or_path "
+        "The adapter is complete; make room, and run: python -m jnana.run_merge --model_name_or_path "
         f"{args.output_dir} --output_dir {merged} --merge_base {merge_base}"
     )
-    with explain_full_disk(args, remedy):
+    with explain_full_disk(args, remedy), unpartitioned(args, whole=True):
         merge_adapter(args.output_dir, merged, merge_base, device=args.device)

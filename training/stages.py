@@ -99,7 +99,7 @@ def log_dropout(dropout: dict[str, float], packing: str) -> None:
     stated = ", ".join(f"{part} {probability:g}" for part, probability in sorted(dropout.items()))
     if dropout and packing != "none":
         logger.warning(
-            f"packing is {packing!r}, and dropout is on in what trains ({stated}). Conversations that share a prefix "
+            f"packing is {packing!r}, and dropout is on in trained parts ({stated}). Conversations that share a row "
             "then share its noise, so packed rows do not train exactly what separate rows train. Set the dropout "
             "fields in the language model's config.json (Phi-2: `resid_pdrop`) and lora_dropout to 0, or packing: none"
         )
@@ -214,6 +214,11 @@ def part_of(name: str) -> str:
     return "lm_head" if "embed_out" in pieces else "language_model"
 
 
+def parameter_count(parameter: nn.Parameter) -> int:
+    """The number of values in a weight, also if it is packed in 4 bits or partitioned over the processes."""
+    return getattr(parameter, "ds_numel", None) or quantized_weight_count(parameter)
+
+
 def count_parameters(model: nn.Module) -> dict[str, PartCount]:
     """Trainable and total parameters by part.
 
@@ -224,7 +229,7 @@ def count_parameters(model: nn.Module) -> dict[str, PartCount]:
         if "original_module" in name.split("."):
             continue
         count = counts.setdefault(part_of(name), PartCount())
-        number = quantized_weight_count(parameter)
+        number = parameter_count(parameter)
         count.total += number
         count.trainable += number if parameter.requires_grad else 0
     return counts
@@ -235,7 +240,7 @@ def describe_parameters(model: nn.Module, stage: str) -> str:
     counts = count_parameters(model)
     rows = [(part, counts[part]) for part in PARTS if part in counts]
     rows.append(("all", PartCount(sum(c.trainable for _, c in rows), sum(c.total for _, c in rows))))
-    lines = [f"stage {stage}: what trains", f"  {'part':<24}{'trainable':>16}{'total':>18}"]
+    lines = [f"stage {stage}: trained parameters", f"  {'part':<24}{'trainable':>16}{'total':>18}"]
     lines += [f"  {part:<24}{count.trainable:>16,}{count.total:>18,}" for part, count in rows]
     share = rows[-1][1].trainable / max(rows[-1][1].total, 1)
     return "\n".join([*lines, f"  {share:.3%} of all parameters train"])

@@ -125,6 +125,8 @@ def prepare(
         progress=options.progress,
     )
     name = source if isinstance(source, (str, Path)) else "data set"
+    if not report.lengths:
+        raise ValueError(f"{name} has no rows")
     logger.info(f"{name}: {describe_report(report, options.max_length)}")
     if report.problems:
         rows = rows.select(report.kept_indices)

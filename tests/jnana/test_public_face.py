@@ -59,11 +59,11 @@ def test_importing_it_is_light():
         ours = time.perf_counter() - start
         print(json.dumps({"stock": stock, "ours": ours, "loaded": sorted(set(sys.modules) - before)}))
     """
-    found = json.loads(run(code))
-    packages = {name.split(".")[0] for name in found["loaded"]}
+    runs = [json.loads(run(code)) for _ in range(3)]
+    packages = {name.split(".")[0] for name in runs[0]["loaded"]}
     assert not packages & set(NOT_NEEDED), packages & set(NOT_NEEDED)
     assert packages >= {"jnana"}
-    assert found["ours"] < 0.5 * found["stock"], found
+    assert min(found["ours"] / found["stock"] for found in runs) < 0.5, runs
 
 
 def test_the_lazy_names_load_their_packages():
@@ -88,9 +88,17 @@ def test_a_base_install_loads_and_answers(tmp_path):
         try:
             from jnana import load_rows
         except ModuleNotFoundError as error:
-            print(error.name)
+            print(error.name, "pip install 'jnana[train]'" in str(error))
     """
-    assert run(code, str(tmp_path / "pair"), ",".join((*NOT_NEEDED, "accelerate"))).split() == ["True", "datasets"]
+    found = run(code, str(tmp_path / "pair"), ",".join((*NOT_NEEDED, "accelerate")))
+    assert found.split() == ["True", "datasets", "True"]
+
+
+def test_an_editable_install_is_found_anywhere(tmp_path):
+    """The tests' own environment holds one; `-I` leaves the working directory and PYTHONPATH out of the path."""
+    code = "import jnana, jnana.run_sft, jnana.app, jnana.modeling; print(jnana.__file__)"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and Path(done.stdout.strip()).name == "__init__.py", done.stderr
 
 
 @pytest.mark.parametrize("folder", ["modeling", "processing", "training", "evaluation", "chat"])

@@ -14,6 +14,7 @@ from transformers.utils import is_torchvision_available
 from jnana.modeling import configuration_jnana
 from jnana.processing import JnanaProcessor, chat_template_names, processing_jnana, read_chat_template
 from jnana.processing.chat_encoding_jnana import BREAK
+from jnana.processing.data.packing import measure_conversation
 from tests.tiny import save_tiny_vision, tiny_image_processor, tiny_tokenizer, tiny_vision_config
 
 
@@ -136,7 +137,8 @@ def test_image_tokens_by_strategy(backbones, strategy, additional, expected):
     data = processor._get_num_multimodal_tokens(image_sizes=[[30, 24], [480, 640]])
     assert data.num_image_tokens == [expected, expected] and data.num_image_patches == [1, 1]
     chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}]}, {"role": "assistant", "content": "a"}]
-    length, first, images_end = processor.measure_chats([chat])[0]
+    (ids,), (mask,) = processor.encode_chats([chat])
+    length, first, images_end = measure_conversation(ids, mask, processor.image_token_id, [expected])
     row = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert length == len(row["input_ids"][0])
     assert first == row["assistant_masks"][0].index(1)

@@ -24,7 +24,7 @@ def test_two_processes_are_one(data, vision, pretrained, tmp_path):
     run_align.main(arguments("half", 2))
     assert "1 process(es), " in outputs["one"]
     assert outputs["two"].count("2 process(es), distributed, on cpu") == 1  # two there are, and one of them speaks
-    assert outputs["two"].count("stage align: what trains") == 1
+    assert outputs["two"].count("stage align: trained parameters") == 1
     assert_same_run(tmp_path / "two", tmp_path / "one")
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "half", tmp_path / "one")

@@ -272,7 +272,7 @@ def test_zero3_joins_two_backbones(join, script, changes, weights, tmp_path):
 def test_refused_before_a_model_is_loaded(start, how, changes, message, tmp_path):
     with pytest.raises(AssertionError, match=message) as error:
         start(tmp_path / "run", how, **changes)
-    assert "what trains" not in str(error.value)
+    assert "trained parameters" not in str(error.value)
 
 
 @pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])

@@ -13,6 +13,7 @@ from jnana.training.cards import (
     add_evaluation_results,
     model_origins,
     public_name,
+    remove_evaluation_results,
     set_name_in_usage,
     write_model_card,
 )
@@ -165,3 +166,13 @@ def test_a_recipes_card_names_the_models_that_the_recipe_joins(system):
 def test_every_system_has_a_card():
     cards = {file.stem for file in (Path(__file__).parents[2] / "model_cards").glob("*.md")}
     assert cards == {*SYSTEMS, "README", "template"}
+
+    def test_another_models_results_are_removed(self, card):
+        """A merged model gets the adapter's card; its scores would be those of another model."""
+        before = ModelCard.load(card)
+        add_evaluation_results(card, [self.result(0.6)])
+        copied = ModelCard.load(card)
+        assert copied.data.eval_results and "## Evaluation" in copied.text  # the control
+        remove_evaluation_results(copied)
+        assert not copied.data.eval_results and "model-index" not in copied.data.to_yaml()
+        assert "62.5" not in copied.text and copied.text.split() == before.text.split()

@@ -124,20 +124,20 @@ class TestUnpartitioned:
             self.restored = True
 
     @pytest.mark.parametrize(
-        ("flag", "pair", "hidden"),
+        ("flag", "whole", "hidden"),
         [(False, True, True), (False, False, True), (True, True, True), (True, False, False)],
     )
-    def test_under_zero3(self, monkeypatch, flag, pair, hidden):
+    def test_under_zero3(self, monkeypatch, flag, whole, hidden):
         calls = []
         monkeypatch.setattr(distributed, "is_deepspeed_zero3_enabled", lambda: True)
         monkeypatch.setattr(distributed, "unset_hf_deepspeed_config", lambda: calls.append("hidden"))
         args = type("Args", (), {"deepspeed_plugin": self.Plugin(flag)})
-        with unpartitioned(args, pair):
+        with unpartitioned(args, whole):
             assert calls == ["hidden"] * hidden and not args.deepspeed_plugin.restored
         assert args.deepspeed_plugin.restored == hidden
 
     def test_elsewhere(self, monkeypatch):
         monkeypatch.setattr(distributed, "unset_hf_deepspeed_config", lambda: pytest.fail("called"))
         for args in (None, type("Args", (), {"deepspeed_plugin": None})):
-            with unpartitioned(args, pair=True):
+            with unpartitioned(args, whole=True):
                 pass

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from jnana.training.arguments import ModelArguments, TextModelArguments, parse_arguments
 from jnana.training.distributed import sharding_of
 from jnana.training.option_checks import check_computation
+from tests.tiny import save_tiny_text
 
 
 PAIR = ModelArguments(vision_model="clip", text_model="phi")
@@ -77,6 +78,38 @@ class TestFlashAttention:
     def test_under_autocast(self, tmp_path):
         model_args = ModelArguments(attn_implementation="flash_attention_2")
         check_computation(arguments(tmp_path, bf16=True), model_args, "stock", trains_language_model=True)
+
+
+class TestEagerAttentionInFloat16:
+    """The attention scores of Phi overflow there; the model itself would raise in its first step."""
+
+    PHI = TextModelArguments(attn_implementation="eager", text_config='{"model_type": "phi"}')
+
+    def test_phi(self, tmp_path):
+        with pytest.raises(ValueError, match="attn_implementation is 'eager', .* Phi in float16.*sdpa"):
+            check_computation(arguments(tmp_path, fp16=True), self.PHI, "stock", trains_language_model=True)
+
+    def test_others_and_other_precisions(self, tmp_path):
+        llama = TextModelArguments(attn_implementation="eager", text_config='{"model_type": "llama"}')
+        check_computation(arguments(tmp_path, fp16=True), llama, "stock", trains_language_model=True)
+        check_computation(arguments(tmp_path, bf16=True), self.PHI, "stock", trains_language_model=True)
+        check_computation(arguments(tmp_path), self.PHI, "stock", trains_language_model=True)
+
+    def test_the_family_of_a_pair_and_of_a_checkpoint(self, tmp_path):
+        save_tiny_text(tmp_path / "phi")
+        pair = ModelArguments(vision_model="clip", text_model=str(tmp_path / "phi"), attn_implementation="eager")
+        (tmp_path / "jnana").mkdir()
+        (tmp_path / "jnana" / "config.json").write_text(
+            '{"model_type": "jnana", "text_config": {"model_type": "phi"}}'
+        )
+        whole = ModelArguments(
+            model_name_or_path=str(tmp_path / "jnana"), attn_implementation="eager", dtype="float16"
+        )
+        for model_args in (pair, whole):
+            with pytest.raises(ValueError, match="Phi in float16"):
+                check_computation(arguments(tmp_path, fp16=True), model_args, "stock")
+        with pytest.raises(ValueError, match="Phi in float16"):
+            check_computation(arguments(tmp_path), whole, "stock")
 
 
 class TestDispatchBatches:

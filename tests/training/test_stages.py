@@ -173,8 +173,8 @@ def test_dropout_of_what_trains_is_stated_and_packing_warned_about(caplog):
         apply_stage(copy.deepcopy(model), "sft", LORA, packing="shared_image")
     assert "dropout is on" not in caplog.text and "dropout: " not in caplog.text
     full = apply_stage(copy.deepcopy(model), "sft", packing="shared_image")
-    assert "packing is 'shared_image', and dropout is on in what trains (language_model 0.1)" in caplog.text
+    assert "packing is 'shared_image', and dropout is on in trained parts (language_model 0.1)" in caplog.text
     assert active_dropout(full) == {"language_model": 0.1}
     lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj", "fc1"], lora_dropout=0.05)
     adapted = apply_stage(copy.deepcopy(model), "sft", lora, packing="shared_image")
-    assert "what trains (lora 0.05)" in caplog.text and active_dropout(adapted) == {"lora": 0.05}
+    assert "trained parts (lora 0.05)" in caplog.text and active_dropout(adapted) == {"lora": 0.05}

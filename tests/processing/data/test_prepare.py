@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import datasets
 import pytest
 from datasets import IterableDataset
 from PIL import Image
@@ -143,3 +144,9 @@ def test_the_column_length_counts_the_tokens_of_a_row(coco, pictures, processor,
     counted = [collator([row])["input_ids"].shape[1] for row in rows]
     assert rows["length"][:] == counted and (max_length is not None or len(set(counted)) > 1)
     assert rows.select([2, 0])["length"][:] == [counted[2], counted[0]]
+
+
+def test_a_data_set_without_rows(processor):
+    empty = datasets.Dataset.from_dict({"image": [], "text": []})
+    with pytest.raises(ValueError, match="data set has no rows"):
+        prepare(empty, processor, PrepareOptions())

@@ -1,5 +1,5 @@
-# Everything a newcomer needs: `make demo`, `make test`, `make bench`, `make quality`, `make style`.
-# Each target builds .venv by itself when it is missing or older than the files that describe it.
+# Each target builds the environment that it needs, if that is missing or older than the files that describe it: .venv,
+# .venv-lowest or .venv-newest. CONTRIBUTING.md lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,4 +1,4 @@
-"""Refuses tracked files whose names not every operating system can hold. `make quality` runs it.
+"""Fails if a tracked file has a name that some operating system does not allow. `make quality` runs it.
 
 python .ci/file_names.py
 """
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 
 # Windows forbids these characters, names of devices, and a space or a dot at the end of a name.
@@ -41,8 +42,11 @@ def problems(paths: list[str]) -> list[str]:
 def main() -> int:
     listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, check=False)
     if listed.returncode:
-        print("Not a git checkout: file names are not checked.")
-        return 0
+        if not Path(".git").exists():
+            print("Not a git checkout: file names are not checked.")
+            return 0
+        print(f"git ls-files failed: {listed.stderr.decode(errors='replace').strip()}")
+        return 1
     found = problems([path for path in listed.stdout.decode("utf-8", "surrogateescape").split("\0") if path])
     print("\n".join(found), end="\n" if found else "")
     return 1 if found else 0

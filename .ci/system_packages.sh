@@ -16,4 +16,9 @@ if ! command -v apt-get >/dev/null; then
 fi
 root=(); [ "$(id -u)" -eq 0 ] || root=(sudo)
 "${root[@]}" apt-get update -qq
-DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}"
+failed=()
+for package in "${missing[@]}"; do  # one by one: Ubuntu has chromium as a snap only
+    DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "$package" ||
+        failed+=("$package")
+done
+[ ${#failed[@]} -eq 0 ] || { echo "Not installed: ${failed[*]}." >&2; exit 1; }

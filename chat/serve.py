@@ -11,7 +11,6 @@ import sys
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from jnana import training  # noqa: F401  registers model and processor with the Auto classes
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 
 

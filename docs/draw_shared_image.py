@@ -1,9 +1,9 @@
-"""Draws `docs/shared_image.png`: three captions of one picture as padded rows, as one packed row, and who sees whom.
+"""Draws `docs/shared_image.png`: three captions of one image as padded rows and as one packed row, with its mask.
 
     python -m docs.draw_shared_image
 
-Nothing in the picture is drawn by hand: `processing/packing.py` lays the row out, and the squares on the right are
-what the model's mask function answers.
+Nothing in the figure is drawn by hand: `processing/data/packing.py` packs the row, and the squares on the right are
+the values of the model's mask function.
 """
 
 from pathlib import Path
@@ -94,7 +94,7 @@ def draw_mask(axes: Axes, words: list[str], row: PackedRow) -> None:
 def draw(file: Path) -> None:
     """
     Args:
-        file (`Path`): The picture, of a format that matplotlib knows by its suffix.
+        file (`Path`): The figure, in a format that matplotlib derives from the suffix.
     """
     words, chats = encode()
     row = pack_row([chats], words.index(IMAGE), share=True)

@@ -1,6 +1,6 @@
 """Train the projector in a training loop of your own: jnana's model, processor and collator, without the Trainer.
 
-    pip install -e .        # once, in the clone
+    pip install -e ".[train]"        # once, in the clone
     python examples/custom_loop.py outputs/jnana/align captions.json outputs/custom --image_folder images
 
 The arguments are a Jnana checkpoint, any data that `load_rows` reads, and the output directory. The script prints the

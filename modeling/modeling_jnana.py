@@ -185,7 +185,7 @@ class JnanaGenerationMixin(GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the other parameters are passed on
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         """
@@ -408,7 +408,7 @@ class JnanaImageMixin:
             return True
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # only where torch has `distributed`
 
-        return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())
+        return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())  # type: ignore[attr-defined]
 
     def _encode_blank_image(self, device: torch.device, from_features: bool) -> torch.Tensor:
         """

@@ -1,4 +1,5 @@
-"""The processor, chat encoding and the chat templates. All files here travel with every checkpoint.
+"""The processor, chat encoding and the chat templates. A saved checkpoint contains copies of the `*_jnana.py`
+files and of its template.
 
 `jnana.processing.data` prepares data for training, `jnana.processing.speech` transcribes spoken questions.
 """

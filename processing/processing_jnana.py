@@ -237,7 +237,9 @@ class JnanaChatMixin(ProcessorMixin):
             )
         return template
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(  # type: ignore[override]  # the other parameters are passed on
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> None:
         """
         Raise `ValueError` unless there is an input, and a text has as many placeholders as there are images. (From
         transformers 5.22 on `ProcessorMixin` also counts.)

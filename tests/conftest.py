@@ -1,7 +1,7 @@
-"""What all tests share: each process keeps the code of the checkpoints that it loads in a folder of its own.
+"""Settings of all tests: each process keeps the code of the checkpoints that it loads in a separate directory.
 
-transformers copies such code to one place in the user's home, file by file, without a lock and not in one piece: a
-process that loads a checkpoint of the same name in that moment may import half a file.
+transformers copies such code to one directory in the user's home, file by file, without a lock and not atomically. A
+process that loads a checkpoint of the same name at the same time may import an incomplete file.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The two ways in which bitsandbytes multiplies 4-bit weights on a CPU, each of them forced on any machine.
+"""The two methods by which bitsandbytes multiplies 4-bit weights on a CPU; each can be forced on any machine.
 
 On a CPU with AVX512-BF16 bitsandbytes (0.50) repacks a `Linear4bit`'s weight at the first forward in eval mode whose
 input needs no gradient, and multiplies in bfloat16 from then on, by a native kernel without backward. Here:

@@ -1,4 +1,4 @@
-"""The real WhisperX for tests: a light environment that `uv` provisions once, the stand-in model, a voice.
+"""The real WhisperX for tests: a light environment that `uv` provisions once, a small test model, and a voice.
 
 Also a command that prints the environment's python, for running the app or a script with it:
 
@@ -17,19 +17,19 @@ import pytest
 
 STAND_IN_MODEL = Path(__file__).parent / "fixtures" / "whisper_standin"
 ENVIRONMENT_SCRIPT = Path(__file__).parent / "whisperx_light" / "environment.py"
-# 30 s from nothing on two cores, where the packages come from near by
+# an empty cache takes 30 s on two cores if the packages are on a near server
 PROVISIONING_SECONDS = 300
 
 
 def whisperx_python() -> str:
     """
-    The python of an environment with the real WhisperX; provisioned by the first who asks, which takes about 30 s.
+    The python of an environment with the real WhisperX; the first call provisions it, which takes about 30 s.
 
     Returns:
         `str`: path of the interpreter; that named by `JNANA_WHISPERX_PYTHON` if it is set.
 
     Raises:
-        RuntimeError: if it can't be provisioned; says why.
+        RuntimeError: if it can't be provisioned; the message gives the reason.
     """
     if python := os.environ.get("JNANA_WHISPERX_PYTHON"):
         return python
@@ -37,7 +37,7 @@ def whisperx_python() -> str:
     if uv is None:
         raise RuntimeError("uv is not installed")
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment.setdefault("UV_FIND_LINKS", _find_links_of_pip())  # wheels on disk, where pip is told of some
+    environment.setdefault("UV_FIND_LINKS", _find_links_of_pip())  # wheels on disk, if pip is configured to use some
     deadline = time.monotonic() + PROVISIONING_SECONDS
     output = ""
     for command in (["sync", "--script"], ["python", "find", "--script"]):

@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers and image processors that stand in for the real ones in every test.
+"""Tiny models with random weights, tokenizers and image processors, which the tests use instead of the real ones.
 
 Nothing here is downloaded: each builder is seeded, takes milliseconds on a CPU, and keeps the features that matter of
 the real thing (Phi's biased head, Phi-3's fused projections and sliding window, Qwen's tied embeddings, CLIP's CLS).

@@ -170,7 +170,7 @@ def check_disk_space(trainer: Trainer, merge: bool = False) -> None:
     # a new checkpoint is written before the oldest is deleted
     complete = len(present) - len(broken)
     kept = complete if args.save_total_limit is None else args.save_total_limit
-    new = 0 if str(args.save_strategy.value) == "no" else max(kept + 1 - complete, 1)
+    new = 0 if args.save_strategy == "no" else max(kept + 1 - complete, 1)
     first, wanted = weights if new else final, checkpoint * new + final + merged
     room = f"output_dir {args.output_dir!r} has {size_text(free)} free"
     if broken:

@@ -1,6 +1,6 @@
 """Ends a run early with a whole checkpoint and the command to go on: after SIGTERM, and when the disk is full.
 
-SIGKILL and power cuts leave no time for that; `checkpoints.py` recognises what they leave half written.
+SIGKILL and power cuts leave no time for that; `checkpoints.py` recognises the incomplete checkpoints that they leave.
 """
 
 import contextlib

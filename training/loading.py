@@ -1,7 +1,7 @@
-"""Loads or builds a model with its processor, whatever kind of folder it is given.
+"""Loads or builds a model with its processor, from a directory of any kind, a Hub id, or two backbones.
 
-A language model is refused with a tokenizer that it was not trained with: the ids would stand for other words than the
-weights learnt, nothing would raise, and up to half of the answers would be lost.
+A tokenizer that the language model was not trained with raises an error. Without this check the ids would stand for
+other words than in training, and up to half of the answers would be wrong without any error.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the validation loss per token, the loss curve and generated samples.
+"""Reports of a run while it trains: the validation loss per token, the loss curve and generated samples.
 
 All of it goes through hooks and callbacks of the stock Trainer. Every process generates, because a sharded model needs
 all of them; only the first process writes.

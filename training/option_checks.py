@@ -9,6 +9,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import cached_file, is_bitsandbytes_available, is_liger_kernel_available
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
@@ -71,9 +72,8 @@ def check_run(
         )
     if data_args.eval_data is None:
         if args.eval_strategy != "no":
-            raise ValueError(
-                f"eval_strategy is {args.eval_strategy.value!r} but eval_data is not set; give it, or `no`"
-            )
+            strategy = IntervalStrategy(args.eval_strategy).value
+            raise ValueError(f"eval_strategy is {strategy!r} but eval_data is not set; give it, or `no`")
         if run_args.sample_steps > 0:
             raise ValueError(f"sample_steps is {run_args.sample_steps} but eval_data is not set; give it, or 0")
     if isinstance(data_args, DataArguments):

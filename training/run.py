@@ -1,4 +1,4 @@
-"""What the training scripts share around `Trainer`: logging and seed, the collator, training, saving and sharing."""
+"""Code of the training scripts around `Trainer`: logging and seed, the collator, training, saving and sharing."""
 
 import logging
 import math

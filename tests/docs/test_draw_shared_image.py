@@ -1,4 +1,4 @@
-"""The picture in the README is drawn by the code that packs rows, so it must go on drawing."""
+"""The script that draws the README's figure uses the code that packs rows, and still runs."""
 
 from PIL import Image, ImageColor
 

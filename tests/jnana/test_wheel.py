@@ -1,4 +1,4 @@
-"""The package as people install it: a wheel whose site-packages holds `jnana` alone, and a clone beside it."""
+"""The installed package: a wheel that puts `jnana` alone into site-packages, and a clone beside it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Conversations about a few images, laid out in each of the ways that must train the same."""
+"""Conversations about a few images, in each row layout; all layouts must train the same."""
 
 import torch
 

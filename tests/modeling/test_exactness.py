@@ -1,4 +1,4 @@
-"""What is joined is held exactly: the language model's logits, the tower's features, LLaVA's arithmetic."""
+"""Joining changes nothing: the language model's logits, the tower's features and LLaVA's logits are exact."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def model(tmp_path):
 
 
 def generate(model, ids, images=None, new=6, **kwargs):
-    """New tokens only; greedy unless told otherwise, and never stopped by a random end of text."""
+    """The new tokens only; greedy by default, and never stopped by a random end of text."""
     given = {} if images is None else {"pixel_values": images}
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, **given, **kwargs}
     return model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, **settings)[:, ids.shape[1] :]

@@ -1,4 +1,4 @@
-"""Packed rows train exactly what the conversations train one by one; every way of getting it wrong is seen."""
+"""Packed rows give the loss and gradients of separate conversations; wrong masks, positions or labels are found."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_every_layout_trains_the_same(models, family):
 
 
 def test_padding_that_is_learned_is_seen(models):
-    """The control of `blocks`: most of its places are padding, and one of them with a label is noticed."""
+    """Negative control of `blocks`: most of its positions are padding, and a label at one of them is detected."""
     model = models("phi")
     alone = loss_and_gradients(model, batches("single"))
     [inputs] = batches("blocks")

@@ -1,4 +1,4 @@
-"""Checkpoints: names on disk are names in memory, and a saved folder needs nothing but transformers to load."""
+"""Checkpoints: weight names on disk equal those in memory, and a saved directory loads with transformers alone."""
 
 import ast
 import json

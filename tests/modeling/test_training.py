@@ -1,4 +1,4 @@
-"""What training needs of the model: graphs, gradients, checkpointing, precisions, attention kernels, processes."""
+"""The model in training: graphs, gradients, checkpointing, precisions, attention kernels, processes."""
 
 import copy
 import math

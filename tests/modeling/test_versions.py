@@ -22,7 +22,9 @@ ENVIRONMENTS = {
     "lowest": (ROOT / ".venv-lowest", ROOT / "constraints-lowest.txt"),
     "newest": (ROOT / ".venv-newest", ROOT / "constraints-newest.txt"),
 }
-MISSING = [name for name, (folder, _) in ENVIRONMENTS.items() if not (folder / "bin" / "python").exists()]
+# The file that `make` writes once an environment is complete; `make test` runs in the first one.
+STAMPS = {"pinned": "bin/python", "lowest": ".installed", "newest": ".installed"}
+MISSING = [name for name, (folder, _) in ENVIRONMENTS.items() if not (folder / STAMPS[name]).exists()]
 REQUIRED = os.environ.get("CI") == "true" or os.environ.get("JNANA_MATRIX") == "1"
 
 # Text and image of the question, the same for every checkpoint.

@@ -1,4 +1,4 @@
-"""Random chats with everything people may write in them, and tokenizers of another family than GPT-2's."""
+"""Random chats with all kinds of text that users may write, and tokenizers of another family than GPT-2's."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Processors of a tiny pair of backbones, one a chat template, and small pictures on disk."""
+"""Processors of a tiny pair of backbones, one for each chat template, and small images on disk."""
 
 from pathlib import Path
 

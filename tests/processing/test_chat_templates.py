@@ -1,4 +1,4 @@
-"""Every template, every sort of text: exactly answers and closing tokens are supervised, no text becomes control."""
+"""Every template with every kind of text: only answers and end tokens are labels, no text becomes a control token."""
 
 import random
 

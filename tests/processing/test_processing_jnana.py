@@ -1,4 +1,4 @@
-"""The processor as an object: saved, loaded elsewhere, counted, and called as LLaVA's is."""
+"""The processor: saving, loading without the package, counting image tokens, and the call of LLaVA's processor."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Accidents for the interruption tests: each arranges, in the process that will suffer it, what happens when."""
+"""Failures for the interruption tests: each function arranges a signal or an error in the process that calls it."""
 
 import errno
 import os

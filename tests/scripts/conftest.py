@@ -1,4 +1,4 @@
-"""One tiny chain, pretrain -> align -> sft, that most script tests look at; it is trained once a session."""
+"""One tiny chain, pretrain -> align -> sft, that most script tests use; it is trained once a session."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.tiny import save_tiny_vision
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    torch.set_num_threads(1)  # two cores run two of everything; more threads only wait for each other
+    torch.set_num_threads(1)  # two test workers share two cores; more threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

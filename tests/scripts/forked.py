@@ -1,4 +1,4 @@
-"""Starting a script in processes of their own without paying for its imports each time.
+"""Runs a script in new processes without importing its packages each time.
 
 The children fork from a clean server process that has everything imported and has trained nothing. They are real
 processes: they may be killed, and two of them make a process group over gloo, as `accelerate launch` makes it.

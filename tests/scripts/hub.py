@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: takes commits over HTTP, keeps their files, and serves them again."""
+"""A local test double of the Hub: it accepts commits over HTTP, stores their files, and serves them."""
 
 import base64
 import hashlib

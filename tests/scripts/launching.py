@@ -1,4 +1,4 @@
-"""Starting the scripts as people do, in processes of their own."""
+"""Starts the scripts as users do, in separate processes."""
 
 import os
 import signal

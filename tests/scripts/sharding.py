@@ -1,4 +1,4 @@
-"""FSDP2 and ZeRO on CPUs: what `accelerate launch --config_file` sets, and a way round what keeps FSDP2 off them."""
+"""FSDP2 and ZeRO on CPUs: the variables of `accelerate launch --config_file`, and how the tests enable FSDP2 there."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ CONFIGURED = '--accelerator_config={"use_configured_state": true, "dispatch_batc
 
 
 def launch_environment(name: str, processes: int) -> dict[str, str]:
-    """The variables that `accelerate launch` makes of one of our files, of its own making."""
+    """The environment variables that `accelerate launch` itself sets for one of our configuration files."""
     command = ["--config_file", str(CONFIGS / name), "--num_processes", str(processes), "--mixed_precision", "no"]
     options, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "script.py"]))
     options.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
@@ -26,14 +26,14 @@ def launch_environment(name: str, processes: int) -> dict[str, str]:
 
 
 def shard_on_cpu() -> None:
-    """Say that the processes have GPUs: without them accelerate silently trains DDP. What follows is its own code."""
+    """Set the distributed type of GPUs, because accelerate otherwise trains with DDP on CPUs without a message."""
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     watch_imageless()
 
 
 def use_deepspeed() -> None:
-    """DeepSpeed over gloo alone: what it would compile for processes of one machine takes a minute and spins."""
+    """DeepSpeed over gloo alone: its own module for one machine takes a minute to compile, and waits actively."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

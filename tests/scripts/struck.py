@@ -1,4 +1,4 @@
-"""A script as `accelerate launch` starts it, which is told to stop at one step: `struck.py TO STEP NOTES script ...`.
+"""Runs a script under `accelerate launch` and sends SIGTERM at one step: `struck.py TO STEP NOTES script ...`.
 
 TO is `launcher` (what a scheduler that knows one process does) or `all` (Slurm, systemd: every process of the job).
 How each process ended is written to a file of the folder NOTES.

@@ -1,4 +1,4 @@
-"""The three scripts one after the other: what each folder holds, what changed in it, what loads from where."""
+"""The three scripts in order: the files in each output directory, the weights that changed, and how they load."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from tests.scripts.conftest import options, sft_options
 
 
 def logits(model, processor, data) -> torch.Tensor:
-    """What the model says about one picture, at every position: (1, sequence_length, vocabulary)."""
+    """The logits for one image at every position: (1, sequence_length, vocabulary)."""
     question = [
         {"type": "image", "path": str(data / "images/red_blue.png")},
         {"type": "text", "text": "what is the top?"},
@@ -92,7 +92,7 @@ def test_merged_says_what_the_adapter_says(aligned, tuned, data):
 
 
 def test_the_disk_is_full_for_the_merged_model(aligned, tuned, data, tmp_path, monkeypatch):
-    """The adapter is safe, and the command that the error gives writes what found no room."""
+    """The adapter is complete, and the command in the error message writes the merged model that did not fit."""
     folder = tmp_path / "sft"
     shutil.copytree(tuned, folder, ignore=shutil.ignore_patterns("merged"))
 

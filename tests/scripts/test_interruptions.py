@@ -1,6 +1,6 @@
-"""The table of docs/interruptions.md, run line by line: what ends a run, when, and that the resumed run is no other.
+"""Runs each line of the table in docs/interruptions.md, and compares the resumed run with an uninterrupted one.
 
-That is meant to the byte: the same file of weights, the same loss at every step.
+The file of final weights must be equal byte for byte, and so must the loss of every step.
 """
 
 import json
@@ -33,7 +33,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "interruptions.md"
 
 @dataclass(frozen=True)
 class Kind:
-    """A training run in which much can go wrong: what it uses, and on how many processes."""
+    """A training run to interrupt: its script, options, and number of processes."""
 
     name: str
     script: str

@@ -1,4 +1,4 @@
-"""Systems without Unix's signals, locks and process groups, as far as this one can be made to look like one."""
+"""Systems without Unix's signals, locks and process groups, simulated by removing those functions from Python."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""QLoRA as its users run it: train on 4 bits, merge either way, load anywhere, go on in a second round."""
+"""QLoRA from the command line: train on 4 bits, merge into either base, load without jnana, train a second round."""
 
 import json
 import os

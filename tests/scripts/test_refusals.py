@@ -195,7 +195,7 @@ class TestForeignTokenizer:
 
     @pytest.fixture
     def foreign(self, tmp_path):
-        """The same number of entries, two of them swapped, which no other check would notice."""
+        """The same number of entries, two of them swapped, which no other check would detect."""
         folder = save_tiny_text(tmp_path / "foreign")
         content = json.loads((folder / "tokenizer.json").read_text())
         vocabulary = content["model"]["vocab"]

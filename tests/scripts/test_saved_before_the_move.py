@@ -1,4 +1,4 @@
-"""What version 0.1 saved, before its folders moved into one package, still loads, answers, merges and resumes.
+"""Checkpoints of version 0.1, from before its folders moved into one package, load, answer, merge and resume.
 
 `tests/fixtures/saved_by_0_1` was written by that version; its README says how.
 """
@@ -260,7 +260,7 @@ def test_a_language_model_of_stage_0(saved):
 
 
 def test_stored_features_are_found(work, capsys):
-    """Every picture's are there, and they are what the tower gives; a picture that changed is computed anew."""
+    """The old cache has the features of every image, equal to the tower's; a changed image is computed again."""
     cache = FeatureCache(work / "feature_cache")
     processor = CLIPImageProcessor.from_pretrained(work / "vision")
     tower = CLIPVisionModel.from_pretrained(work / "vision")

@@ -1,4 +1,4 @@
-"""A night of QLoRA: two rounds, the second by `accelerate launch`, killed and resumed; then merged and asked."""
+"""Two rounds of QLoRA, the second by `accelerate launch`, killed and resumed; then merged and evaluated."""
 
 import json
 import shutil

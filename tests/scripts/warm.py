@@ -1,4 +1,4 @@
-"""Imported once by the server process of `forked.py`: pays for the first load of a model, and trains nothing."""
+"""Imported once by the server process of `forked.py`: loads a model, which is slow the first time."""
 
 import contextlib
 import io

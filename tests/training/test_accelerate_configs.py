@@ -1,4 +1,4 @@
-"""The files of recipes/accelerate: accelerate reads every one, knows every field, and finds the layers to wrap."""
+"""The files of recipes/accelerate: accelerate reads each file, all fields are known, and the layers to wrap exist."""
 
 from pathlib import Path
 

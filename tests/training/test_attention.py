@@ -1,4 +1,4 @@
-"""The attention that packed rows are trained with: flex only where it is proven, sdpa everywhere else."""
+"""The attention that packed rows are trained with: flex attention only where it was tested, sdpa everywhere else."""
 
 import pytest
 import torch

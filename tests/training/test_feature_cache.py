@@ -169,7 +169,7 @@ class TestTraining:
         batch = JnanaCollator(processor, packing=packing)(list(rows))
         cached = JnanaCollator(processor, packing=packing, images=cache)(list(rows))
         assert "pixel_values" in batch and "pixel_values" not in cached
-        assert cached["image_features"].shape == (6, 4, 64)  # each picture once for its two conversations
+        assert cached["image_features"].shape == (6, 4, 64)  # each image once for its two conversations
         loss, gradients = self.loss_and_gradients(model, batch)
         cached_loss, cached_gradients = self.loss_and_gradients(model, cached)
         torch.testing.assert_close(cached_loss, loss, rtol=1e-6, atol=0)

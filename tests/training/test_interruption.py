@@ -84,7 +84,7 @@ def test_after_an_ordinary_end(tmp_path):
 
 
 def test_only_the_dataloaders_workers_are_ended(tmp_path, monkeypatch):
-    """Not a child that was there before, nor one that is no daemon: multiprocessing waits for the latter itself."""
+    """Earlier children and non-daemon children are not ended; multiprocessing waits for the latter itself."""
     registered = []
     monkeypatch.setattr(interruption, "Finalize", lambda _, end, args, exitpriority: registered.append((end, args)))
     context = multiprocessing.get_context("fork")

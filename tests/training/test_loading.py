@@ -110,7 +110,7 @@ def test_a_hub_base_stays_a_name(tmp_path):
 
 
 def test_a_published_adapter_names_no_folder_of_this_machine(tmp_path):
-    """Of a base close by the way is kept; of one elsewhere only the name, and the reader is told."""
+    """A relative path to a near base is kept; for another base only its name is kept, and loading raises an error."""
     near, far, adapter = tmp_path / "runs/align", tmp_path / "secret/clip", tmp_path / "runs/a/b/sft"
     for folder in (near, far, adapter):
         folder.mkdir(parents=True)

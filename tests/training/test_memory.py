@@ -1,4 +1,4 @@
-"""The memory that a run is said to need is what its tensors take, and what the recipe's README says."""
+"""The memory that a run logs equals the size of its tensors and the table in the recipe's README."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""A language model in 4 or 8 bits: what is quantised and what is not, in which dtypes, and who is refused."""
+"""A language model in 4 or 8 bits: the quantised layers, their dtypes, and the configurations that raise an error."""
 
 import pytest
 import torch

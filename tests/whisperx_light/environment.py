@@ -18,9 +18,9 @@
 # ///
 """Describes a light environment in which the tests run the real WhisperX: 1.3 GB on a CPU instead of 7.2 GB.
 
-The pins of WhisperX 3.8.6 are overridden to what it runs with all the same, packages that transcription does not use
-are left out, and `pyannote_absent` stands for pyannote.audio, whose classes WhisperX only inherits from until someone
-asks for its speaker or voice detection. Good for tests; people run what `processing/speech/worker.py` asks for.
+The pins of WhisperX 3.8.6 are overridden with versions that it also runs with, and packages that transcription does
+not use are left out. `pyannote_absent` replaces pyannote.audio: without speaker or voice detection WhisperX only
+inherits from its classes. This environment is for tests; users get that of `processing/speech/worker.py`.
 
-There is nothing to run here: `uv sync --script` reads the header.
+This file contains no code: `uv sync --script` reads the header.
 """

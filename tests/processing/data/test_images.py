@@ -1,4 +1,4 @@
-"""Images as people have them: turned, transparent, 16-bit, broken, absurd."""
+"""Unusual images: rotated, transparent, 16-bit, truncated, or with extreme sizes."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Answers as keywords: what goes, what must stay."""
+"""Answers as keywords: the words that are removed, and those that are kept."""
 
 import pytest
 

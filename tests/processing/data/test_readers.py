@@ -78,7 +78,7 @@ def said(chat: list[dict]) -> list[str]:
 def test_coco_gives_an_image_with_all_its_captions(coco, pictures):
     rows = load_rows(coco, image_folder=pictures)
     assert rows.features == ROW_FEATURES and rows.column_names == list(ROW_FEATURES)
-    assert len(rows) == 2  # the image without captions is no row
+    assert len(rows) == 2  # the image without captions gives no row
     assert rows[0]["images"] == [{"path": str(pictures / "1.png"), "bytes": None}]
     assert [said(chat) for chat in rows[0]["conversations"]] == [
         ["user:[]", "assistant:a green field"],

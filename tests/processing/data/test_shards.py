@@ -18,7 +18,7 @@ RECORDS = [
 
 
 def write_shards(folder, pictures, second) -> str:
-    """Four samples in two tar files: a picture and, beside it, what `second(number)` gives as (ending, content)."""
+    """Four samples in two tar files: an image and a second file, which `second(number)` gives as (ending, content)."""
     pictures = sorted(pictures.glob("*.png"))[:2]
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:

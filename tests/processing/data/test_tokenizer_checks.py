@@ -1,4 +1,4 @@
-"""A model's tokenizer is known again, and no other is let through."""
+"""A model's own tokenizer passes the check, and any other raises an error."""
 
 import pytest
 from transformers import AutoTokenizer

@@ -2,9 +2,9 @@
 # requires-python = ">=3.10"
 # dependencies = []
 # ///
-"""Speaks the protocol of `worker.py` without WhisperX, and misbehaves on request.
+"""A test double of `worker.py` without WhisperX, which can fail on request.
 
-How it starts is told by `--model`, how it answers by the text in the "recording". Standard library only.
+`--model` selects how it starts, and the text in the "recording" how it answers. It needs the standard library only.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Recordings in chats: heard before the template is rendered, and read from stored transcripts in training data."""
+"""Recordings in chats: transcribed before the template is rendered; training data use stored transcripts."""
 
 import json
 import re
@@ -26,7 +26,7 @@ class Heard:
 
 
 class Listener:
-    """Hears what it is told to, and remembers what it was given."""
+    """A transcriber that returns given transcripts and records its inputs."""
 
     def __init__(self, **words: str):
         self.words, self.asked = words, []
@@ -282,7 +282,7 @@ def test_parquet_files_and_what_can_not_be_transcribed(spoken, monkeypatch, tmp_
 
 
 def test_a_transcriber_needs_no_recording_of_its_own(spoken):
-    """Nothing is started to look a transcript up; what is no path has none."""
+    """Looking up a transcript starts no worker; a value that is not a path has no transcript."""
     with pytest.raises(TranscriptionError, match="has no transcript"):
         StoredTranscripts(spoken).transcribe(np.zeros(3))
 

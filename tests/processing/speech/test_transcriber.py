@@ -1,4 +1,4 @@
-"""The worker's protocol, with a stand-in that crashes, hangs, babbles and starts slowly as it is told."""
+"""The worker's protocol, with a test double that crashes, hangs, starts slowly or sends malformed replies."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The real WhisperX, in its own process, hears real recordings; and files that are none."""
+"""The real WhisperX in its worker process, with real recordings and with files that are not recordings."""
 
 import struct
 import subprocess
@@ -64,7 +64,7 @@ def transcriber(python):
 
 @pytest.fixture(scope="module")
 def files(python, tmp_path_factory) -> Path:
-    """A spoken question in many formats, and files that are no recording."""
+    """A spoken question in many formats, and files that are not recordings."""
     folder = tmp_path_factory.mktemp("recordings")
     question = speak(PICTURE, folder / "q.wav")
     subprocess.run([python, "-I", "-c", MAKE_FILES, question, folder], check=True)

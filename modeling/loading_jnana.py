@@ -108,7 +108,7 @@ def disable_packed_kernel(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def adopt_quantization(model: Any, language_model: Any, skip_modules: list[str]) -> None:

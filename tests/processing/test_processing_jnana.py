@@ -138,11 +138,11 @@ def test_image_tokens_by_strategy(backbones, strategy, additional, expected):
     assert data.num_image_tokens == [expected, expected] and data.num_image_patches == [1, 1]
     chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}]}, {"role": "assistant", "content": "a"}]
     (ids,), (mask,) = processor.encode_chats([chat])
-    length, first, images_end = measure_conversation(ids, mask, processor.image_token_id, [expected])
+    size = measure_conversation(ids, mask, processor.image_token_id, [expected])
     row = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    assert length == len(row["input_ids"][0])
-    assert first == row["assistant_masks"][0].index(1)
-    assert images_end == expected
+    assert size.length == len(row["input_ids"][0])
+    assert size.first_label == row["assistant_masks"][0].index(1)
+    assert size.images_end == expected
 
 
 @pytest.mark.parametrize("kind, additional", [("clip", 1), ("clip_full", 1), ("siglip", 0), ("dinov2", 1)])

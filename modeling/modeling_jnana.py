@@ -405,7 +405,8 @@ class JnanaImageMixin:
     def _has_sharded_parameters(self) -> bool:
         """Whether FSDP or ZeRO-3 keeps the parameters of this model in shards that the processes must gather."""
         # DeepSpeed gives an id to each parameter that it partitions.
-        if is_deepspeed_zero3_enabled() or any(hasattr(parameter, "ds_id") for parameter in self.parameters()):
+        parameters = self.parameters()  # type: ignore[attr-defined]
+        if is_deepspeed_zero3_enabled() or any(hasattr(parameter, "ds_id") for parameter in parameters):
             return True
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # only where torch has `distributed`
 

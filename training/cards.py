@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -170,7 +171,8 @@ def remove_evaluation_results(card: ModelCard) -> None:
     Args:
         card (`ModelCard`): Changed in place.
     """
-    card.data.eval_results = card.data.model_name = None
+    metadata: Any = card.data  # a `ModelCardData`, which huggingface_hub annotates as its base class
+    metadata.eval_results = metadata.model_name = None
     card.text = re.sub(rf"^{EVALUATION_HEADING}\n.*?(?=^## |\Z)", "", card.text, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -91,7 +91,8 @@ def test_the_installed_package_is_the_one_that_runs(installed, tmp_path):
 
 def test_in_a_clone_the_clone_runs(installed):
     """The clone's `jnana/` comes first on the path there; it must not be mixed with the installed subpackages."""
-    code = "import jnana.modeling as m, jnana.training.arguments as a; print(jnana.__file__, m.__file__, a.__file__)"
+    code = "import jnana, jnana.modeling, jnana.training.arguments as a\n"
+    code += "print(jnana.__file__, jnana.modeling.__file__, a.__file__)"
     out = python(installed, "-c", code, cwd=ROOT)
     assert out.count(str(ROOT)) == 3 and str(installed) not in out
 

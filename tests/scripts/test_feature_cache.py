@@ -36,7 +36,7 @@ def test_align(data, vision, pretrained, aligned, tmp_path, tower_batches):
     assert tower_batches == [16]
     # the control: features that are not the tower's
     cache = FeatureCache(tmp_path / "cache")
-    digests = list(cache._places)
+    digests = list(cache._stored)
     (part,) = (tmp_path / "cache").glob("features-*")
     part.unlink()
     write_part(tmp_path / "cache", digests, torch.randn(len(digests), *cache.shape))

@@ -248,7 +248,7 @@ def test_a_half_written_checkpoint_is_passed_over(work, capsys):
     cut_off.write_bytes(cut_off.read_bytes()[:20000])
     weights, _ = resume("align")
     said = capsys.readouterr().out
-    assert "checkpoint-6 is passed over" in said and "resuming from interrupted/align/checkpoint-4" in said
+    assert "checkpoint-6 is skipped" in said and "resuming from interrupted/align/checkpoint-4" in said
     assert_same(weights, weights_of("small_align"))
 
 
@@ -274,7 +274,7 @@ def test_stored_features_are_found(work, capsys):
     recipe = ["recipes/feature_cache.yaml"]
     run_align.main(recipe)
     said = capsys.readouterr().out
-    assert "to be computed" not in said and "16 different pictures of this run are in it" in said
+    assert "to be computed" not in said and "16 different images of this run are in it" in said
     Image.new("RGB", (24, 24), "green").save(picture)
     run_align.main([*recipe, "--output_dir=again"])
-    assert "1 of 16 different pictures are to be computed" in capsys.readouterr().out
+    assert "1 of 16 different images are to be computed" in capsys.readouterr().out

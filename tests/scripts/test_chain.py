@@ -103,8 +103,8 @@ def test_the_disk_is_full_for_the_merged_model(aligned, tuned, data, tmp_path, m
         patch.setattr(modeling_utils, "safe_save_file", full)  # PEFT has its own
         with pytest.raises(OSError, match="no room .* The adapter is complete; make room, and run: python") as caught:
             run_sft.main(sft_options(data, aligned, output_dir=folder, merge_adapter="true"))
-    _, script, *arguments = shlex.split(str(caught.value).partition("and run: ")[2])
-    assert script == "run_merge.py" and not list(folder.glob("merged/*.safetensors"))
+    _, option, module, *arguments = shlex.split(str(caught.value).partition("and run: ")[2])
+    assert (option, module) == ("-m", "jnana.run_merge") and not list(folder.glob("merged/*.safetensors"))
     run_merge.main(arguments)
     merged, reference = (load_file(path / "merged" / "model.safetensors") for path in (folder, tuned))
     assert merged.keys() == reference.keys() and all(torch.equal(merged[name], reference[name]) for name in merged)

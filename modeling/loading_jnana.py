@@ -345,14 +345,19 @@ def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs:
     with_info = kwargs.pop("output_loading_info", False)
     model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
     if is_peft_available():  # without this line transformers would demand PEFT of every reader of a checkpoint
-        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
-    # transformers' `load_adapter` rounds an adapter to the dtype of the base, though it was trained in float32, and in
-    # transformers 5.20 it ignores `subfolder`.
-    model.add_adapter(PeftConfig.from_pretrained(path, **from_hub))
+        from peft import load_peft_weights, set_peft_model_state_dict
+    # The files are looked up here because `load_adapter` of transformers 5.20 ignores `subfolder`. Of the adapter methods
+    # of transformers only this one takes the PEFT releases that exist: `add_adapter` of 5.24 demands PEFT 0.22.
+    files = [_find_file(path, name, **from_hub) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    if None in files:
+        raise ValueError(f"the adapter {path!r} lacks adapter_config.json or adapter_model.safetensors; save it again")
+    folder = str(files[0].parent)  # type: ignore[union-attr]  # checked
+    model.load_adapter(folder)
+    # It rounds an adapter to the dtype of the base, though the adapter was trained in float32.
     adapter = {name: p for name, p in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name}
     for parameter in adapter.values():
         parameter.data = parameter.data.float()
-    weights = load_peft_weights(path, device=str(model.device), **from_hub)
+    weights = load_peft_weights(folder, device=str(model.device))
     prefix = "base_model.model."  # of the names in a `PeftModel`, by which adapters are saved
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     expected = {name.replace(".default.", ".").replace(".modules_to_save.", ".") for name in adapter}

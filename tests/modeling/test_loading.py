@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -269,7 +270,9 @@ class TestAdapterFiles:
         assert not any(p.requires_grad for p in model.parameters()) and not model.training
         assert not info["missing_keys"] and not info["unexpected_keys"]
         adapted = logits_of(model)
-        model.disable_adapters()
+        for module in model.modules():  # `disable_adapters` of transformers 5.24 demands a newer PEFT than there is
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(False)
         assert not torch.allclose(logits_of(model), adapted, atol=1e-3)
 
     @pytest.mark.parametrize("part", ["lora_B", "multi_modal_projector"])

@@ -346,8 +346,8 @@ def load_adapted(model_class: Any, path: str, reference: dict[str, Any], kwargs:
     model, from_hub = load_adapter_base(model_class, path, reference, kwargs)
     if is_peft_available():  # without this line transformers would demand PEFT of every reader of a checkpoint
         from peft import load_peft_weights, set_peft_model_state_dict
-    # The files are looked up here because `load_adapter` of transformers 5.20 ignores `subfolder`. It is the one adapter
-    # method that takes the PEFT releases that exist: `add_adapter` of transformers 5.24 demands PEFT 0.22.
+    # The files are looked up here because `load_adapter` of transformers 5.20 ignores `subfolder`. It is the one
+    # adapter method that takes the PEFT releases that exist: `add_adapter` of transformers 5.24 demands PEFT 0.22.
     files = [_find_file(path, name, **from_hub) for name in ("adapter_config.json", "adapter_model.safetensors")]
     if None in files:
         raise ValueError(f"the adapter {path!r} lacks adapter_config.json or adapter_model.safetensors; save it again")

@@ -246,7 +246,7 @@ def join(tmp_path_factory, data, vision, pretrained):
     [
         ("run_align", {}, "model.safetensors"),
         ("run_sft", {"lora_r": 0}, "model.safetensors"),
-        ("run_sft", {"lora_r": 4}, "adapter_model.safetensors"),
+        ("run_sft", {"lora_r": 4, "merge_adapter": "true"}, "adapter_model.safetensors"),
     ],
     ids=["align", "sft", "sft with a new adapter"],
 )
@@ -259,6 +259,11 @@ def test_zero3_joins_two_backbones(join, script, changes, weights, tmp_path):
     losses = history(tmp_path / "one", "loss")
     assert (losses[0] - losses[1]).abs() > 1e-3  # the control: training did change something
     load_model(str(tmp_path / "zero3"))
+    if "merge_adapter" in changes:  # by the first process alone, while DeepSpeed is still configured
+        ours, theirs = (load_file(tmp_path / how / "merged" / "model.safetensors") for how in ("zero3", "one"))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=5e-6, msg=name)
 
 
 @pytest.mark.parametrize(

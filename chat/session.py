@@ -320,7 +320,7 @@ class ChatSession:
             "attention_mask": torch.ones_like(input_ids),
             CACHE_NAME: self._cache,
         }
-        per_image = self.processor.num_image_tokens(*self.processor.image_height_and_width())
+        per_image = self.processor.count_image_tokens()
         new_images = images[ids[:kept].count(self.processor.image_token_id) // per_image :]
         if new_images:
             pixel_values = torch.cat([image.pixel_values for image in new_images])
@@ -337,7 +337,7 @@ class ChatSession:
 
     def _keys(self, ids: list[int], images: list[PreparedImage]) -> list[Any]:
         """Token ids, with image tokens replaced by (digest of the image, index in it): equal for equal images only."""
-        per_image = self.processor.num_image_tokens(*self.processor.image_height_and_width())
+        per_image = self.processor.count_image_tokens()
         image_token_id, keys, seen = self.processor.image_token_id, list[Any](ids), 0
         for position, token in enumerate(ids):
             if token == image_token_id:

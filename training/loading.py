@@ -127,7 +127,7 @@ def check_image_tokens(config: JnanaConfig, processor: JnanaProcessor, model_nam
         ValueError: naming both, with their numbers.
     """
     # the processor resizes every image to one size, so the number is the same for any original size
-    written = processor._get_num_multimodal_tokens(image_sizes=[(1, 1)])["num_image_tokens"][0]
+    written = processor.count_image_tokens()
     if written != config.image_seq_length:
         raise ValueError(
             f"{processor_name} writes {written} image tokens an image, but {model_name} gives "

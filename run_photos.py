@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
     # 1. Arguments and logging
     (args,) = parse_arguments([PhotoArguments], argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # each request of an upload
+        logging.getLogger(name).setLevel(logging.WARNING)
     check_arguments(args)
     folder = Path(args.output_dir)
 

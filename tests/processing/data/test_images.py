@@ -12,7 +12,15 @@ import pillow_heif
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
+from jnana.processing.data import (
+    BadSampleError,
+    PixelImages,
+    check_image,
+    check_rows,
+    load_image,
+    load_rows,
+    thumbnail,
+)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -237,6 +245,16 @@ class TestHeic:
             with pytest.raises(ImportError, match=message):
                 opener(photo, source="r1")
         assert load_image(pictures / "0.png").size == (40, 30)
+
+    def test_rows(self, photo, processor, monkeypatch):
+        """An image folder may name them. `skip` does not leave them out silently where the package is missing."""
+        photo.with_name("metadata.csv").write_text("file_name,text\nIMG_1.HEIC,a photograph\n")
+        rows = load_rows(photo.parent)
+        assert check_rows(rows, processor, progress=False).problems == []
+        assert PixelImages(processor).load(rows[0]["images"][0], "r1").size == (32, 64)
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(ImportError, match="metadata.csv, record 0 .*: image '.*IMG_1.HEIC' is an HEIC image"):
+            check_rows(rows, processor, on_bad_sample="skip", progress=False)
 
     def test_uploads_never_reach_its_decoder(self, photo):
         """They come without a name."""

@@ -271,6 +271,16 @@ class TestCaptions:
         assert (tmp_path / "out/train/b.jpg").is_file()
         assert CaptionFile.read(file).empty == [f"{file}, line 3 (b.jpg)", f"{file}, line 5 (d, e.jpg)"]
 
+    def test_of_two_copies_the_captioned_one_stays(self, tmp_path):
+        photos = make_photos(tmp_path / "photos", ["knight.jpg", "other.jpg"])
+        prepare(photos, tmp_path / "out", 0)
+        write_captions(tmp_path / "out/train/metadata.csv", knight="a knight")
+        shutil.copy(photos / "knight.jpg", photos / "a.jpg")  # its name comes first
+        _, problems = prepare(photos, tmp_path / "out", 0.5)
+        assert problems == ["a.jpg: the same file as knight.jpg."]
+        assert names(tmp_path / "out", "train") == ["knight.jpg", "other.jpg"]
+        assert not (tmp_path / "out/test").exists()
+
     def test_columns_of_ones_own_are_kept(self, tmp_path):
         photos = make_photos(tmp_path / "photos", ["a.jpg", "b.jpg"])
         (tmp_path / "out/train").mkdir(parents=True)

@@ -113,7 +113,8 @@ def main(argv: list[str]) -> None:
 
     # 4. Upload
     if args.push_to_hub is not None:
-        captioned_images(folder).push_to_hub(args.push_to_hub, private=args.private or None)
+        data = captioned_images(folder, args.max_image_pixels)
+        data.push_to_hub(args.push_to_hub, private=args.private or None)
         logger.info(f"pushed to {args.push_to_hub}")
 
 

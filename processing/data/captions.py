@@ -15,7 +15,7 @@ import datasets
 from PIL import Image, UnidentifiedImageError
 
 from .dataset_readers import CAPTION_COLUMNS
-from .images import load_image
+from .images import MAX_IMAGE_PIXELS, load_image
 from .records import read_records
 
 
@@ -139,12 +139,13 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def captioned_images(folder: Path) -> datasets.DatasetDict:
+def captioned_images(folder: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> datasets.DatasetDict:
     """
     Images and captions as a data set with the columns `image`, `text` and, if a `metadata.csv` has it, `question`.
 
     Args:
         folder (`Path`): holds `train/metadata.csv`, `test/metadata.csv` or both.
+        max_image_pixels (`int`, *optional*): larger images raise.
 
     Returns:
         `datasets.DatasetDict`: `train` and `test`, without one that has no image.
@@ -162,7 +163,7 @@ def captioned_images(folder: Path) -> datasets.DatasetDict:
         images = [file.path.parent / record["file_name"] for _, record in file.lines]
         problems += [f"{line}: no caption" for line in file.empty]
         for image, (number, _) in zip(images, file.lines, strict=True):
-            problems += _problems(image, f"{file.path}, line {number}")
+            problems += _problems(image, f"{file.path}, line {number}", max_image_pixels)
         columns = {"image": [str(image) for image in images]}
         columns["text"] = [record[file.caption_column] for _, record in file.lines]
         if has_question:
@@ -176,10 +177,10 @@ def captioned_images(folder: Path) -> datasets.DatasetDict:
     return datasets.DatasetDict(splits)
 
 
-def _problems(path: Path, source: str) -> list[str]:
+def _problems(path: Path, source: str, max_image_pixels: int) -> list[str]:
     """The reason why an image can't be uploaded, if there is one."""
     try:
-        load_image(path, source=source)
+        load_image(path, source=source, max_image_pixels=max_image_pixels)
         with Image.open(path, formats=("JPEG", "PNG")) as image:
             image.load()  # a PNG may hold EXIF data behind its pixels
             found = sorted(str(name) for name in image.info if name not in HARMLESS)

@@ -23,14 +23,15 @@ from jnana.processing.data import (
 )
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels: what a decompression bomb looks like from outside."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(b"\0")), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> dict:
@@ -132,8 +133,16 @@ def rgb_tiff_of_16_bits(colour: tuple[int, int, int]) -> dict:
     return {"path": None, "bytes": header + pixels + struct.pack("<H", len(entries)) + table + b"\0" * 4}
 
 
-def test_16_bit_colours():
-    assert load_image(rgb_tiff_of_16_bits((0x0102, 0x80FF, 0xFF00))).getpixel((1, 1)) == (0x01, 0x80, 0xFF)
+def rgb_png_of_16_bits(colour: tuple[int, int, int]) -> dict:
+    """Nor this: 2 x 2 pixels; each line starts with the number of its filter."""
+    header, pixels = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0), (b"\0" + struct.pack(">3H", *colour) * 2) * 2
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(pixels)), png_chunk(b"IEND", b"")]
+    return {"path": None, "bytes": b"\x89PNG\r\n\x1a\n" + b"".join(chunks)}
+
+
+@pytest.mark.parametrize("write", [rgb_tiff_of_16_bits, rgb_png_of_16_bits])
+def test_16_bit_colours(write):
+    assert load_image(write((0x0102, 0x80FF, 0xFF00))).getpixel((1, 1)) == (0x01, 0x80, 0xFF)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "TIFF"])

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -33,6 +34,15 @@ def test_a_picture_within_the_limits_is_read(tmp_path):
     assert read_image(tmp_path / "good.png", LIMITS).size == (1000, 1000)
     with pytest.raises(Refused, match="at most 0.5 megapixels"):
         read_image(tmp_path / "good.png", Limits(image_megapixels=0.5))
+
+
+def test_an_heic_upload_is_refused(tmp_path):
+    """Training reads such files; an upload never reaches their decoder, whatever its name."""
+    for name in ("photo.heic", "photo.jpg"):
+        pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / name)
+        assert load_image(tmp_path / name).size == (64, 64)  # negative control
+        with pytest.raises(Refused, match="can't be used as a picture. It must be a complete JPEG, PNG"):
+            read_image(tmp_path / name, LIMITS)
 
 
 def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):

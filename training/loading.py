@@ -34,6 +34,7 @@ from jnana.modeling import (
     quantization_config,
 )
 from jnana.processing import JnanaProcessor, read_chat_template
+from jnana.processing.chat_formats_jnana import check_answer_end, find_answer_end
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 from .adapters import adapter_reference, is_adapter
@@ -188,13 +189,14 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         processor = load_processor(args.model_name_or_path, **trust)
         if args.chat_template is not None:
             processor.chat_template = read_chat_template(args.chat_template)
+            check_answer_end(processor.chat_template, processor.tokenizer, args.chat_template, processor.image_token)
         check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
         return processor
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
     processor = JnanaProcessor.from_vision_text_pretrained(
         args.vision_model,
         tokenizer_name,
-        chat_template=args.chat_template or "jnana",
+        chat_template=args.chat_template,
         vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
         **trust,
     )
@@ -251,6 +253,8 @@ def _load_or_build(
             **loading,
         )
     model, _ = load_model(args.model_name_or_path, trainable_adapter=True, quantization=quantization, **loading)
+    if args.chat_template is not None:  # its answers may end in another token than those of the checkpoint's template
+        set_special_tokens(model, processor)
     for name, value in args.projector_fields.items():
         present = getattr(model.config, name)
         if present != value:
@@ -324,10 +328,13 @@ def check_text_tokenizer(
 
 
 def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
-    """Set the generation config: padding, end of text, and no image tokens, which would break the next turn."""
+    """Set the generation config: padding, the tokens that end an answer (the tokenizer's, the chat template's, the
+    language model's), and no image tokens, which would break the next turn."""
     generation, tokenizer = model.generation_config, processor.tokenizer
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]
+    template = processor.chat_template
+    written = find_answer_end(template, tokenizer, processor.image_token) if isinstance(template, str) else None
+    ends = list(dict.fromkeys(end for end in (tokenizer.eos_token_id, written, *ends) if end is not None))
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.pad_token_id = tokenizer.pad_token_id
     generation.suppress_tokens = [processor.image_token_id]

@@ -167,10 +167,10 @@ def check_answer_end(
     text, spans = rendered
     marked = next((text[start:end] for start, end in spans if ANSWERS[0] in text[start:end]), "")
     raise ValueError(
-        f"chat_template {name!r} writes {marked.split(ANSWERS[0])[-1]!r} behind an answer inside its generation block, "
-        f"which holds no control token of the tokenizer {tokenizer.name_or_path!r}: the model would learn to write it "
-        f"letter by letter and never stop. The tokenizer's end token is {tokenizer.eos_token!r}: use a template that "
-        "writes `eos_token`, or add the format's own token to the tokenizer and the model first."
+        f"chat_template {name!r} writes {marked.split(ANSWERS[0])[-1]!r} behind an answer inside its generation "
+        f"block, and the tokenizer {tokenizer.name_or_path!r} has no such token: the model would never learn to stop. "
+        f"Use a template that writes `eos_token` (here {tokenizer.eos_token!r}), or add the format's own token to the "
+        "tokenizer and the model first."
     )
 
 

@@ -415,8 +415,9 @@ class JnanaProcessor(JnanaChatMixin):
             kwargs: passed to every `from_pretrained` (`revision`, `token`, `trust_remote_code`, ...).
 
         Raises:
-            ValueError: if the tower's patch size or prefix is not known and not given, or the tokenizer's chat template
-                or the tokenizer itself does not suit (see [`adopt_chat_template`], [`check_answer_end`]).
+            ValueError: if the tower's patch size or prefix is not known and not given, the tokenizer's own chat
+                template cannot be trained with (see [`adopt_chat_template`]), or the tokenizer lacks the template's
+                end token.
         """
         vision_config = AutoConfig.from_pretrained(vision, **kwargs)
         vision_config = getattr(vision_config, "vision_config", vision_config)

@@ -5,11 +5,22 @@ import random
 
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from jnana.processing import add_jnana_tokens
 from jnana.processing.chat_encoding_jnana import FOREIGN_MARKS
-from tests.tiny import CORPUS
+from tests.tiny import CORPUS, tiny_tokenizer
 
+
+# The control tokens of the formats that have some; the first ends an answer
+CHATML_TOKENS = ("<|im_end|>", "<|im_start|>")
+LLAMA_TOKENS = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+FORMAT_TOKENS = {
+    **dict.fromkeys(("chatml", "chatml_direct", "qwen2", "qwen2_5", "smollm2"), CHATML_TOKENS),
+    **dict.fromkeys(("llama3", "llama3_1"), LLAMA_TOKENS),
+    "phi3": ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+}
 
 # Control tokens, pieces of them, the templates' own words, white space, other scripts, our private marks
 FRAGMENTS = [
@@ -47,11 +58,12 @@ def random_chat(rng: random.Random, images: bool = True) -> list[dict]:
     return chat
 
 
-def text_of(message: dict) -> str:
+def text_of(message: dict, trim: bool = True) -> str:
     """What a message says, as the model should read it."""
     content = message["content"]
     parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-    return FOREIGN_MARKS.sub("", "".join(parts)).strip()
+    text = FOREIGN_MARKS.sub("", "".join(parts))
+    return text.strip() if trim else text
 
 
 def num_images(chat: list[dict]) -> int:
@@ -80,3 +92,31 @@ def llama_like_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=True,
     )
     return fast
+
+
+def add_format_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with the control tokens of a shipped template, behind the image and the pad token."""
+    add_jnana_tokens(tokenizer)
+    tokens = [AddedToken(token, special=True, normalized=False) for token in FORMAT_TOKENS.get(template, ())]
+    tokenizer.add_tokens(
+        [token for token in tokens if token.content not in tokenizer.get_vocab()], special_tokens=True
+    )
+    return tokenizer
+
+
+def instruct_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as a published model of this format has it: its kind, its control tokens, its end token."""
+    if template in ("vicuna", "mistral", "phi3"):
+        tokenizer = llama_like_tokenizer()
+        if template == "phi3":  # its tokenizer's end token is another one than that of its answers
+            tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+        else:
+            post = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+            tokenizer.backend_tokenizer.post_processor = post
+        return add_format_tokens(tokenizer, template)
+    tokenizer = add_format_tokens(tiny_tokenizer(), template)
+    tokenizer.eos_token = FORMAT_TOKENS[template][0]
+    tokenizer.bos_token = {"smollm2": "<|im_start|>"}.get(template, "<|endoftext|>")
+    if template.startswith("llama"):
+        tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>"})
+    return tokenizer

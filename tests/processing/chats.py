@@ -4,7 +4,7 @@ import json
 import random
 
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ FORMAT_TOKENS = {
 FRAGMENTS = [
     *"<image> <|endoftext|> <|pad|> <IMAGE> <<image>> <ima ge> <|endof text|> </s> <s> <tool> [INST]".split(" "),
     *"caption image: end of question: USER: ASSISTANT: <|user|> <|assistant|> <|end|> [Answer] [Visualize".split(" "),
+    *"<|system|> <|im_start|> <|im_end|> <|eot_id|> <|start_header_id|> <|end_header_id|> [/INST] <<SYS>>".split(" "),
     *"a white king and the black rook, how many? isn't it... 12 3.5 : ; ' \" ( \\ {{ x }} {% y %}".split(" "),
     *["\n", "\n\n", "  ", "\t", " \n ", "\u00a0", "日本語", "é", "🙂", "\ufe0f", "\u200b"],
     *["\U0010fa00", "\U0010fa01", "\U0010fa02", "\U000f0000", "\U000f0001", "\ue000"],
@@ -70,10 +71,13 @@ def num_images(chat: list[dict]) -> int:
     return sum(part["type"] == "image" for m in chat if not isinstance(m["content"], str) for part in m["content"])
 
 
-def llama_like_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over whole texts, `▁` for spaces and one put in front, bytes as a last resort: as Llama's and Phi-3's."""
+def llama_like_tokenizer(across_words: bool = True) -> PreTrainedTokenizerFast:
+    """BPE over whole texts, `▁` for spaces and one put in front, bytes as a last resort: as Llama's and Phi-3's.
+    Theirs have no tokens `across_words`; with such tokens it is harder to keep prompt and answer apart."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if not across_words:
+        trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     model = json.loads(trained.to_str())["model"]
     entries = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
@@ -107,7 +111,7 @@ def add_format_tokens(tokenizer: PreTrainedTokenizerFast, template: str) -> PreT
 def instruct_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """A tokenizer as a published model of this format has it: its kind, its control tokens, its end token."""
     if template in ("vicuna", "mistral", "phi3"):
-        tokenizer = llama_like_tokenizer()
+        tokenizer = llama_like_tokenizer(across_words=False)
         if template == "phi3":  # its tokenizer's end token is another one than that of its answers
             tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
         else:

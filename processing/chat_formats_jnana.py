@@ -278,7 +278,7 @@ def _render(template: str, chat: list[dict], tokenizer: PreTrainedTokenizerBase)
     marks = GENERATION_BLOCK.search(template) is not None
     variables: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": DATE}
     try:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[chat],
             chat_template=template,
             add_generation_prompt=True,
@@ -289,4 +289,5 @@ def _render(template: str, chat: list[dict], tokenizer: PreTrainedTokenizerBase)
         raise
     except Exception:  # a template can raise anything: an error of its own, of Jinja, or of Python's types
         return None
+    texts, spans = rendered
     return texts[0], spans[0] if spans else []

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_encoding_jnana import is_word
+
 
 logger = logging.get_logger(__name__)
 
@@ -167,10 +169,10 @@ def check_answer_end(
     text, spans = rendered
     marked = next((text[start:end] for start, end in spans if ANSWERS[0] in text[start:end]), "")
     raise ValueError(
-        f"chat_template {name!r} writes {marked.split(ANSWERS[0])[-1]!r} behind an answer inside its generation "
-        f"block, and the tokenizer {tokenizer.name_or_path!r} has no such token: the model would never learn to stop. "
-        f"Use a template that writes `eos_token` (here {tokenizer.eos_token!r}), or add the format's own token to the "
-        "tokenizer and the model first."
+        f"chat_template {name!r} writes {marked.split(ANSWERS[0])[-1]!r} between an answer and the end of its "
+        f"generation block, and the tokenizer {tokenizer.name_or_path!r} finds no end token in it: the model would "
+        f"never learn to stop. Use a template that writes `eos_token` (here {tokenizer.eos_token!r}), or add the "
+        "format's own token to the tokenizer and the model first."
     )
 
 
@@ -258,8 +260,9 @@ def _missing_for_training(template: str, tokenizer: PreTrainedTokenizerBase, ima
 def _first_control_token(text: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> int | None:
     """The id of the first control token in a text that can end an answer."""
     others = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids(image_token)}
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = special - others | {tokenizer.eos_token_id}
+    added = tokenizer.added_tokens_decoder.items()
+    control = {index for index, token in added if token.special or not is_word(token.content)}
+    ends = control - others | {tokenizer.eos_token_id}
     return next((index for index in tokenizer(text, add_special_tokens=False)["input_ids"] if index in ends), None)
 
 

@@ -173,6 +173,27 @@ def test_the_prompt_that_llava_1_6_34b_was_trained_with():
     )
 
 
+def test_a_prompt_does_not_depend_on_the_day():
+    """Llama 3.2's own template writes the day of the call; the shipped one a fixed day, or the one that is given."""
+    tokenizer = instruct_tokenizer("llama3_1")
+    own, chat = published("llama-3.2-instruct"), [{"role": "user", "content": "why?"}]
+    ours = make_processor(adopt_chat_template(own, tokenizer), tokenizer)
+    assert "\nToday Date: 26 Jul 2024\n" in ours.apply_chat_template(chat)
+    for day in ("26 Jul 2024", "01 Feb 2030"):
+        theirs = tokenizer.apply_chat_template(chat, chat_template=own, tokenize=False, date_string=day)
+        assert ours.apply_chat_template(chat, date_string=day) == theirs
+    assert ours.apply_chat_template(chat) != tokenizer.apply_chat_template(chat, chat_template=own, tokenize=False)
+
+
+def test_nothing_stands_behind_a_whole_chat_of_phi():
+    """Its own template writes the tokenizer's end token behind a chat that asks for no answer."""
+    tokenizer = instruct_tokenizer("phi3")
+    own = published("phi-3.5-mini-instruct")
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    ours = make_processor(adopt_chat_template(own, tokenizer), tokenizer).apply_chat_template(chat)
+    assert tokenizer.apply_chat_template(chat, chat_template=own, tokenize=False) == ours + tokenizer.eos_token
+
+
 @pytest.mark.parametrize(("fixture", "name"), [*VISION.items(), *TEXT.items()])
 def test_every_answer_ends_in_the_real_end_token(fixture, name):
     tokenizer = instruct_tokenizer(name)
@@ -328,9 +349,18 @@ def test_no_template_is_refused():
 
 def test_a_known_format_whose_end_token_the_tokenizer_lacks():
     """chatml over a tokenizer without its tokens: the end token would be trained letter by letter."""
-    message = r"'chatml' writes '<\|im_end\|>' behind an answer.*has no such token.*'<\|endoftext\|>'"
+    message = r"'chatml' writes '<\|im_end\|>' between an answer.*finds no end token in it.*'<\|endoftext\|>'"
     with pytest.raises(ValueError, match=message):
         adopt_chat_template(published("openhermes-2.5"), tiny_tokenizer())
+
+
+def test_an_end_token_need_not_be_marked_as_special():
+    """Some tokenizers hold `<|im_end|>` as an added token that is not special; a word is no end token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "rook"])
+    adopted = adopt_chat_template(published("openhermes-2.5"), tokenizer)
+    assert find_answer_end(adopted, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert find_answer_end(OWN.replace("END", "'rook'"), tokenizer) is None
 
 
 def test_letters_become_the_tokenizers_own_end_token():
@@ -374,5 +404,5 @@ def test_an_instruct_model_of_another_format_is_refused(backbones, tmp_path):
 
 
 def test_a_named_template_needs_its_end_token(backbones):
-    with pytest.raises(ValueError, match=r"'phi3' writes '<\|end\|>' behind an answer"):
+    with pytest.raises(ValueError, match=r"'phi3' writes '<\|end\|>' between an answer"):
         JnanaProcessor.from_vision_text_pretrained(*backbones, chat_template="phi3")

@@ -279,5 +279,5 @@ def test_a_checkpoint_goes_on_with_another_template(vision, tmp_path):
     model = prepare_model(args, prepare_processor(args))
     assert processor.tokenizer.convert_tokens_to_ids("<|end|>") in model.generation_config.eos_token_id
     args = ModelArguments(model_name_or_path=str(tmp_path / "pair"), chat_template="llama3")
-    with pytest.raises(ValueError, match=r"chat_template 'llama3' writes '<\|eot_id\|>' behind an answer"):
+    with pytest.raises(ValueError, match=r"chat_template 'llama3' writes '<\|eot_id\|>' between an answer"):
         prepare_processor(args)

@@ -186,10 +186,12 @@ def _has_format(
         `None` if it does not; else whether it also writes images.
     """
 
-    def same(turns: list, parts: bool, **kwargs) -> bool | None:
-        chat = _chat(turns, parts, **kwargs)
-        theirs = _render(own, chat, tokenizer)
-        return theirs and _same_prompt(theirs[0], *(_render(shipped, chat, tokenizer) or ("", [])), endings, tokenizer)
+    def same(turns: list, parts: bool, **images) -> bool | None:
+        chat = _chat(turns, parts, **images)
+        theirs, ours = (_render(template, chat, tokenizer) for template in (own, shipped))
+        if theirs is None or ours is None:
+            return None
+        return _same_prompt(theirs[0], *ours, endings, tokenizer)
 
     for parts in (True, False):
         # A template may refuse system messages; what it renders must be the same

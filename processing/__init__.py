@@ -9,7 +9,7 @@ if __name__ != "jnana.processing":  # a second copy of every class would be regi
 
 from .chat_encoding_jnana import transcribe_chat
 from .chat_formats_jnana import adopt_chat_template, chat_template_names, read_chat_template
-from .processing_jnana import JnanaProcessor, add_jnana_tokens
+from .processing_jnana import JnanaProcessor, add_jnana_tokens, set_image_geometry
 
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "adopt_chat_template",
     "chat_template_names",
     "read_chat_template",
+    "set_image_geometry",
     "transcribe_chat",
 ]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import AutoTokenizer, LlavaProcessor
+from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor
 
 from jnana.processing import JnanaProcessor, adopt_chat_template, read_chat_template
 from jnana.processing.chat_formats_jnana import FORMATS, find_answer_end
 from tests.processing.chats import FORMAT_TOKENS, add_format_tokens, instruct_tokenizer, llama_like_tokenizer
-from tests.tiny import CORPUS, tiny_image_processor, tiny_tokenizer
+from tests.tiny import CORPUS, save_tiny_llava, tiny_image_processor, tiny_tokenizer
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "chat_templates"
@@ -406,3 +406,16 @@ def test_an_instruct_model_of_another_format_is_refused(backbones, tmp_path):
 def test_a_named_template_needs_its_end_token(backbones):
     with pytest.raises(ValueError, match=r"'phi3' writes '<\|end\|>' between an answer"):
         JnanaProcessor.from_vision_text_pretrained(*backbones, chat_template="phi3")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llava", "vicuna"), ("llava_next", "mistral")])
+def test_a_published_checkpoint_keeps_its_prompts(tmp_path, kind, name):
+    folder = save_tiny_llava(tmp_path, kind)
+    stock, ours = AutoProcessor.from_pretrained(folder), JnanaProcessor.from_llava_pretrained(folder)
+    assert ours.chat_template == read_chat_template(name)
+    chat = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "why?"}]}]
+    assert ids_of(ours, chat) == ids_of(stock, chat)
+    named = JnanaProcessor.from_llava_pretrained(folder, chat_template="llava_chess")
+    assert named.chat_template == read_chat_template("llava_chess")
+    with pytest.raises(ValueError, match=r"'chatml' writes '<\|im_end\|>' between an answer"):
+        JnanaProcessor.from_llava_pretrained(folder, chat_template="chatml")

@@ -21,6 +21,7 @@ from jnana.training.loading import (
 from jnana.training.stages import apply_stage
 from tests.processing.chats import instruct_tokenizer
 from tests.tiny import (
+    save_tiny_llava,
     save_tiny_text,
     save_tiny_vision,
     tiny_image_processor,
@@ -281,3 +282,14 @@ def test_a_checkpoint_goes_on_with_another_template(vision, tmp_path):
     args = ModelArguments(model_name_or_path=str(tmp_path / "pair"), chat_template="llama3")
     with pytest.raises(ValueError, match=r"chat_template 'llama3' writes '<\|eot_id\|>' between an answer"):
         prepare_processor(args)
+
+
+def test_a_published_checkpoint_of_another_chat_format_is_refused(tmp_path):
+    folder = save_tiny_llava(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
+    with pytest.raises(ValueError, match="marks no answers, so put"):
+        prepare_processor(ModelArguments(model_name_or_path=str(folder)))
+    args = ModelArguments(model_name_or_path=str(folder), chat_template="vicuna")
+    processor = prepare_processor(args)
+    assert processor.chat_template == read_chat_template("vicuna")
+    assert prepare_model(args, processor).generation_config.eos_token_id == processor.tokenizer.eos_token_id

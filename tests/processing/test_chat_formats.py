@@ -31,6 +31,7 @@ TEXT = {
     "smollm2-instruct": "smollm2",
     "qwen2-instruct": "qwen2",
     "qwen2.5-instruct": "qwen2_5",
+    "qwen3": "chatml",
     "llama-3-instruct": "llama3",
     "llama-3.2-instruct": "llama3_1",
     "llama-3.3-instruct": "llama3_1",
@@ -192,6 +193,26 @@ def test_nothing_stands_behind_a_whole_chat_of_phi():
     chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
     ours = make_processor(adopt_chat_template(own, tokenizer), tokenizer).apply_chat_template(chat)
     assert tokenizer.apply_chat_template(chat, chat_template=own, tokenize=False) == ours + tokenizer.eos_token
+
+
+def test_no_empty_thoughts_of_qwen3():
+    """Its own template writes them in front of a last answer; behind a following question they are gone."""
+    tokenizer = instruct_tokenizer("chatml")
+    own = published("qwen3")
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    ours = make_processor(adopt_chat_template(own, tokenizer), tokenizer).apply_chat_template(chat)
+    theirs = tokenizer.apply_chat_template(chat, chat_template=own, tokenize=False)
+    assert theirs != ours and theirs.replace("<think>\n\n</think>\n\n", "") == ours
+
+
+@pytest.mark.parametrize("fixture", ["qwen2.5-instruct", "qwen3", "llama-3.2-instruct", "llama-3.3-instruct"])
+def test_tools_are_not_written(fixture):
+    tokenizer = instruct_tokenizer(TEXT[fixture])
+    ours = make_processor(adopt_chat_template(published(fixture), tokenizer), tokenizer)
+    chat = [{"role": "user", "content": "why?"}]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+    assert "look" in tokenizer.apply_chat_template(chat, tools, chat_template=published(fixture), tokenize=False)
+    assert ours.apply_chat_template(chat, tools=tools) == ours.apply_chat_template(chat)
 
 
 @pytest.mark.parametrize(("fixture", "name"), [*VISION.items(), *TEXT.items()])

@@ -77,7 +77,11 @@ class ModelArguments:
         },
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "A shipped template's name (default `jnana`), or a .jinja file."}
+        default=None,
+        metadata={
+            "help": "A shipped template's name, or a .jinja file. Default: the format of an instruct model's own chat "
+            "template; `jnana` for a language model without one."
+        },
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Dtype of the frozen weights; trained weights are always float32."}

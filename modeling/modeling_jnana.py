@@ -122,6 +122,16 @@ class JnanaPreTrainedModel(PreTrainedModel):
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        `torch.dtype`: As `PreTrainedModel.dtype`, the dtype of the first weight, but of the last frozen one where some
+        are frozen: those that train are held in float32 beside them, and with the tower that is the first weight. A
+        saved `config.json` names this dtype, and `from_pretrained` then loads all weights in it.
+        """
+        frozen = [weight for weight in self.parameters() if weight.is_floating_point() and not weight.requires_grad]
+        return frozen[-1].dtype if frozen else super().dtype
+
     def post_init(self):
         """As `PreTrainedModel.post_init`; then `_no_split_modules` names only classes that this model contains."""
         super().post_init()

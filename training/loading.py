@@ -206,6 +206,32 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     return processor
 
 
+def frozen_dtype(args: ModelArguments) -> str:
+    """The dtype of a run's frozen weights: `dtype`, or for `auto` the one that the checkpoint is stored in.
+
+    Weights stored in float16 are held in bfloat16. It has float32's range; activations of language models that were
+    trained in bfloat16 overflow in float16. For the base of an adapter to continue it is the dtype of the last round.
+
+    Args:
+        args (`ModelArguments`): Which model; only its config is read.
+
+    Returns:
+        `str`: `float32`, `bfloat16` or, only if `dtype` asks for it, `float16`.
+    """
+    if args.dtype != "auto":
+        return args.dtype
+    name = args.model_name_or_path or args.text_model
+    if name is not None and is_adapter(name):
+        stored = adapter_reference(name)["dtype"]
+    else:
+        config = PreTrainedConfig.get_config_dict(name)[0]
+        stored = config.get("dtype", config.get("torch_dtype"))  # configs of transformers 4 have `torch_dtype`
+    stored = str(stored or "float32").removeprefix("torch.")
+    held = "bfloat16" if stored == "float16" else stored
+    logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
+    return held
+
+
 def prepare_model(
     args: ModelArguments,
     processor: JnanaProcessor,

@@ -9,7 +9,7 @@ import torch
 from torch.optim import AdamW, Muon
 from transformers import AutoModelForCausalLM, SchedulerType, Trainer, TrainingArguments, get_scheduler
 
-from jnana.training.arguments import LoraArguments, RateArguments
+from jnana.training.arguments import LoraArguments, PartArguments
 from jnana.training.optimizers import (
     SCHEDULES_OF_THE_LOSS,
     MuonWithAdamW,
@@ -26,7 +26,7 @@ from tests.tiny import tiny_text_config
 from tests.training.test_stages import LORA, batch, pair
 
 
-RATES = RateArguments(projector_learning_rate=2e-3, projector_lr_scheduler_type="cosine")
+RATES = PartArguments(projector_learning_rate=2e-3, projector_lr_scheduler_type="cosine")
 
 
 def tiny_model():
@@ -131,7 +131,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {**stacked, "pixel_values": images}
 
 
-def train(folder, rates: RateArguments | None, resume: str | None = None, **changes) -> Trainer:
+def train(folder, rates: PartArguments | None, resume: str | None = None, **changes) -> Trainer:
     model, args = apply_stage(pair(), "sft", LORA), arguments(folder, **changes)
     trainer = Trainer(
         model=model,
@@ -183,7 +183,7 @@ def test_a_run_follows_both_schedules_and_resumes(tmp_path):
 
 
 def test_equal_rates_change_nothing(tmp_path):
-    same = RateArguments(projector_learning_rate=1e-3)
+    same = PartArguments(projector_learning_rate=1e-3)
     ours, stock = train(tmp_path / "ours", same), train(tmp_path / "stock", None)
     for name, tensor in stock.model.state_dict().items():
         torch.testing.assert_close(ours.model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
@@ -200,7 +200,7 @@ def test_muon_takes_rates_too(tmp_path):
 
 
 def test_the_vision_towers_rate(tmp_path):
-    rates = RateArguments(vision_learning_rate=5e-5)
+    rates = PartArguments(vision_learning_rate=5e-5)
     lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_vision_target_modules=["q_proj"])
     _, kwargs = trainer_optimizer("stock", apply_stage(pair(), "sft", lora), arguments(tmp_path), rates)
     assert {group["part"]: group["lr"] for group in kwargs["params"]}["vision_tower"] == 5e-5
@@ -210,9 +210,9 @@ def test_the_vision_towers_rate(tmp_path):
 
 def test_refused(tmp_path):
     with pytest.raises(ValueError, match="projector_learning_rate is -1; it must be at least 0"):
-        check_rates(RateArguments(projector_learning_rate=-1), arguments(tmp_path))
+        check_rates(PartArguments(projector_learning_rate=-1), arguments(tmp_path))
     plateau = arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
-    check_rates(RateArguments(), plateau)  # the control
+    check_rates(PartArguments(), plateau)  # the control
     with pytest.raises(ValueError, match="lr_scheduler_type 'reduce_lr_on_plateau' follows the loss"):
         check_rates(RATES, plateau)
 

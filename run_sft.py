@@ -1,7 +1,7 @@
 """Stage 2: fine-tune on questions and answers about images; the projector trains on.
 
-The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). The image encoder is frozen, or
-gets an adapter too (`lora_vision_target_modules`), or is trained whole (`freeze_vision_tower: false`). With an adapter
+The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). The image encoder is frozen,
+gets an adapter too (`lora_vision_target_modules`) or is trained whole (`freeze_vision_tower: false`). With an adapter,
 `output_dir` holds the adapter and the parts that trained whole, the processor, and a record of the base model;
 `merge_adapter: true` also writes `output_dir/merged`, an ordinary checkpoint. An adapter directory as
 `model_name_or_path` is trained for a further round.

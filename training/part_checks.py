@@ -35,8 +35,8 @@ def check_parts(
     targets = lora_args.lora_vision_target_modules if lora_args is not None else None
     if not args.freeze_vision_tower and targets:
         raise ValueError(
-            f"freeze_vision_tower is false, which trains the whole tower, but lora_vision_target_modules is {targets}, "
-            "which trains an adapter on a frozen one; leave one of them out"
+            f"freeze_vision_tower is false, but lora_vision_target_modules is {targets}: the tower trains whole or "
+            "by an adapter; leave one of them out"
         )
     whole, adapted = not args.freeze_vision_tower, bool(targets)
     if adapter is not None:

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     if merge and training_args.should_save:
         del trainer, model, callbacks  # the schedule callback holds the optimizer
         release_memory()
-        merge_trained_adapter(training_args, lora_args.merge_base)
+        merge_trained_adapter(training_args, lora_args.merge_base, model_args.device_map)
 
 
 if __name__ == "__main__":

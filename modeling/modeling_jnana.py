@@ -335,7 +335,7 @@ class JnanaImageMixin:
         else:
             image_mask = input_ids == image_token_id
         self._check_counts(image_mask, image_features.shape[0])
-        return image_mask.unsqueeze(-1)
+        return image_mask.unsqueeze(-1).to(inputs_embeds.device)  # `device_map` may have put the ids elsewhere
 
     def unused_vision_parameters(self) -> list[str]:
         """
@@ -792,6 +792,7 @@ def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.T
     """The hidden states to compute logits for; see `logits_to_keep` in [`JnanaForConditionalGeneration.forward`]."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, slice(-logits_to_keep, None)]
+    logits_to_keep = logits_to_keep.to(hidden_states.device)
     if logits_to_keep.ndim == 1:  # indices, the same for every row
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:

@@ -74,6 +74,10 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(default=None)
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(
+        default=None,
+        metadata={"help": "Spread the layers over the GPUs of this machine, in one process, as transformers does."},
+    )
     trust_remote_code: bool = field(default=False)
 
     @property

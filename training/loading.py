@@ -38,6 +38,7 @@ from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments, TextModelArguments
+from .device_map import check_spread, spread_over_devices
 from .distributed import unpartitioned
 
 
@@ -244,11 +245,13 @@ def prepare_model(
         args (`ModelArguments`): Which model.
         processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
         training_args (`TrainingArguments`, *optional*): Of the run. A quantised model is loaded on their `device`, as
-            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]).
+            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]). A model
+            is spread over their GPUs if `device_map` asks for it.
         quantization (`dict`, *optional*): Settings as for `jnana.modeling.quantization_config`; default: none.
 
     Raises:
-        ValueError: if a projector field contradicts the checkpoint to continue.
+        ValueError: if a projector field contradicts the checkpoint to continue, or the model is too large for
+            `device_map`.
     """
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation is not None:
@@ -257,9 +260,16 @@ def prepare_model(
     if quantization["quantization"] != "none" and training_args is not None:
         loading["device_map"] = {"": training_args.device}
     start = args.model_name_or_path
+    if args.device_map is not None and start is not None:
+        loading["device_map"] = args.device_map
     whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
     with unpartitioned(training_args, whole):
-        return _load_or_build(args, processor, quantization, loading)
+        model = _load_or_build(args, processor, quantization, loading)
+    if args.device_map is not None and training_args is not None:
+        if start is None:
+            spread_over_devices(model, args.device_map)
+        check_spread(model, training_args)
+    return model
 
 
 def _load_or_build(

@@ -611,19 +611,22 @@ def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
     return cache if past_key_values is None else past_key_values
 
 
-def _own_modules(module: nn.Module):
+def _own_modules(module: nn.Module) -> list[nn.Module]:
     """`module` and all below it, without what PEFT puts beside a layer (it keeps the layer itself as `base_layer`)."""
-    adapted = hasattr(module, "base_layer")
-    if not adapted:
-        yield module
-    for name, child in module.named_children():
-        if not adapted or name == "base_layer":
-            yield from _own_modules(child)
+    pending, found = [module], []
+    while pending:
+        children = dict(pending[-1].named_children())
+        if "base_layer" in children:
+            pending[-1:] = [children["base_layer"]]
+        else:
+            found.append(pending.pop())
+            pending.extend(children.values())
+    return found
 
 
 def _stop_dropout_if_frozen(backbone: nn.Module) -> None:
     """Put a backbone without trainable weights of its own into evaluation mode, but for gradient checkpointing."""
-    modules = list(_own_modules(backbone))
+    modules = _own_modules(backbone)
     if any(parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)):
         return
     for module in modules:

@@ -124,7 +124,11 @@ class MuonWithAdamW(Optimizer):
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in three groups: hidden matrices, other matrices, vectors (which never decay)."""
-    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    # the language model's, its head, and the positions of a tower
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if model.get_output_embeddings() is not None:
+        embeddings.append(model.get_output_embeddings())
+    outer = {id(module.weight) for module in embeddings}
     hidden, other, vectors = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:

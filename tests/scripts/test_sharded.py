@@ -178,6 +178,42 @@ def test_muon_under_fsdp2(start, tmp_path):
     assert (folder / "checkpoint-1" / "model.safetensors").read_bytes() != weights  # the control
 
 
+TOWER = {"freeze_vision_tower": "false", "vision_learning_rate": "1e-3", "max_steps": 2}
+BOTH = {**ADAPTER, "lora_vision_target_modules": "q_proj", "vision_learning_rate": "1e-3"}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [
+        (TOWER, "model.safetensors"),
+        ({**TOWER, **ADAPTER}, "adapter_model.safetensors"),
+        (BOTH, "adapter_model.safetensors"),
+    ],
+    ids=["whole", "whole, with an adapter", "by an adapter"],
+)
+def test_a_tower_that_trains(start, how, changes, weights, tmp_path):
+    """DDP need not search for unused parameters, and waits for none that a process without images lacks."""
+    for each in ("one", how):
+        start(tmp_path / each, each, **changes)
+    assert_same_run(tmp_path / how, tmp_path / "one", weights)
+    name = "vision_tower_learning_rate"
+    assert history(tmp_path / how, name).tolist() == history(tmp_path / "one", name).tolist() == [1e-3, 5e-4]
+    losses = history(tmp_path / "one", "loss")
+    assert (losses[0] - losses[1]).abs() > 1e-3  # the control: training did change something
+
+
+def test_a_bfloat16_base_under_fsdp2(start, tmp_path):
+    """FSDP2 wants one dtype of all that trains: float32, also where the frozen weights around it are bfloat16."""
+    for each in ("one", "fsdp2"):
+        start(tmp_path / each, each, **{**BOTH, "dtype": "bfloat16"})
+    torch.testing.assert_close(
+        history(tmp_path / "fsdp2", "loss"), history(tmp_path / "one", "loss"), rtol=1e-2, atol=0
+    )
+    tensors = load_file(tmp_path / "fsdp2" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("how", ["zero2", "zero3"])
 def test_zero_is_one_process(start, one, how, tmp_path):

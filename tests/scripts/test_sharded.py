@@ -42,7 +42,7 @@ def start(tmp_path_factory, data, aligned):
         record["conversations"][0]["value"] = "what is the top?"
     (folder / "instruct.json").write_text(json.dumps(records))
 
-    def start(output, how: str, **changes) -> list[str]:
+    def start(output, how: str, environment: dict[str, str] | None = None, **changes) -> list[str]:
         processes = 1 if how == "one" else 2
         changes = {**SIZES, "lora_r": 0, "per_device_train_batch_size": 2 // processes, **changes}
         changes = {"train_data": folder / "instruct.json", "eval_data": folder / "instruct.json", **changes}
@@ -50,7 +50,8 @@ def start(tmp_path_factory, data, aligned):
         options = {"processes": processes, "prepare": watch_imageless}
         if how == "fsdp2":
             words.append(CONFIGURED)
-            options |= {"prepare": shard_on_cpu, "environment": launch_environment("fsdp2.yaml", processes)}
+            variables = launch_environment("fsdp2.yaml", processes) | (environment or {})
+            options |= {"prepare": shard_on_cpu, "environment": variables}
         if how.startswith("zero"):
             words.append("--ddp_backend=gloo")  # or accelerate counts one process where there is no GPU
             environment = launch_environment(f"{how}.yaml", processes) | {"ACCELERATE_USE_CPU": "false"}
@@ -201,6 +202,12 @@ def test_a_tower_that_trains(start, how, changes, weights, tmp_path):
     assert history(tmp_path / how, name).tolist() == history(tmp_path / "one", name).tolist() == [1e-3, 5e-4]
     losses = history(tmp_path / "one", "loss")
     assert (losses[0] - losses[1]).abs() > 1e-3  # the control: training did change something
+
+
+def test_fsdp2_reads_a_checkpoint_once(start, adapter, tmp_path):
+    """`fsdp_cpu_ram_efficient_loading: true`: the second process gets its shards from the first."""
+    start(tmp_path / "run", "fsdp2", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, **ADAPTER)
+    assert_same_run(tmp_path / "run", adapter, "adapter_model.safetensors")
 
 
 def test_a_bfloat16_base_under_fsdp2(start, tmp_path):

@@ -379,6 +379,7 @@ def check_computation(
         )
     if isinstance(model_args, ModelArguments):
         check_device_map(model_args, args, quantization)
+        check_halves(model_args, args)
     sharding = sharding_of(args)
     if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
         raise ValueError(
@@ -403,6 +404,21 @@ def check_computation(
             "attn_implementation is 'eager', which computes the attention scores of Phi in float16, where they "
             "overflow; set `attn_implementation: sdpa`, or bf16: true instead of float16"
         )
+
+
+def check_halves(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Refuse frozen weights in one kind of 16 bits and computation in the other, where CLIP's first `cat` would fail.
+
+    Raises:
+        ValueError: naming both options and the remedy.
+    """
+    for dtype, option in (("float16", "bf16"), ("bfloat16", "fp16")):
+        if model_args.dtype == dtype and getattr(args, option):
+            other = {"float16": "bfloat16", "bfloat16": "float16"}[dtype]
+            raise ValueError(
+                f"dtype is {dtype!r} but {option} is true, which computes in {other}; set `dtype: {other}`, or "
+                f"`{option}: false`"
+            )
 
 
 def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | TextModelArguments) -> None:

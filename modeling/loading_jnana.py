@@ -220,6 +220,12 @@ def _find_file(path: str | Path, file: str, subfolder: str | None = None, **hub_
         raise
 
 
+def model_type_of(path: str | Path, **hub_arguments: Any) -> str | None:
+    """`str` or `None`: The `model_type` in the config.json of a checkpoint; `None` if it has none."""
+    file = _find_file(path, "config.json", **hub_arguments)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8")).get("model_type")
+
+
 def weights_fingerprint(name: str | Path, **hub_arguments: Any) -> str | None:
     """
     A digest of a checkpoint's weights as they are stored, independent of the precision they are loaded in.
@@ -296,7 +302,7 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
         model = model_class.from_pretrained(names["model"], **kwargs)
     else:
         fields = {name: getattr(config, name) for name in PROJECTOR_FIELDS}
-        fields |= {"image_token_id": config.image_token_id, "image_size": config.image_size}
+        fields |= {name: getattr(config, name) for name in ("image_token_id", "image_size", "image_grid_pinpoints")}
         model = model_class.from_vision_text_pretrained(names["vision_model"], names["text_model"], **fields, **kwargs)
         for part in (model.config.vision_config, model.config.text_config):
             part.name_or_path = ""  # saved in config.json, it would publish the name of a directory of this machine

@@ -12,12 +12,15 @@ from accelerate.utils import get_balanced_memory
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from jnana.modeling import JnanaConfig, model_type_of
+
+from .adapters import is_adapter
 from .arguments import ModelArguments
 from .distributed import sharding_of
 
 
 def check_device_map(args: ModelArguments, training_args: TrainingArguments, quantization: str = "none") -> None:
-    """Refuse `device_map` in a run of several processes, with FSDP or DeepSpeed, and for a new pair that is quantised.
+    """Refuse `device_map` in a run of several processes, with FSDP or DeepSpeed, or where quantised weights must move.
 
     Args:
         args (`ModelArguments`): `device_map`, and which model.
@@ -37,19 +40,28 @@ def check_device_map(args: ModelArguments, training_args: TrainingArguments, qua
             f"device_map is {args.device_map!r}, with which one process spreads the model over all GPUs, but this run "
             f"{run}; start the script with `python`, not `accelerate launch`, or leave device_map out"
         )
-    if args.model_name_or_path is None and quantization != "none":
+    if quantization != "none" and not reads_spread(args):
         raise ValueError(
-            f"device_map is {args.device_map!r} and quantization {quantization!r}, but the model is joined from "
-            "vision_model and text_model, and quantised weights cannot be moved afterwards; train a projector first "
-            "(run_align) and give its checkpoint, or leave one of the two options out"
+            f"device_map is {args.device_map!r} and quantization {quantization!r}, which needs a Jnana checkpoint as "
+            "model_name_or_path: another model is spread after it is built, and quantised weights can't be moved. "
+            "Give a folder of run_align or a merged one, or leave one of the two options out"
         )
+
+
+def reads_spread(args: ModelArguments) -> bool:
+    """Whether `from_pretrained` reads the model straight to the GPUs: a Jnana checkpoint.
+
+    Others are built on the CPU first, whose memory must hold them: pairs, adapters with their base, LLaVA checkpoints.
+    """
+    name = args.model_name_or_path
+    return name is not None and not is_adapter(name) and model_type_of(name) == JnanaConfig.model_type
 
 
 def spread_over_devices(model: PreTrainedModel, device_map: str, max_memory: dict | None = None) -> PreTrainedModel:
     """Move the layers of a model to the GPUs of this machine, as `from_pretrained(device_map=...)` loads a checkpoint.
 
     Args:
-        model (`PreTrainedModel`): On the CPU; changed in place.
+        model (`JnanaForConditionalGeneration`): On the CPU, with or without adapters in it; changed in place.
         device_map (`str`): `auto` or `balanced`: about the same number of bytes on each GPU; `balanced_low_0`: less on
             the first, which also holds inputs and logits; `sequential`: fill one after the other.
         max_memory (`dict`, *optional*): Bytes of each device; default: what is free.

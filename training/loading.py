@@ -42,7 +42,7 @@ from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments, TextModelArguments
-from .device_map import check_spread, spread_over_devices
+from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
 
 
@@ -262,7 +262,11 @@ def frozen_dtype(args: ModelArguments) -> str:
         stored = adapter_reference(name)["dtype"]
     else:
         config = PreTrainedConfig.get_config_dict(name)[0]
-        stored = config.get("dtype", config.get("torch_dtype"))  # configs of transformers 4 have `torch_dtype`
+        # configs of transformers 4 have `torch_dtype`, and some have it in the language model's part only
+        fields = [
+            part.get(key) for part in (config, config.get("text_config", {})) for key in ("dtype", "torch_dtype")
+        ]
+        stored = next((field for field in fields if field is not None), None)
     stored = str(stored or "float32").removeprefix("torch.")
     held = "bfloat16" if stored == "float16" else stored
     logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
@@ -296,14 +300,15 @@ def prepare_model(
     if quantization["quantization"] != "none" and training_args is not None:
         loading["device_map"] = {"": training_args.device}
     start = args.model_name_or_path
-    if args.device_map is not None and start is not None:
+    spread = args.device_map is not None
+    if spread and reads_spread(args):
         loading["device_map"] = args.device_map
     whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
     with unpartitioned(training_args, whole):
         model = _load_or_build(args, processor, quantization, loading)
-    if args.device_map is not None and training_args is not None:
-        if start is None:
-            spread_over_devices(model, args.device_map)
+    if spread and training_args is not None:
+        if "device_map" not in loading:
+            spread_over_devices(model.get_base_model() if isinstance(model, PeftModel) else model, args.device_map)
         check_spread(model, training_args)
     return model
 

@@ -5,6 +5,8 @@ two devices raises, as it does on GPUs. So the hooks of accelerate and our own c
 CPU.
 """
 
+import json
+
 import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -154,13 +156,18 @@ def test_refused_with_several_processes(tmp_path, monkeypatch):
     check_device_map(ModelArguments(model_name_or_path="x"), args)  # the control
 
 
-def test_refused_for_a_quantised_pair(tmp_path):
+def test_refused_where_quantised_weights_would_move(tmp_path):
+    """All but a Jnana checkpoint is built on the CPU and then spread."""
     pair_args = ModelArguments(vision_model="clip", text_model="phi", device_map="balanced")
-    check_device_map(pair_args, arguments(tmp_path))
-    with pytest.raises(
-        ValueError, match="device_map is 'balanced' and quantization 'nf4', .* train a projector first"
-    ):
-        check_device_map(pair_args, arguments(tmp_path), "nf4")
+    checkpoint = ModelArguments(model_name_or_path=str(tmp_path), device_map="balanced")
+    for model_type, args in ((None, pair_args), ("llava", checkpoint), ("jnana", checkpoint)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        check_device_map(args, arguments(tmp_path))
+        if model_type == "jnana":  # the control
+            check_device_map(args, arguments(tmp_path), "nf4")
+            continue
+        with pytest.raises(ValueError, match="device_map is 'balanced' and quantization 'nf4', which needs a Jnana"):
+            check_device_map(args, arguments(tmp_path), "nf4")
 
 
 def test_refused_if_layers_stay_outside_of_the_gpus(tmp_path, monkeypatch):

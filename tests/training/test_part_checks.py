@@ -98,6 +98,7 @@ class TestDtypeAuto:
         [
             ({"dtype": "float16"}, "bfloat16"),
             ({"torch_dtype": "float16"}, "bfloat16"),  # as transformers 4 wrote it: llava-hf's checkpoints
+            ({"text_config": {"torch_dtype": "float16"}}, "bfloat16"),
             ({"dtype": "bfloat16"}, "bfloat16"),
             ({"dtype": "float32"}, "float32"),
             ({}, "float32"),

@@ -66,7 +66,8 @@ def spread_over_devices(model: PreTrainedModel, device_map: str, max_memory: dic
             the first, which also holds inputs and logits; `sequential`: fill one after the other.
         max_memory (`dict`, *optional*): Bytes of each device; default: what is free.
     """
-    kept_whole = sorted(model._no_split_modules or ())
+    # The projector reads weights of its own (`image_newline`) beside the outputs of its layers.
+    kept_whole = sorted({*(model._no_split_modules or ()), type(model.model.multi_modal_projector).__name__})
     if device_map != "sequential":
         low_zero = device_map == "balanced_low_0"
         max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=kept_whole, low_zero=low_zero)

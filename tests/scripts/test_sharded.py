@@ -12,6 +12,7 @@ from jnana.training.loading import load_model
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import run_forked, succeed
 from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, use_deepspeed, watch_imageless
+from tests.tiny import save_tiny_llava
 
 
 SIZES = {
@@ -208,6 +209,19 @@ def test_fsdp2_reads_a_checkpoint_once(start, adapter, tmp_path):
     """`fsdp_cpu_ram_efficient_loading: true`: the second process gets its shards from the first."""
     start(tmp_path / "run", "fsdp2", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, **ADAPTER)
     assert_same_run(tmp_path / "run", adapter, "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [("ddp", {**TOWER, **ADAPTER}), ("fsdp2", BOTH)],
+    ids=["ddp, whole tower", "fsdp2, adapters"],
+)
+def test_a_published_llava_checkpoint(start, how, changes, tmp_path):
+    """LLaVA-1.6's tiles and `image_newline`; under FSDP2 the first process reads transformers' checkpoint."""
+    start_from = {"model_name_or_path": save_tiny_llava(tmp_path / "llava"), "chat_template": "jnana"}
+    start(tmp_path / "one", "one", **{**changes, **start_from})
+    start(tmp_path / how, how, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, **{**changes, **start_from})
+    assert_same_run(tmp_path / how, tmp_path / "one", "adapter_model.safetensors")
 
 
 def test_a_bfloat16_base_under_fsdp2(start, tmp_path):

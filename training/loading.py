@@ -43,6 +43,7 @@ from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments, TextModelArguments
+from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
 
 
@@ -253,6 +254,36 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     return processor
 
 
+def frozen_dtype(args: ModelArguments) -> str:
+    """The dtype of a run's frozen weights: `dtype`, or for `auto` the one that the checkpoint is stored in.
+
+    Weights stored in float16 are held in bfloat16. It has float32's range; activations of language models that were
+    trained in bfloat16 overflow in float16. For the base of an adapter to continue it is the dtype of the last round.
+
+    Args:
+        args (`ModelArguments`): Which model; only its config is read.
+
+    Returns:
+        `str`: `float32`, `bfloat16` or, only if `dtype` asks for it, `float16`.
+    """
+    if args.dtype != "auto":
+        return args.dtype
+    name = args.model_name_or_path or args.text_model
+    if name is not None and is_adapter(name):
+        stored = adapter_reference(name)["dtype"]
+    else:
+        config = PreTrainedConfig.get_config_dict(name)[0]
+        # configs of transformers 4 have `torch_dtype`, and some have it in the language model's part only
+        fields = [
+            part.get(key) for part in (config, config.get("text_config", {})) for key in ("dtype", "torch_dtype")
+        ]
+        stored = next((field for field in fields if field is not None), None)
+    stored = str(stored or "float32").removeprefix("torch.")
+    held = "bfloat16" if stored == "float16" else stored
+    logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
+    return held
+
+
 def prepare_model(
     args: ModelArguments,
     processor: JnanaProcessor,
@@ -265,11 +296,13 @@ def prepare_model(
         args (`ModelArguments`): Which model.
         processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
         training_args (`TrainingArguments`, *optional*): Of the run. A quantised model is loaded on their `device`, as
-            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]).
+            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]). A model
+            is spread over their GPUs if `device_map` asks for it.
         quantization (`dict`, *optional*): Settings as for `jnana.modeling.quantization_config`; default: none.
 
     Raises:
-        ValueError: if a projector field contradicts the checkpoint to continue.
+        ValueError: if a projector field contradicts the checkpoint to continue, or the model is too large for
+            `device_map`.
     """
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation is not None:
@@ -278,9 +311,17 @@ def prepare_model(
     if quantization["quantization"] != "none" and training_args is not None:
         loading["device_map"] = {"": training_args.device}
     start = args.model_name_or_path
+    spread = args.device_map is not None
+    if spread and reads_spread(args):
+        loading["device_map"] = args.device_map
     whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
     with unpartitioned(training_args, whole):
-        return _load_or_build(args, processor, quantization, loading)
+        model = _load_or_build(args, processor, quantization, loading)
+    if spread and training_args is not None:
+        if "device_map" not in loading:
+            spread_over_devices(model.get_base_model() if isinstance(model, PeftModel) else model, args.device_map)
+        check_spread(model, training_args)
+    return model
 
 
 def _load_or_build(

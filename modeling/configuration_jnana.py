@@ -10,7 +10,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
-PROJECTOR_TYPES = ("linear", "mlp", "resblock")
+PROJECTOR_TYPES = ("linear", "mlp", "resblock", "perceiver")
 SELECT_STRATEGIES = ("default", "full", "pooled")
 
 # The fields that define the projector and its inputs. With the two backbones they define a model before training.
@@ -19,6 +19,11 @@ PROJECTOR_FIELDS = (
     "projector_hidden_act",
     "projector_num_blocks",
     "projector_layer_norm",
+    "projector_num_latents",
+    "projector_depth",
+    "projector_num_heads",
+    "projector_head_dim",
+    "projector_qk_layer_norm",
     "multimodal_projector_bias",
     "vision_feature_layer",
     "vision_feature_select_strategy",
@@ -60,13 +65,24 @@ class JnanaConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 50295):
             The token that is replaced by one image vector. The default is the first free row of Phi-2's embedding.
         projector_type (`str`, *optional*, defaults to `"mlp"`):
-            `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5) or `"resblock"` (Linear, then residual blocks).
+            `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5), `"resblock"` (Linear, then residual blocks) or
+            `"perceiver"` (a resampler with a fixed number of latents, then Linear).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation inside `mlp` and `resblock`.
+            Activation inside `mlp`, `resblock` and `perceiver`.
         projector_num_blocks (`int`, *optional*, defaults to 1):
             Residual blocks of `resblock`.
         projector_layer_norm (`bool`, *optional*, defaults to `False`):
             Whether `mlp` starts with a LayerNorm over the vision features.
+        projector_num_latents (`int`, *optional*, defaults to 64):
+            Vectors that `perceiver` makes of an image.
+        projector_depth (`int`, *optional*, defaults to 6):
+            Layers of `perceiver`. This and the next three defaults are IDEFICS's.
+        projector_num_heads (`int`, *optional*, defaults to 16):
+            Attention heads of `perceiver`.
+        projector_head_dim (`int`, *optional*, defaults to 96):
+            Width of one of these heads.
+        projector_qk_layer_norm (`bool`, *optional*, defaults to `True`):
+            Whether `perceiver` normalises queries and keys.
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
             Whether the projector's Linear layers have a bias.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
@@ -104,6 +120,11 @@ class JnanaConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     projector_num_blocks: int = 1
     projector_layer_norm: bool = False
+    projector_num_latents: int = 64
+    projector_depth: int = 6
+    projector_num_heads: int = 16
+    projector_head_dim: int = 96
+    projector_qk_layer_norm: bool = True
     multimodal_projector_bias: bool = True
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
@@ -170,6 +191,13 @@ class JnanaConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """`int`: Tokens one image takes in the text: 49 for ViT-B/32 by `default`, 50 by `full`, 1 by `pooled`."""
+        if self.projector_type == "perceiver":
+            return self.projector_num_latents
+        return self.num_feature_vectors
+
+    @property
+    def num_feature_vectors(self) -> int:
+        """`int`: Vectors of one image that enter the projector."""
         if self.vision_feature_select_strategy == "pooled":
             return 1
         prefix = self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0
@@ -197,6 +225,10 @@ class JnanaConfig(PreTrainedConfig):
                 f"`projector_num_blocks` is {self.projector_num_blocks!r}; a `resblock` projector has at least 1 "
                 "block. For none choose `projector_type: linear`."
             )
+        for field in ("projector_num_latents", "projector_depth", "projector_num_heads", "projector_head_dim"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{field}` is {value!r}; it must be an integer of at least 1.")
         if self.image_size not in (None, self.vision_config.image_size) and (
             self.vision_config.model_type not in RESIZING_TOWERS
         ):

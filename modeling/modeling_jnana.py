@@ -40,6 +40,7 @@ from .loading_jnana import (
 )
 from .packed_attention_jnana import check_packed_inputs, create_packed_mask
 from .projector_jnana import build_projector
+from .resampler_jnana import JnanaPerceiverResampler
 
 
 CACHE_NAMES = ("past_key_values", "cache")
@@ -128,6 +129,12 @@ class JnanaPreTrainedModel(PreTrainedModel):
         # CLIP also lists the layer of its text encoder, and accelerate's FSDP raises on a class that it can't find.
         classes = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = classes.intersection(self._no_split_modules or ())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As `PreTrainedModel._init_weights`, and the weights that belong to none of torch's own modules."""
+        super()._init_weights(module)
+        if isinstance(module, JnanaPerceiverResampler):
+            module.reset_own_parameters()
 
     def initialize_weights(self):
         """
@@ -228,7 +235,7 @@ class JnanaImageMixin:
             vision_feature_select_strategy (`str`, *optional*): Instead of the config's.
 
         Returns:
-            `tuple`: The tower's output, and features of shape `(num_images, num_image_tokens, vision_feature_size)`.
+            `tuple`: The tower's output, and features `(num_images, num_feature_vectors, vision_feature_size)`.
 
         Raises:
             ValueError: If `pixel_values` isn't a batch of images.
@@ -255,7 +262,7 @@ class JnanaImageMixin:
         Map vision features into the language model's embedding space.
 
         Args:
-            image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, vision_feature_size)`): As
+            image_features (`torch.FloatTensor` of shape `(num_images, num_feature_vectors, vision_feature_size)`): As
                 [`~JnanaModel.get_vision_features`] gives them, or stored from an earlier run.
 
         Returns:
@@ -267,7 +274,7 @@ class JnanaImageMixin:
         width = self.config.vision_feature_size
         if image_features.ndim != 3 or image_features.shape[-1] != width:
             raise ValueError(
-                f"`image_features` has shape {tuple(image_features.shape)}; give (num_images, num_image_tokens, "
+                f"`image_features` has shape {tuple(image_features.shape)}; give (num_images, num_feature_vectors, "
                 f"{width}), as `get_vision_features` gives them with this config's `vision_feature_layer` and "
                 "`vision_feature_select_strategy`."
             )
@@ -426,7 +433,7 @@ class JnanaImageMixin:
             `torch.FloatTensor` of shape `()`: A zero that depends on every parameter used.
         """
         if from_features:
-            size = (1, self.config.num_image_tokens, self.config.vision_feature_size)
+            size = (1, self.config.num_feature_vectors, self.config.vision_feature_size)
             return 0.0 * self.project_vision_features(torch.zeros(size, device=device))[0].sum()
         black = torch.zeros(image_shape(self.config), device=device, dtype=self.vision_tower.dtype)
         return 0.0 * self.get_image_features(black, return_dict=True).pooler_output[0].sum()
@@ -496,7 +503,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
                 names that transformers 5 has used for them.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Instead of `input_ids`.
-            image_features (`torch.FloatTensor` of shape `(num_images, num_image_tokens, vision_feature_size)`,
+            image_features (`torch.FloatTensor` of shape `(num_images, num_feature_vectors, vision_feature_size)`,
                 *optional*): Instead of `pixel_values`: features before the projector, computed earlier. A batch
                 without images gives 0 of them (`num_images` 0), where other processes may have some.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what

@@ -1,8 +1,8 @@
 """The projector: the only part of a Jnana model that starts from random weights.
 
-It maps the features of the image encoder into the embedding space of the language model. There are three kinds: one
-Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled), and a Linear followed by residual
-blocks (jnana, visualize_this).
+It maps the features of the image encoder into the embedding space of the language model. There are four kinds: one
+Linear (LLaVA, era_capstone), Linear-activation-Linear (LLaVA-1.5, phi35_pooled), a Linear followed by residual blocks
+(jnana, visualize_this), and a perceiver resampler followed by a Linear.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_jnana import JnanaConfig
+from .resampler_jnana import JnanaPerceiverResampler
 
 
 class JnanaLinearProjector(nn.Module):
@@ -73,10 +74,38 @@ class JnanaResblockProjector(nn.Module):
         return hidden_states
 
 
+class JnanaPerceiverProjector(nn.Module):
+    """A perceiver resampler of the vision features' width, then one Linear layer."""
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__()
+        self.resampler = build_resampler(config)
+        self.linear = nn.Linear(
+            config.vision_feature_size, config.text_config.hidden_size, bias=config.multimodal_projector_bias
+        )
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.resampler(image_features))
+
+
+def build_resampler(config: JnanaConfig) -> JnanaPerceiverResampler:
+    """The resampler that the config's `projector_*` fields describe, with random weights."""
+    return JnanaPerceiverResampler(
+        width=config.vision_feature_size,
+        num_latents=config.projector_num_latents,
+        depth=config.projector_depth,
+        num_heads=config.projector_num_heads,
+        head_dim=config.projector_head_dim,
+        qk_layer_norm=config.projector_qk_layer_norm,
+        hidden_act=config.projector_hidden_act,
+    )
+
+
 PROJECTORS: dict[str, type[nn.Module]] = {
     "linear": JnanaLinearProjector,
     "mlp": JnanaMlpProjector,
     "resblock": JnanaResblockProjector,
+    "perceiver": JnanaPerceiverProjector,
 }
 
 
@@ -88,7 +117,8 @@ def build_projector(config: JnanaConfig) -> nn.Module:
         config ([`JnanaConfig`]): Its widths are `config.vision_feature_size` and `config.text_config.hidden_size`.
 
     Returns:
-        `torch.nn.Module`: Maps `(..., vision_feature_size)` to `(..., text_hidden_size)`.
+        `torch.nn.Module`: Maps `(..., vision_feature_size)` to `(..., text_hidden_size)`; the perceiver maps
+        `(num_images, num_vectors, vision_feature_size)` to `(num_images, projector_num_latents, text_hidden_size)`.
 
     Raises:
         ValueError: If `projector_hidden_act` is not an activation that transformers knows.

@@ -11,9 +11,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 PROJECTOR_TYPES = ("linear", "mlp", "resblock", "perceiver")
+FUSIONS = ("tokens", "cross_attention")
+CROSS_ATTENTION_GATES = ("scalar", "vector")
 SELECT_STRATEGIES = ("default", "full", "pooled")
 
-# The fields that define the projector and its inputs. With the two backbones they define a model before training.
+# The fields that define the projector, its inputs and the cross-attention. With the two backbones they define a model
+# before training.
 PROJECTOR_FIELDS = (
     "projector_type",
     "projector_hidden_act",
@@ -27,6 +30,13 @@ PROJECTOR_FIELDS = (
     "multimodal_projector_bias",
     "vision_feature_layer",
     "vision_feature_select_strategy",
+    "fusion",
+    "cross_layer_interval",
+    "cross_attention_intermediate_size",
+    "cross_attention_qk_norm",
+    "cross_attention_gate",
+    "cross_attention_norm_eps",
+    "image_end_token_id",
 )
 
 # Vectors before the patches in a tower's output (CLS), by model type. Registers are counted separately, by
@@ -91,6 +101,24 @@ class JnanaConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image
             embedding, one vector an image; CLIP's is the projected one).
+        fusion (`str`, *optional*, defaults to `"tokens"`):
+            How images reach the language model: `"tokens"` (their vectors stand in the row; LLaVA) or
+            `"cross_attention"` (gated cross-attention blocks between its layers; Flamingo, IDEFICS). The latter needs
+            `projector_type: perceiver`; an image takes one token of the row, which keeps its ordinary embedding.
+        cross_layer_interval (`int`, *optional*, defaults to 4):
+            A cross-attention block stands before every n-th layer of the language model, from the first on.
+        cross_attention_intermediate_size (`int`, *optional*):
+            Width inside the MLPs of the blocks; by default the language model's.
+        cross_attention_qk_norm (`bool`, *optional*, defaults to `True`):
+            Whether the blocks normalise queries and keys (RMSNorm of each head).
+        cross_attention_gate (`str`, *optional*, defaults to `"scalar"`):
+            The gates of the blocks: one number (`"scalar"`) or one for each channel (`"vector"`).
+        cross_attention_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the RMSNorms in the blocks.
+        image_end_token_id (`int`, *optional*):
+            With `cross_attention`, the token behind which no image is attended to until the next one, as IDEFICS's
+            `</s>`. By default there is none, because a chat template may close every answer of a conversation with
+            its end token, and the later questions are about the image too.
         image_size (`int`, *optional*):
             Side in pixels of the images that enter the tower, if it differs from `vision_config.image_size`: DINOv2's
             image processor gives 224, its config has 518. Only for towers that interpolate their position embedding.
@@ -128,6 +156,13 @@ class JnanaConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
+    fusion: str = "tokens"
+    cross_layer_interval: int = 4
+    cross_attention_intermediate_size: int | None = None
+    cross_attention_qk_norm: bool = True
+    cross_attention_gate: str = "scalar"
+    cross_attention_norm_eps: float = 1e-6
+    image_end_token_id: int | None = None
     image_size: int | None = None
     image_seq_length: int | None = None
     num_prefix_tokens: int = None  # type: ignore[assignment]
@@ -190,7 +225,9 @@ class JnanaConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """`int`: Tokens one image takes in the text: 49 for ViT-B/32 by `default`, 50 by `full`, 1 by `pooled`."""
+        """`int`: Tokens one image takes in the text: 49 for ViT-B/32 by `default`, 1 by `cross_attention`."""
+        if self.fusion == "cross_attention":
+            return 1
         if self.projector_type == "perceiver":
             return self.projector_num_latents
         return self.num_feature_vectors
@@ -216,6 +253,8 @@ class JnanaConfig(PreTrainedConfig):
         """Raise `ValueError` on a value from which no model can be built."""
         for field, choices in (
             ("projector_type", PROJECTOR_TYPES),
+            ("fusion", FUSIONS),
+            ("cross_attention_gate", CROSS_ATTENTION_GATES),
             ("vision_feature_select_strategy", SELECT_STRATEGIES),
         ):
             if getattr(self, field) not in choices:
@@ -225,7 +264,18 @@ class JnanaConfig(PreTrainedConfig):
                 f"`projector_num_blocks` is {self.projector_num_blocks!r}; a `resblock` projector has at least 1 "
                 "block. For none choose `projector_type: linear`."
             )
-        for field in ("projector_num_latents", "projector_depth", "projector_num_heads", "projector_head_dim"):
+        if self.fusion == "cross_attention" and self.projector_type != "perceiver":
+            raise ValueError(
+                f"`projector_type` is {self.projector_type!r}, but `fusion: cross_attention` attends to the latents "
+                "of a resampler. Set `projector_type: perceiver`."
+            )
+        for field in (
+            "projector_num_latents",
+            "projector_depth",
+            "projector_num_heads",
+            "projector_head_dim",
+            "cross_layer_interval",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{field}` is {value!r}; it must be an integer of at least 1.")

@@ -88,6 +88,20 @@ class JnanaPerceiverProjector(nn.Module):
         return self.linear(self.resampler(image_features))
 
 
+class JnanaLatentsProjector(nn.Module):
+    """
+    For `fusion: cross_attention`: the resampler alone. The latents of an image come out as one long vector, so that an
+    image has as many vectors as it has tokens, one.
+    """
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__()
+        self.resampler = build_resampler(config)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.resampler(image_features).flatten(1).unsqueeze(1)  # => [num_images, 1, num_latents * width]
+
+
 def build_resampler(config: JnanaConfig) -> JnanaPerceiverResampler:
     """The resampler that the config's `projector_*` fields describe, with random weights."""
     return JnanaPerceiverResampler(
@@ -118,7 +132,8 @@ def build_projector(config: JnanaConfig) -> nn.Module:
 
     Returns:
         `torch.nn.Module`: Maps `(..., vision_feature_size)` to `(..., text_hidden_size)`; the perceiver maps
-        `(num_images, num_vectors, vision_feature_size)` to `(num_images, projector_num_latents, text_hidden_size)`.
+        `(num_images, num_vectors, vision_feature_size)` to `(num_images, projector_num_latents, text_hidden_size)`,
+        with `fusion: cross_attention` to `(num_images, 1, projector_num_latents * vision_feature_size)`.
 
     Raises:
         ValueError: If `projector_hidden_act` is not an activation that transformers knows.
@@ -127,4 +142,6 @@ def build_projector(config: JnanaConfig) -> nn.Module:
         raise ValueError(
             f"`projector_hidden_act` is {config.projector_hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}."
         )
+    if config.fusion == "cross_attention":
+        return JnanaLatentsProjector(config)
     return PROJECTORS[config.projector_type](config)

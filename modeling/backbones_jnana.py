@@ -226,7 +226,7 @@ def select_image_features(
         num_prefix_tokens (`int`): How many leading vectors `"default"` drops.
 
     Returns:
-        `tuple`: The tower's own output, and features of shape `(num_images, num_image_tokens, vision_feature_size)`.
+        `tuple`: The tower's own output, and features of shape `(num_views, num_view_features, vision_feature_size)`.
     """
     if strategy == "pooled":
         outputs = tower(pixel_values, return_dict=True, **kwargs)

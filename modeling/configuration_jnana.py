@@ -10,7 +10,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
-PROJECTOR_TYPES = ("linear", "mlp", "resblock", "perceiver")
+PROJECTOR_TYPES = ("linear", "mlp", "resblock", "pixel_shuffle", "avg_pool", "perceiver")
+# Projectors that join neighbouring vectors, so that a view takes fewer tokens than it has patches.
+DOWNSAMPLING_PROJECTORS = ("pixel_shuffle", "avg_pool")
 FUSIONS = ("tokens", "cross_attention")
 CROSS_ATTENTION_GATES = ("scalar", "vector")
 SELECT_STRATEGIES = ("default", "full", "pooled")
@@ -22,6 +24,8 @@ PROJECTOR_FIELDS = (
     "projector_hidden_act",
     "projector_num_blocks",
     "projector_layer_norm",
+    "projector_downsample_factor",
+    "projector_num_layers",
     "projector_num_latents",
     "projector_depth",
     "projector_num_heads",
@@ -75,14 +79,20 @@ class JnanaConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 50295):
             The token that is replaced by one image vector. The default is the first free row of Phi-2's embedding.
         projector_type (`str`, *optional*, defaults to `"mlp"`):
-            `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5), `"resblock"` (Linear, then residual blocks) or
-            `"perceiver"` (a resampler with a fixed number of latents, then Linear).
+            `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5), `"resblock"` (Linear, then residual blocks),
+            `"pixel_shuffle"` (the vectors of a square of patches side by side in one vector, then Linear layers;
+            Idefics3), `"avg_pool"` (their mean, then Linear layers) or `"perceiver"` (a resampler with a fixed number
+            of latents, then Linear).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation inside `mlp`, `resblock` and `perceiver`.
+            Activation between the projector's Linear layers.
         projector_num_blocks (`int`, *optional*, defaults to 1):
             Residual blocks of `resblock`.
         projector_layer_norm (`bool`, *optional*, defaults to `False`):
             Whether `mlp` starts with a LayerNorm over the vision features.
+        projector_downsample_factor (`int`, *optional*, defaults to 2):
+            Side, in patches, of the squares that `pixel_shuffle` and `avg_pool` join to one vector.
+        projector_num_layers (`int`, *optional*, defaults to 2):
+            Linear layers of `pixel_shuffle` and `avg_pool`: 1, or 2 with the activation between them.
         projector_num_latents (`int`, *optional*, defaults to 64):
             Vectors that `perceiver` makes of an image.
         projector_depth (`int`, *optional*, defaults to 6):
@@ -122,8 +132,13 @@ class JnanaConfig(PreTrainedConfig):
         image_size (`int`, *optional*):
             Side in pixels of the images that enter the tower, if it differs from `vision_config.image_size`: DINOv2's
             image processor gives 224, its config has 518. Only for towers that interpolate their position embedding.
+        image_grid_pinpoints (`list[list[int]]`, *optional*):
+            Resolutions (height, width) in pixels that an image is resized and padded to before it is cut into tiles
+            (LLaVA-1.6, "anyres"). Each is a multiple of the tower's image size. The tower then encodes several views
+            of an image, the whole image and its tiles, and the number of image tokens depends on the image's size.
+            By default an image is one view.
         image_seq_length (`int`, *optional*):
-            Tokens an image takes. Derived from the tower; when given it must agree.
+            Tokens a view of an image takes. Derived from the tower and the projector; when given it must agree.
         num_prefix_tokens (`int`, *optional*):
             Vectors before the patches in the tower's output (CLS, registers). Derived for known towers.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -148,6 +163,8 @@ class JnanaConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     projector_num_blocks: int = 1
     projector_layer_norm: bool = False
+    projector_downsample_factor: int = 2
+    projector_num_layers: int = 2
     projector_num_latents: int = 64
     projector_depth: int = 6
     projector_num_heads: int = 16
@@ -164,6 +181,7 @@ class JnanaConfig(PreTrainedConfig):
     cross_attention_norm_eps: float = 1e-6
     image_end_token_id: int | None = None
     image_size: int | None = None
+    image_grid_pinpoints: list[list[int]] | None = None
     image_seq_length: int | None = None
     num_prefix_tokens: int = None  # type: ignore[assignment]
     tie_word_embeddings: bool = False
@@ -216,29 +234,40 @@ class JnanaConfig(PreTrainedConfig):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
-    def num_patches(self) -> int:
-        """`int`: Patches of one image."""
+    def patch_grid(self) -> tuple[int, int]:
+        """`tuple[int, int]`: Rows and columns of the patches of one view."""
         patch_size = self.vision_config.patch_size
         height, width = self.image_height_and_width
         patch_height, patch_width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        return (height // patch_height) * (width // patch_width)
+        return height // patch_height, width // patch_width
+
+    @property
+    def token_grid(self) -> tuple[int, int] | None:
+        """`tuple[int, int]` or `None`: Rows and columns of a view's tokens, where these are a map of the view."""
+        if self.vision_feature_select_strategy != "default" or self.projector_type == "perceiver":
+            return None
+        rows, columns = self.patch_grid
+        factor = self.projector_downsample_factor if self.projector_type in DOWNSAMPLING_PROJECTORS else 1
+        return rows // factor, columns // factor
+
+    @property
+    def num_view_features(self) -> int:
+        """`int`: Vectors of a view that enter the projector; for ViT-B/32 49 by `default`, 1 by `pooled`."""
+        if self.vision_feature_select_strategy == "pooled":
+            return 1
+        rows, columns = self.patch_grid
+        prefix = self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0
+        return rows * columns + prefix
 
     @property
     def num_image_tokens(self) -> int:
-        """`int`: Tokens one image takes in the text: 49 for ViT-B/32 by `default`, 1 by `cross_attention`."""
+        """`int`: Tokens one view takes in the text. An image is one view, without `image_grid_pinpoints`."""
         if self.fusion == "cross_attention":
             return 1
         if self.projector_type == "perceiver":
             return self.projector_num_latents
-        return self.num_feature_vectors
-
-    @property
-    def num_feature_vectors(self) -> int:
-        """`int`: Vectors of one image that enter the projector."""
-        if self.vision_feature_select_strategy == "pooled":
-            return 1
-        prefix = self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0
-        return self.num_patches + prefix
+        grid = self.token_grid
+        return self.num_view_features if grid is None else grid[0] * grid[1]
 
     @property
     def vision_feature_size(self) -> int:
@@ -289,6 +318,8 @@ class JnanaConfig(PreTrainedConfig):
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; it must be a token id of the tokenizer.")
+        self._check_downsampling()
+        self._check_grid_pinpoints()
         layers = (
             [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
         )
@@ -298,6 +329,47 @@ class JnanaConfig(PreTrainedConfig):
                 f"`vision_feature_layer` is {self.vision_feature_layer!r}; the tower has {states} hidden states, so "
                 f"choose from {-states} to {states - 1}, or a list of such."
             )
+
+    def _check_downsampling(self) -> None:
+        """Raise `ValueError` where `pixel_shuffle` or `avg_pool` can't join the patches of a view in squares."""
+        if self.projector_type not in DOWNSAMPLING_PROJECTORS:
+            return
+        factor = self.projector_downsample_factor
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"`projector_type` is {self.projector_type!r}, which joins neighbouring patches, but "
+                f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}; choose 'default'."
+            )
+        if not isinstance(factor, int) or factor < 1 or any(side % factor for side in self.patch_grid):
+            rows, columns = self.patch_grid
+            raise ValueError(
+                f"`projector_downsample_factor` is {factor!r}, but a view has {rows} x {columns} patches; choose a "
+                "number that divides both."
+            )
+        if self.projector_num_layers not in (1, 2):
+            raise ValueError(f"`projector_num_layers` is {self.projector_num_layers!r}; choose 1 or 2.")
+
+    def _check_grid_pinpoints(self) -> None:
+        """Raise `ValueError` on resolutions that can't be cut into tiles."""
+        if self.image_grid_pinpoints is None:
+            return
+        height, width = self.image_height_and_width
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                "`image_grid_pinpoints` cuts images into tiles, whose patches are laid out as one map, but "
+                f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}; choose 'default'."
+            )
+        if height != width or not self.image_grid_pinpoints:
+            raise ValueError(
+                f"`image_grid_pinpoints` is {self.image_grid_pinpoints!r} for a tower that takes images of {height} x "
+                f"{width} pixels; give at least one resolution, and a tower with square images."
+            )
+        for pinpoint in self.image_grid_pinpoints:
+            if len(pinpoint) != 2 or any(side < height or side % height for side in pinpoint):
+                raise ValueError(
+                    f"`image_grid_pinpoints` has {list(pinpoint)}; give (height, width) in multiples of the tower's "
+                    f"image size, {height} pixels."
+                )
 
     def check_image_seq_length(self) -> None:
         """
@@ -311,8 +383,8 @@ class JnanaConfig(PreTrainedConfig):
         if self.image_seq_length != self.num_image_tokens:
             raise ValueError(
                 f"`image_seq_length` is {self.image_seq_length}, but this tower gives {self.num_image_tokens} vectors "
-                f"an image with `vision_feature_select_strategy: {self.vision_feature_select_strategy}`. Leave "
-                "`image_seq_length` out, or set both together."
+                f"a view with `vision_feature_select_strategy: {self.vision_feature_select_strategy}` and "
+                f"`projector_type: {self.projector_type}`. Leave `image_seq_length` out, or set it together with them."
             )
 
     def save_pretrained(self, save_directory, *args, **kwargs):

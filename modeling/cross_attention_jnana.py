@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -140,10 +141,10 @@ class JnanaCrossAttentionLayer(GradientCheckpointingLayer):
         self.attention_gate = nn.Parameter(torch.zeros(gates))
         self.mlp_gate = nn.Parameter(torch.zeros(gates))
 
-    def reset_own_parameters(self) -> None:
+    def init_weights(self) -> None:
         """Close the gates. Called by the model's `_init_weights`, as transformers doesn't know these parameters."""
-        nn.init.zeros_(self.attention_gate)
-        nn.init.zeros_(self.mlp_gate)
+        init.zeros_(self.attention_gate)
+        init.zeros_(self.mlp_gate)
 
     def forward(
         self,

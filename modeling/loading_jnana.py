@@ -296,7 +296,7 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
         model = model_class.from_pretrained(names["model"], **kwargs)
     else:
         fields = {name: getattr(config, name) for name in PROJECTOR_FIELDS}
-        fields |= {"image_token_id": config.image_token_id, "image_size": config.image_size}
+        fields |= {name: getattr(config, name) for name in ("image_token_id", "image_size", "image_grid_pinpoints")}
         model = model_class.from_vision_text_pretrained(names["vision_model"], names["text_model"], **fields, **kwargs)
         for part in (model.config.vision_config, model.config.text_config):
             part.name_or_path = ""  # saved in config.json, it would publish the name of a directory of this machine

@@ -9,7 +9,8 @@ Runs unchanged on transformers 5.20 and every later 5.x release. [`CACHE_NAME`] 
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ from .loading_jnana import (
     read_base_reference,
 )
 from .packed_attention_jnana import check_packed_inputs, create_packed_mask
-from .projector_jnana import build_projector
+from .projector_jnana import JnanaProjector, build_projector
 from .resampler_jnana import JnanaPerceiverResampler
 
 
@@ -56,6 +57,10 @@ CACHE_NAMES = ("past_key_values", "cache")
 # output: `past_key_values` up to 5.23, `cache` from 5.24 on. `forward` and `generate` take both names on all versions.
 _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 CACHE_NAME = next(name for name in CACHE_NAMES if name in _OUTPUT_FIELDS)
+
+
+# (height, width) in pixels of each image of a batch: a tensor `(num_images, 2)`, or pairs.
+ImageSizes: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
 
 
 class _ImageOutputs:
@@ -77,7 +82,7 @@ class JnanaModelOutputWithPast(_ImageOutputs, BaseModelOutputWithPast):
     Outputs of [`JnanaModel`]: those of a language model (`last_hidden_state`, the cache under [`CACHE_NAME`],
     `hidden_states`, `attentions`), and
 
-    image_hidden_states (`torch.FloatTensor` of shape `(num_images * num_image_tokens, hidden_size)`, *optional*):
+    image_hidden_states (`torch.FloatTensor` of shape `(num_image_vectors, hidden_size)`, *optional*):
         The projected image features that replaced the embeddings of the image tokens.
     """
 
@@ -90,7 +95,7 @@ class JnanaCausalLMOutputWithPast(_ImageOutputs, CausalLMOutputWithPast):
     Outputs of [`JnanaForConditionalGeneration`]: those of a causal language model (`loss`, `logits`, the cache under
     [`CACHE_NAME`], `hidden_states`, `attentions`), and
 
-    image_hidden_states (`torch.FloatTensor` of shape `(num_images * num_image_tokens, hidden_size)`, *optional*):
+    image_hidden_states (`torch.FloatTensor` of shape `(num_image_vectors, hidden_size)`, *optional*):
         The projected image features that replaced the embeddings of the image tokens.
     """
 
@@ -132,18 +137,17 @@ class JnanaPreTrainedModel(PreTrainedModel):
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (JnanaProjector, JnanaPerceiverResampler, JnanaCrossAttentionLayer)):
+            module.init_weights()
+
     def post_init(self):
         """As `PreTrainedModel.post_init`; then `_no_split_modules` names only classes that this model contains."""
         super().post_init()
         # CLIP also lists the layer of its text encoder, and accelerate's FSDP raises on a class that it can't find.
         classes = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = classes.intersection(self._no_split_modules or ())
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """As `PreTrainedModel._init_weights`, and the weights that belong to none of torch's own modules."""
-        super()._init_weights(module)
-        if isinstance(module, (JnanaPerceiverResampler, JnanaCrossAttentionLayer)):
-            module.reset_own_parameters()
 
     def initialize_weights(self):
         """
@@ -197,7 +201,7 @@ class JnanaGenerationMixin(GenerationMixin):
         if image_features is not None:
             # generate() repeats `mm_encoder_outputs` for beams, and drops it once the cache is filled.
             with torch.no_grad():
-                projected = self.model.project_vision_features(image_features)
+                projected = self.model.project_vision_features(image_features, kwargs.pop("image_sizes", None))
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -232,29 +236,37 @@ class JnanaImageMixin:
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_sizes: ImageSizes | None = None,
         **kwargs: Any,
     ) -> tuple[Any, torch.Tensor]:
         """
         The inputs of the projector. A tower without any trainable parameter runs without building a graph.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): The images of the
-                whole batch, in the order of their image tokens.
+            pixel_values (`torch.FloatTensor` of shape `(num_views, channels, height, width)`): The views of the images
+                of the whole batch, in the order of their image tokens. An image is one view, or with
+                `image_grid_pinpoints` several; then `(num_images, max_num_views, channels, height, width)` is taken
+                too, as transformers' LLaVA-1.6 image processor gives it, and the views that pad it are left out.
             vision_feature_layer (`int` or `list[int]`, *optional*): Instead of the config's.
             vision_feature_select_strategy (`str`, *optional*): Instead of the config's.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or `list`, *optional*): (height, width) of each
+                image in pixels, before it was processed. Needed for the five-dimensional `pixel_values`.
 
         Returns:
-            `tuple`: The tower's output, and features `(num_images, num_feature_vectors, vision_feature_size)`.
+            `tuple`: The tower's output, and features of shape `(num_views, num_view_features, vision_feature_size)`.
 
         Raises:
             ValueError: If `pixel_values` isn't a batch of images.
         """
+        config = self.config
+        if pixel_values.ndim == 5 and config.image_grid_pinpoints is not None:
+            counts = self.multi_modal_projector.count_views(_size_list(image_sizes))
+            pixel_values = torch.cat([views[:n] for views, n in zip(pixel_values, counts, strict=True)])
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; give (num_images, channels, height, width), "
                 "the images of all rows one after the other."
             )
-        config = self.config
         trainable = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
             return select_image_features(
@@ -266,31 +278,36 @@ class JnanaImageMixin:
                 **kwargs,
             )
 
-    def project_vision_features(self, image_features: torch.Tensor) -> list[torch.Tensor]:
+    def project_vision_features(
+        self, image_features: torch.Tensor, image_sizes: ImageSizes | None = None
+    ) -> list[torch.Tensor]:
         """
         Map vision features into the language model's embedding space.
 
         Args:
-            image_features (`torch.FloatTensor` of shape `(num_images, num_feature_vectors, vision_feature_size)`): As
+            image_features (`torch.FloatTensor` of shape `(num_views, num_view_features, vision_feature_size)`): As
                 [`~JnanaModel.get_vision_features`] gives them, or stored from an earlier run.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or `list`, *optional*): As in
+                [`~JnanaModel.get_vision_features`]. Needed with `image_grid_pinpoints`.
 
         Returns:
             `list[torch.FloatTensor]`: One tensor of shape `(num_image_tokens, hidden_size)` an image.
 
         Raises:
-            ValueError: If the features are of another shape.
+            ValueError: If the features are of another shape, or `image_sizes` does not fit them.
         """
         width = self.config.vision_feature_size
         if image_features.ndim != 3 or image_features.shape[-1] != width:
             raise ValueError(
-                f"`image_features` has shape {tuple(image_features.shape)}; give (num_images, num_feature_vectors, "
+                f"`image_features` has shape {tuple(image_features.shape)}; give (num_views, num_view_features, "
                 f"{width}), as `get_vision_features` gives them with this config's `vision_feature_layer` and "
                 "`vision_feature_select_strategy`."
             )
         # PEFT keeps the frozen original beside the copy that trains, and 4-bit weights have an integer dtype.
         weights = [weight for weight in self.multi_modal_projector.parameters() if weight.is_floating_point()]
         weight = next((weight for weight in weights if weight.requires_grad), weights[0])
-        return list(self.multi_modal_projector(image_features.to(weight.device, weight.dtype)))
+        sizes = None if self.config.image_grid_pinpoints is None else _size_list(image_sizes)
+        return self.multi_modal_projector(image_features.to(weight.device, weight.dtype), sizes)
 
     @can_return_tuple
     def get_image_features(
@@ -298,6 +315,7 @@ class JnanaImageMixin:
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_sizes: ImageSizes | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
@@ -308,11 +326,11 @@ class JnanaImageMixin:
             `(num_image_tokens, hidden_size)` an image.
         """
         outputs, features = self.get_vision_features(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, **kwargs
         )
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.project_vision_features(features),  # type: ignore[arg-type]
+            pooler_output=self.project_vision_features(features, image_sizes),  # type: ignore[arg-type]
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -364,8 +382,9 @@ class JnanaImageMixin:
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         vision_feature_layer: int | list[int] | None,
         vision_feature_select_strategy: str | None,
-    ) -> torch.Tensor | None:
-        """Projected features of shape `(num_image_vectors, hidden_size)`, from any of the three kinds of input."""
+        image_sizes: ImageSizes | None,
+    ) -> list[torch.Tensor] | None:
+        """Projected features `(num_image_tokens, hidden_size)` of each image, from any of the three kinds of input."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(value is not None for value in (pixel_values, image_features, encoded)) > 1:
             raise ValueError(
@@ -373,38 +392,41 @@ class JnanaImageMixin:
             )
         if pixel_values is not None:
             encoded = self.get_image_features(
-                pixel_values, vision_feature_layer, vision_feature_select_strategy, return_dict=True
+                pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, return_dict=True
             )
         if image_features is not None:
-            return torch.cat(self.project_vision_features(image_features))
+            return self.project_vision_features(image_features, image_sizes)
         # A list of (tokens, hidden_size) or a tensor (images, tokens, hidden_size).
-        return None if encoded is None else torch.cat(list(encoded.pooler_output))  # type: ignore[arg-type]
+        return None if encoded is None else list(encoded.pooler_output)  # type: ignore[arg-type]
 
-    def _select_images(self, vectors: torch.Tensor | None, image_indices: torch.Tensor) -> torch.Tensor:
-        """Vectors `(num_images * num_image_tokens, hidden_size)` of the images that `image_indices` names."""
-        size = self.config.num_image_tokens
-        num_images = 0 if vectors is None else len(vectors) // size
-        if vectors is None or image_indices.ndim != 1:
+    def _select_images(self, images: list[torch.Tensor] | None, image_indices: torch.Tensor) -> list[torch.Tensor]:
+        """Of the vectors of each image, those of the images that `image_indices` names."""
+        num_images = 0 if images is None else len(images)
+        if images is None or image_indices.ndim != 1:
             raise ValueError(
                 f"`image_indices` has shape {tuple(image_indices.shape)} for {num_images} images; give one number for "
-                f"each run of {size} image tokens, together with the images."
+                "each run of image tokens, together with the images."
             )
         torch_compilable_check(
             (image_indices >= 0).all() & (image_indices < num_images).all(),
             lambda: f"`image_indices` {image_indices.tolist()} must be from 0 to {num_images - 1}, one of the images.",
         )
-        return vectors.view(num_images, size, -1)[image_indices.to(vectors.device)].flatten(0, 1)
+        if self.config.image_grid_pinpoints is None:  # equal numbers of vectors: selected without reading the indices
+            vectors = torch.stack(images)
+            return list(vectors[image_indices.to(vectors.device)])
+        return [images[index] for index in image_indices.tolist()]
 
     def _check_counts(self, image_mask: torch.Tensor, num_vectors: int) -> None:
         """Raise `ValueError` unless there are as many image tokens as image vectors."""
         num_tokens, size = image_mask.sum(), self.config.num_image_tokens
+        fixed = self.config.image_grid_pinpoints is None
+        each = f", {size} an image ({num_vectors // size} images)" if fixed else ""
         torch_compilable_check(
             num_tokens == num_vectors,
             lambda: (
                 f"The text has {int(num_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), but "
-                f"the images give {num_vectors} vectors, {size} an image ({num_vectors // size} images). Let the "
-                "processor write the image tokens, pass every image that the text names, and load model and processor "
-                "from one directory."
+                f"the images give {num_vectors} vectors{each}. Let the processor write the image tokens, pass every "
+                "image that the text names, and load model and processor from one directory."
             ),
         )
 
@@ -445,11 +467,17 @@ class JnanaImageMixin:
         Returns:
             `torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`: The image's vectors.
         """
+        config, sizes = self.config, None
+        count = 1
+        if config.image_grid_pinpoints is not None:
+            sizes = [config.image_height_and_width]
+            count = self.multi_modal_projector.count_views(sizes)[0]
         if from_features:
-            size = (1, self.config.num_feature_vectors, self.config.vision_feature_size)
-            return self.project_vision_features(torch.zeros(size, device=device))[0]
-        black = torch.zeros(image_shape(self.config), device=device, dtype=self.vision_tower.dtype)
-        return self.get_image_features(black, return_dict=True).pooler_output[0]
+            shape = (count, config.num_view_features, config.vision_feature_size)
+            return self.project_vision_features(torch.zeros(shape, device=device), sizes)[0]
+        black = torch.zeros(image_shape(config), device=device, dtype=self.vision_tower.dtype)
+        features = self.get_image_features(black.expand(count, -1, -1, -1), image_sizes=sizes, return_dict=True)
+        return features.pooler_output[0]
 
 
 class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin):
@@ -503,6 +531,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_sizes: ImageSizes | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -512,21 +541,24 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids, with
-                `config.num_image_tokens` image tokens for each image.
+                `config.num_image_tokens` image tokens for each image, or as many as its size gives (below).
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): The images
-                of all rows one after the other. Rows may have none, one or many.
+                of all rows one after the other. Rows may have none, one or many. With `image_grid_pinpoints` an image
+                is several views: [`~JnanaModel.get_vision_features`] has the two shapes.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): (height, width) of each image in
+                pixels, before it was processed. Used, and then needed, with `image_grid_pinpoints` only.
             past_key_values, cache (`Cache`, *optional*): Keys and values of earlier tokens, under either of the two
                 names that transformers 5 has used for them.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Instead of `input_ids`.
-            image_features (`torch.FloatTensor` of shape `(num_images, num_feature_vectors, vision_feature_size)`,
+            image_features (`torch.FloatTensor` of shape `(num_views, num_view_features, vision_feature_size)`,
                 *optional*): Instead of `pixel_values`: features before the projector, computed earlier. A batch
-                without images gives 0 of them (`num_images` 0), where other processes may have some.
+                without images gives 0 of them (`num_views` 0), where other processes may have some.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what
                 [`~JnanaModel.get_image_features`] returned.
-            image_indices (`torch.LongTensor` of shape `(num_image_runs,)`, *optional*): For each run of
-                `config.num_image_tokens` image tokens, in reading order, the index of its image. An image may be used
-                many times and is encoded once. By default one image after the other.
+            image_indices (`torch.LongTensor` of shape `(num_occurrences,)`, *optional*): For each occurrence of an
+                image in the text, in reading order, the index of the image. An image may be used many times and is
+                encoded once. By default one image after the other.
             segment_ids, branch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): For
                 packed rows, with `position_ids` and without `attention_mask`: see `packed_attention_jnana.py`.
             has_labels (`bool`, *optional*, defaults to `False`): Whether a loss will be computed from the outputs. A
@@ -547,28 +579,28 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, cache, shape)
         # 0 features: this batch has no images, and the other processes read precomputed features of theirs.
         no_features = image_features is not None and image_features.shape[0] == 0
-        image_hidden_states = self._project_images(
+        images = self._project_images(
             pixel_values,
             None if no_features else image_features,
             mm_encoder_outputs,
             vision_feature_layer,
             vision_feature_select_strategy,
+            image_sizes,
         )
         blank = None
-        if image_hidden_states is None and self._must_encode_blank_image(has_labels, cache):
+        if images is None and self._must_encode_blank_image(has_labels, cache):
             blank = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
         cross_inputs = None
         if self.config.fusion == "cross_attention":
             inputs_embeds, cross_inputs = self._attend_to_images(
-                input_ids, inputs_embeds, image_hidden_states, blank, image_indices, cache, segment_ids, branch_ids
+                input_ids, inputs_embeds, images, blank, image_indices, cache, segment_ids, branch_ids
             )
+            image_hidden_states = cross_inputs.image_vectors
             kwargs[INPUTS_NAME] = cross_inputs  # type: ignore[typeddict-unknown-key]
         else:
             if image_indices is not None:
-                image_hidden_states = self._select_images(image_hidden_states, image_indices)
-            inputs_embeds, image_hidden_states = self._place_images(
-                input_ids, inputs_embeds, image_hidden_states, blank
-            )
+                images = self._select_images(images, image_indices)
+            inputs_embeds, image_hidden_states = self._place_images(input_ids, inputs_embeds, images, blank)
 
         if packed:
             attention_mask = create_packed_mask(
@@ -602,10 +634,11 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        image_hidden_states: torch.Tensor | None,
+        images: list[torch.Tensor] | None,
         blank: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`fusion: tokens`: embeddings with image vectors at the positions of the image tokens, and these vectors."""
+        image_hidden_states = None if images is None else torch.cat(images)
         if input_ids is not None:
             image_mask = input_ids == self.config.image_token_id
             if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
@@ -625,7 +658,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        image_hidden_states: torch.Tensor | None,
+        images: list[torch.Tensor] | None,
         blank: torch.Tensor | None,
         image_indices: torch.Tensor | None,
         cache: Cache | None,
@@ -643,19 +676,25 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             inputs_embeds = self.get_input_embeddings()(input_ids)
         assert inputs_embeds is not None  # for mypy; checked by the caller
         image_mask = self._find_tokens(config.image_token_id, input_ids, inputs_embeds)
-        if image_hidden_states is not None or inputs_embeds.shape[1] > 1:  # a single new token is never an image
-            shown = image_hidden_states
-            if image_indices is not None:
-                shown = self._select_images(image_hidden_states, image_indices)
+        if images is not None or inputs_embeds.shape[1] > 1:  # a single new token is never an image
+            shown = images if image_indices is None else self._select_images(images, image_indices)
             self._check_counts(image_mask, 0 if shown is None else len(shown))
         end_mask = None
         if config.image_end_token_id is not None and inputs_embeds.shape[1] > 1:
             end_mask = self._find_tokens(config.image_end_token_id, input_ids, inputs_embeds)
-        vectors = blank if image_hidden_states is None else image_hidden_states
+        vectors = blank if images is None else torch.cat(images)
         if vectors is not None:
             vectors = vectors.to(inputs_embeds.device).unflatten(-1, (config.projector_num_latents, -1))
         inputs = prepare_inputs(vectors, image_indices, image_mask, end_mask, cache, segment_ids, branch_ids)
         return inputs_embeds, inputs
+
+
+def _size_list(image_sizes: ImageSizes | None) -> list[tuple[int, int]] | None:
+    """`image_sizes` as pairs of numbers. Reading them from a GPU waits for it."""
+    if image_sizes is None:
+        return None
+    pairs = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+    return [(height, width) for height, width in pairs]
 
 
 def _check_float16_attention(text_config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> None:
@@ -777,11 +816,12 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_sizes: ImageSizes | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`JnanaModel.get_image_features`]."""
         return self.model.get_image_features(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, **kwargs
         )
 
     @can_return_tuple
@@ -801,6 +841,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_sizes: ImageSizes | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -832,6 +873,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
             image_indices=image_indices,
+            image_sizes=image_sizes,
             segment_ids=segment_ids,
             branch_ids=branch_ids,
             has_labels=labels is not None or shift_labels is not None,

@@ -6,6 +6,7 @@ weights of IDEFICS's resampler fit exactly (6 layers, 16 heads of 96, `qk_layer_
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 
@@ -93,14 +94,13 @@ class JnanaPerceiverResampler(nn.Module):
             [JnanaResamplerLayer(width, num_heads, head_dim, qk_layer_norm, hidden_act) for _ in range(depth)]
         )
         self.norm = nn.LayerNorm(width)
-        self.reset_own_parameters()
 
-    def reset_own_parameters(self) -> None:
+    def init_weights(self) -> None:
         """
         Draw the latents from N(0, 0.02). Transformers initialises weights by the class of their module and doesn't
         know this one, so the model's `_init_weights` calls this.
         """
-        nn.init.normal_(self.latents, std=LATENTS_STD)
+        init.normal_(self.latents, std=LATENTS_STD)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """

@@ -10,7 +10,7 @@ its neighbour only, uses their public interface only, and runs unchanged on tran
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     BatchFeature,
+    CLIPImageProcessor,
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -47,8 +51,7 @@ class JnanaChatMixin(ProcessorMixin):
 
     image_token: str
     image_token_id: int
-    num_image_tokens: Callable[..., int]
-    image_height_and_width: Callable[..., tuple[int, int]]
+    count_image_tokens: Callable[..., int]
 
     def apply_chat_template(  # type: ignore[override]  # the base class's hint says `str` whatever it returns
         self,
@@ -90,8 +93,10 @@ class JnanaChatMixin(ProcessorMixin):
 
         Returns:
             `str`, `list[str]`, or with `tokenize` and `return_dict` a `BatchFeature` of `input_ids`
-            `(batch_size, sequence_length)`, `attention_mask`, `pixel_values` `(num_images, channels, height, width)`
-            in reading order (absent without images), and `assistant_masks`.
+            `(batch_size, sequence_length)`, `attention_mask`, what the image processor returns for the images in
+            reading order (`pixel_values` `(num_images, channels, height, width)`; with tiles `(num_images,
+            max_num_views, channels, height, width)` and `image_sizes` `(num_images, 2)`; absent without images), and
+            `assistant_masks`.
 
         Raises:
             ValueError: if `truncation` is set (it could cut image tokens), images and placeholders differ in number,
@@ -139,15 +144,14 @@ class JnanaChatMixin(ProcessorMixin):
         return inputs
 
     def encode_chats(
-        self, conversations: list[list[dict]], expand: bool = False, add_generation_prompt: bool = False
+        self, conversations: list[list[dict]], add_generation_prompt: bool = False
     ) -> tuple[list[list[int]], list[list[int]]]:
         """
-        Tokenise chats without opening their images (`{"type": "image"}` parts need hold none).
+        Tokenise chats without opening their images (`{"type": "image"}` parts need hold none), with one image token
+        for each image.
 
         Args:
             conversations (`list[list[dict]]`): a batch of chats.
-            expand (`bool`, *optional*, defaults to `False`): give each image as many image tokens as
-                [`~JnanaProcessor.apply_chat_template`] does, instead of one.
             add_generation_prompt (`bool`, *optional*, defaults to `False`): end where the next answer begins.
 
         Returns:
@@ -155,41 +159,32 @@ class JnanaChatMixin(ProcessorMixin):
         """
         template = self._find_template(None)
         texts = self._render(conversations, template, mark=True, add_generation_prompt=add_generation_prompt)
-        all_ids, masks = self._encoder().encode(texts)
-        size = self.tokens_per_image if expand else 1
-        if size > 1:
-            counts = [[size if token == self.image_token_id else 1 for token in ids] for ids in all_ids]
-            all_ids = [_repeat(ids, times) for ids, times in zip(all_ids, counts, strict=True)]
-            masks = [_repeat(mask, times) for mask, times in zip(masks, counts, strict=True)]
-        return all_ids, masks
+        return self._encoder().encode(texts)
 
-    def encode_chat(self, conversation: list[dict], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        conversation: list[dict],
+        add_generation_prompt: bool = True,
+        image_sizes: Sequence[tuple[int, int] | None] | None = None,
+    ) -> list[int]:
         """
         The token ids that `apply_chat_template` gives a chat, without opening its images.
 
         Args:
             conversation (`list[dict]`): one chat; `{"type": "image"}` parts need hold no image.
             add_generation_prompt (`bool`, *optional*, defaults to `True`): end where the next answer begins.
+            image_sizes (`Sequence[tuple[int, int]]`, *optional*): (height, width) of each image in pixels, in reading
+                order. Needed where the number of image tokens depends on the size.
 
         Returns:
             `list[int]`: its `input_ids`, as many image tokens an image as the model gives vectors.
         """
-        return self.encode_chats([conversation], expand=True, add_generation_prompt=add_generation_prompt)[0][0]
-
-    def count_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
-        """
-        The number of image tokens of one image.
-
-        Args:
-            image_size (`tuple[int, int]`, *optional*): (height, width) of the image in pixels, before it is processed.
-                The image processor resizes every image to one size, so the number does not depend on it.
-        """
-        return self.num_image_tokens(*self.image_height_and_width())
-
-    @property
-    def tokens_per_image(self) -> int:
-        """The number of image tokens of any image (`int`)."""
-        return self.count_image_tokens()
+        ids = self.encode_chats([conversation], add_generation_prompt=add_generation_prompt)[0][0]
+        sizes = iter([None] * ids.count(self.image_token_id) if image_sizes is None else image_sizes)
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * (self.count_image_tokens(next(sizes)) if token == self.image_token_id else 1)
+        return expanded
 
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, (self.image_token,))
@@ -315,9 +310,9 @@ def _images_of(chat: list[dict]) -> list:
     return [image for images in found for image in images]
 
 
-def _repeat(values: list[int], times: list[int]) -> list[int]:
-    return [value for value, count in zip(values, times, strict=True) for _ in range(count)]
-
+IMAGE_GEOMETRIES = ("crop", "pad", "anyres")
+# Rows and columns of the tiles that LLaVA-1.6 chooses from
+ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
 
@@ -364,7 +359,9 @@ class JnanaProcessor(JnanaChatMixin):
     Turns chats about images into model inputs.
 
     Args:
-        image_processor (`BaseImageProcessor`): the vision tower's image processor; its output size must be fixed.
+        image_processor (`BaseImageProcessor`): the vision tower's image processor; its output size must be fixed. One
+            with `image_grid_pinpoints` (LLaVA-1.6's) cuts images into tiles; the number of image tokens then depends
+            on an image's size.
         tokenizer (`PreTrainedTokenizerBase`): the language model's tokenizer, holding `image_token`.
         patch_size (`int`, *optional*): side of the tower's patches in pixels; needed unless the strategy is `pooled`.
         num_additional_image_tokens (`int`, *optional*, defaults to 0):
@@ -372,6 +369,9 @@ class JnanaProcessor(JnanaChatMixin):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `default` (patches alone), `full` (with the vectors before them) or `pooled` (one vector an image), as in
             the model's config.
+        downsample_factor (`int`, *optional*, defaults to 1): side, in patches, of the squares that the projector joins
+            to one token: the config's `projector_downsample_factor` for `pixel_shuffle` and `avg_pool`.
+        tokens_per_view (`int`, *optional*): image tokens of a view where they do not depend on its patches.
         chat_template (`str`, *optional*): the Jinja template.
         image_token (`str`, *optional*, defaults to `"<image>"`): the token that stands for one image vector.
 
@@ -388,6 +388,8 @@ class JnanaProcessor(JnanaChatMixin):
         vision_feature_select_strategy="default",
         chat_template=None,
         image_token="<image>",
+        downsample_factor=1,
+        tokens_per_view=None,
     ):
         if vision_feature_select_strategy not in FEATURE_SELECT_STRATEGIES:
             raise ValueError(
@@ -406,6 +408,8 @@ class JnanaProcessor(JnanaChatMixin):
         self.patch_size = patch_size
         self.num_additional_image_tokens = num_additional_image_tokens
         self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.downsample_factor = downsample_factor
+        self.tokens_per_view = tokens_per_view
         self.image_token = image_token
         self.image_token_id = image_token_ids[0]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -420,6 +424,9 @@ class JnanaProcessor(JnanaChatMixin):
         vision_feature_select_strategy: str = "default",
         patch_size: int | None = None,
         num_additional_image_tokens: int | None = None,
+        image_geometry: str | None = None,
+        downsample_factor: int = 1,
+        tokens_per_view: int | None = None,
         image_token: str = "<image>",
         **kwargs,
     ) -> "JnanaProcessor":
@@ -437,6 +444,9 @@ class JnanaProcessor(JnanaChatMixin):
             vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): as in `JnanaConfig`.
             patch_size (`int`, *optional*): read from the vision config when not given.
             num_additional_image_tokens (`int`, *optional*): known for the usual towers when not given.
+            image_geometry (`str`, *optional*): how an image becomes square, as in [`set_image_geometry`]; by default
+                as the image processor of the vision checkpoint does it.
+            downsample_factor, tokens_per_view (`int`, *optional*): as in the constructor.
             image_token (`str`, *optional*, defaults to `"<image>"`): the image token.
             kwargs: passed to every `from_pretrained` (`revision`, `token`, `trust_remote_code`, ...).
 
@@ -451,14 +461,17 @@ class JnanaProcessor(JnanaChatMixin):
         # given here, because a side set afterwards is not saved
         tokenizer = AutoTokenizer.from_pretrained(text, **{"padding_side": "left", **kwargs})
         add_jnana_tokens(tokenizer, image_token)
+        image_processor = AutoImageProcessor.from_pretrained(vision, **kwargs)
         return cls(
-            AutoImageProcessor.from_pretrained(vision, **kwargs),
+            set_image_geometry(image_processor, image_geometry) if image_geometry else image_processor,
             tokenizer,
             patch_size=patch_size,
             num_additional_image_tokens=num_additional_image_tokens,
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=read_chat_template(chat_template),
             image_token=image_token,
+            downsample_factor=downsample_factor,
+            tokens_per_view=tokens_per_view,
         )
 
     # ------------------------------------------------------------------ ProcessorMixin's hooks
@@ -468,30 +481,93 @@ class JnanaProcessor(JnanaChatMixin):
         """Names a tokenizer may return that the model does not take."""
         return ["token_type_ids"]
 
+    @property
+    def image_grid_pinpoints(self) -> list[list[int]] | None:
+        """`list[list[int]]` or `None`: resolutions (height, width) that images are cut into tiles at."""
+        return getattr(self.image_processor, "image_grid_pinpoints", None)
+
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Placeholder tokens of an image that enters the tower with `height` x `width` pixels."""
+        """Image tokens of a view that enters the tower with `height` x `width` pixels."""
+        if self.tokens_per_view is not None:
+            return self.tokens_per_view
         if self.vision_feature_select_strategy == "pooled":
             return 1
-        patches = (height // self.patch_size) * (width // self.patch_size)
-        return patches + (self.num_additional_image_tokens if self.vision_feature_select_strategy == "full" else 0)
+        rows, columns = self._token_grid(height, width)
+        return rows * columns + (
+            self.num_additional_image_tokens if self.vision_feature_select_strategy == "full" else 0
+        )
+
+    def count_image_tokens(self, image_size: tuple[int, int] | None = None, **kwargs) -> int:
+        """
+        The number of image tokens of one image.
+
+        Args:
+            image_size (`tuple[int, int]`, *optional*): (height, width) of the image in pixels, before it is processed.
+                Needed where images are cut into tiles; otherwise all images are resized to one size.
+            crop_size, size (`dict`, *optional*): instead of the image processor's own.
+
+        Raises:
+            ValueError: if the number depends on the size, and the size is not given.
+        """
+        height, width = self.image_height_and_width(**kwargs)
+        of_a_view = self.num_image_tokens(height, width)
+        if self.image_grid_pinpoints is None:
+            return of_a_view
+        if self.tokens_per_view is not None:
+            return self.count_views(image_size) * of_a_view
+        rows, columns = self._token_grid(height, width)
+        tile_rows, tile_columns = self._tile_grid(image_size, height)
+        kept_rows, kept_columns = _unpadded_size(image_size, tile_rows * rows, tile_columns * columns)
+        return of_a_view + kept_rows * (kept_columns + 1)  # each row ends with a newline vector
+
+    def count_views(self, image_size: tuple[int, int] | None = None) -> int:
+        """
+        The number of views of one image, which enter the tower: the whole image, and its tiles if it is cut into such.
+
+        Args:
+            image_size (`tuple[int, int]`, *optional*): as in [`~JnanaProcessor.count_image_tokens`].
+        """
+        if self.image_grid_pinpoints is None:
+            return 1
+        tile_rows, tile_columns = self._tile_grid(image_size, self.image_height_and_width()[0])
+        return 1 + tile_rows * tile_columns
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        side = self.patch_size * self.downsample_factor
+        return height // side, width // side
+
+    def _tile_grid(self, image_size: tuple[int, int] | None, view_size: int) -> tuple[int, int]:
+        if image_size is None:
+            raise ValueError(
+                "image_size is missing: this processor cuts images into tiles (image_grid_pinpoints), so the number "
+                "of image tokens depends on an image's size. Give its (height, width) in pixels."
+            )
+        height, width = select_best_resolution(image_size, self.image_grid_pinpoints)
+        return height // view_size, width // view_size
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image: as many image tokens as the model will give vectors."""
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]  # (3, height, width)
-        return self.image_token * self.num_image_tokens(height, width)
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]  # ([num_views,] 3, height, width)
+        if self.image_grid_pinpoints is None:
+            return self.image_token * self.num_image_tokens(height, width)
+        image_height, image_width = (int(side) for side in image_inputs["image_sizes"][image_idx])
+        size = {"height": height, "width": width}
+        return self.image_token * self.count_image_tokens((image_height, image_width), crop_size=size)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
         """
         Placeholder tokens of images before they are processed (vLLM asks for them).
 
         Args:
-            image_sizes (`list[list[int]]`, *optional*): (height, width) of each image; all are resized to one size.
+            image_sizes (`list[list[int]]`, *optional*): (height, width) of each image in pixels.
         """
         if image_sizes is None:
             return MultiModalData()
-        num_tokens = self.num_image_tokens(*self.image_height_and_width(**_split_kwargs(kwargs)[1]))
+        options = _split_kwargs(kwargs)[1]
+        sizes = [tuple(size) for size in image_sizes]
         return MultiModalData(
-            num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[self.count_image_tokens(size, **options) for size in sizes],
+            num_image_patches=[self.count_views(size) for size in sizes],
         )
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
@@ -523,7 +599,7 @@ class JnanaProcessor(JnanaChatMixin):
         Raises:
             ValueError: if its images differ in size.
         """
-        crops = getattr(self.image_processor, "do_center_crop", False)
+        crops = getattr(self.image_processor, "do_center_crop", False) or self.image_grid_pinpoints is not None
         target = crop_size or size or (self.image_processor.crop_size if crops else self.image_processor.size)
         if "height" not in target or "width" not in target:
             raise ValueError(
@@ -544,6 +620,49 @@ def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<im
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<|pad|>", special=True, normalized=False)})
+
+
+def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
+    """
+    An image processor with the mean, standard deviation and output size of another, and a given geometry.
+
+    Args:
+        image_processor (`BaseImageProcessor`): the vision checkpoint's, with square output.
+        image_geometry (`str`):
+            `crop` (the shortest side is resized, the middle is cut out: CLIP), `pad` (padded to a square in the mean
+            colour: stage 2 of LLaVA-1.5) or `anyres` (the whole image squashed to a square, and up to four tiles:
+            LLaVA-1.6).
+
+    Returns:
+        `BaseImageProcessor`: transformers' processor of that geometry.
+
+    Raises:
+        ValueError: if the geometry is unknown.
+    """
+    if image_geometry not in IMAGE_GEOMETRIES:
+        raise ValueError(f"image_geometry={image_geometry!r} must be one of {', '.join(IMAGE_GEOMETRIES)}.")
+    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
+    side = size["height"]
+    fields: dict[str, Any] = {name: getattr(image_processor, name) for name in ("image_mean", "image_std", "resample")}
+    fields |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if image_geometry == "anyres":
+        pinpoints = [[side * rows, side * columns] for rows, columns in ANYRES_GRIDS]
+        return LlavaNextImageProcessor(**fields, image_grid_pinpoints=pinpoints)
+    if image_geometry == "pad":
+        return LlavaImageProcessor(**fields, do_pad=True)
+    return CLIPImageProcessor(**fields)
+
+
+def _unpadded_size(image_size: tuple[int, int] | None, rows: int, columns: int) -> tuple[int, int]:
+    """
+    Rows and columns of the tiles' map that are left when the padding around the image is cut off.
+
+    The same rule as in the model's projector, which this file must not import (a test keeps the two equal).
+    """
+    height, width = image_size  # type: ignore[misc]  # `_tile_grid` raised where it is missing
+    if width / height > columns / rows:
+        return rows - (rows - int(round(height * (columns / width), 7))) // 2 * 2, columns
+    return rows, columns - (columns - int(round(width * (rows / height), 7))) // 2 * 2
 
 
 def _prefix_tokens(vision_config: PreTrainedConfig) -> int:

@@ -306,8 +306,17 @@ class PixelImages:
             images (`list`): from [`~PixelImages.load`].
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` `(num_images, channels, height, width)`; empty without images.
+            `dict[str, torch.Tensor]`: `pixel_values` `(num_views, channels, height, width)`, and where images are cut
+            into tiles `image_sizes` `(num_images, 2)`, (height, width) in pixels; empty without images.
         """
         if not images:
             return {}
-        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+        if self.processor.image_grid_pinpoints is None:
+            return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+        # Not padded to the largest number of views in the batch, which would be sent to the GPU for nothing
+        views = self.processor.image_processor(images, do_pad=False)["pixel_values"]
+        sizes = [image_size(image) for image in images]
+        return {
+            "pixel_values": torch.cat([torch.as_tensor(np.asarray(of_image)) for of_image in views]),
+            "image_sizes": torch.tensor(sizes),
+        }

@@ -143,7 +143,7 @@ def test_precomputed_features_instead_of_pixels(model, beams):
 
 @pytest.mark.parametrize("shape", [(4, 32), (1, 4, 31)])
 def test_features_of_another_shape_are_refused(model, shape):
-    with pytest.raises(ValueError, match=r"`image_features` has shape \(.*num_images, num_image_tokens, 32\)"):
+    with pytest.raises(ValueError, match=r"`image_features` has shape \(.*num_views, num_view_features, 32\)"):
         model(input_ids=torch.tensor([[IMAGE] * 4 + [5]]), image_features=torch.zeros(shape))
 
 

@@ -153,6 +153,10 @@ class TestPackedKernel:
             return
         allow_packed_kernel(model)  # the control: gradients that miss most of what the layers pass back
         logits_of(model)
+        if kernel == "native" and kind == "pair":  # Phi's layers have biases, which the native kernel adds in place
+            with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad"):
+                gradients_of(model)
+            return
         assert gradients_of(model)[0].norm() < before[0].norm() / 2
 
     def test_layers_narrower_than_a_block(self, tmp_path, kernel, monkeypatch):

@@ -52,6 +52,7 @@ def test_output_and_gradients_equal_idefics_resampler(qk_layer_norm):
     )
     theirs = IdeficsPerceiverResampler(config, embed_dim=32, depth=2, n_heads=4, head_dim=12, n_latents=5)
     ours = JnanaPerceiverResampler(32, 5, 2, 4, 12, qk_layer_norm, "relu")
+    ours.init_weights()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -72,7 +73,7 @@ def test_output_and_gradients_equal_idefics_resampler(qk_layer_norm):
 def test_an_image_takes_as_many_tokens_as_there_are_latents(tmp_path):
     model = join(tmp_path, **RESAMPLER)
     assert model.config.num_image_tokens == model.config.image_seq_length == 3
-    assert model.config.num_feature_vectors == 4
+    assert model.config.num_view_features == 4
     ids, images = with_images(text_ids(), 3), pictures(2)
     with torch.no_grad():
         logits = model(ids, pixel_values=images).logits
@@ -121,7 +122,7 @@ def test_fresh_latents_are_drawn_however_the_model_is_made(tmp_path, monkeypatch
     assert all(is_drawn_from_the_right_normal(latents) for latents in drawn.values()), drawn
     assert not torch.equal(drawn["a checkpoint without"], kept)
     # Negative control: without our `_init_weights` the latents stay what they were in memory.
-    monkeypatch.setattr(JnanaPerceiverResampler, "reset_own_parameters", lambda self: None)
+    monkeypatch.setattr(JnanaPerceiverResampler, "init_weights", lambda self: None)
     assert not is_drawn_from_the_right_normal(load().get_parameter(name))
     monkeypatch.undo()
     # A checkpoint with latents keeps them.

@@ -40,6 +40,7 @@ from .cross_attention_jnana import (
     JnanaCrossAttentionMixin,
     prepare_inputs,
 )
+from .idefics_jnana import load_idefics
 from .loading_jnana import (
     HUB_ARGUMENTS,
     REPOSITORY_ARGUMENTS,
@@ -804,6 +805,32 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         return join_pretrained(
             cls, vision, text, dtype, attn_implementation, vision_kwargs or {}, text_kwargs or {}, kwargs
         )
+
+    @classmethod
+    def from_idefics_pretrained(
+        cls,
+        path: str,
+        *,
+        image_token_id: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "JnanaForConditionalGeneration":
+        """
+        An IDEFICS checkpoint as a Jnana model with `fusion: cross_attention` and the same logits.
+
+        Args:
+            path (`str`): Hub id or folder.
+            image_token_id (`int`, *optional*): The id of `<image>`; by default that of the checkpoint's tokenizer.
+            dtype (`str` or `torch.dtype`, *optional*): By default the checkpoint's, but bfloat16 for float16.
+            **kwargs: For `from_pretrained` (`device_map`, `quantization_config`, `revision`, ...).
+
+        Returns:
+            [`JnanaForConditionalGeneration`]: In evaluation mode.
+
+        Raises:
+            ValueError: If the checkpoint lacks weights, or its config can't be expressed in a [`JnanaConfig`].
+        """
+        return load_idefics(cls, path, image_token_id, dtype, kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

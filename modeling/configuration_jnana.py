@@ -293,11 +293,6 @@ class JnanaConfig(PreTrainedConfig):
                 f"`projector_num_blocks` is {self.projector_num_blocks!r}; a `resblock` projector has at least 1 "
                 "block. For none choose `projector_type: linear`."
             )
-        if self.fusion == "cross_attention" and self.projector_type != "perceiver":
-            raise ValueError(
-                f"`projector_type` is {self.projector_type!r}, but `fusion: cross_attention` attends to the latents "
-                "of a resampler. Set `projector_type: perceiver`."
-            )
         for field in (
             "projector_num_latents",
             "projector_depth",
@@ -318,6 +313,7 @@ class JnanaConfig(PreTrainedConfig):
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; it must be a token id of the tokenizer.")
+        self._check_fusion()
         self._check_downsampling()
         self._check_grid_pinpoints()
         layers = (
@@ -328,6 +324,21 @@ class JnanaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`vision_feature_layer` is {self.vision_feature_layer!r}; the tower has {states} hidden states, so "
                 f"choose from {-states} to {states - 1}, or a list of such."
+            )
+
+    def _check_fusion(self) -> None:
+        """Raise `ValueError` where `fusion: cross_attention` has nothing to attend to, or several images in one."""
+        if self.fusion != "cross_attention":
+            return
+        if self.projector_type != "perceiver":
+            raise ValueError(
+                f"`projector_type` is {self.projector_type!r}, but `fusion: cross_attention` attends to the latents "
+                "of a resampler. Set `projector_type: perceiver`."
+            )
+        if self.image_grid_pinpoints is not None:
+            raise ValueError(
+                "`image_grid_pinpoints` cuts an image into tiles, but with `fusion: cross_attention` a token attends "
+                "to one view only. Leave it out."
             )
 
     def _check_downsampling(self) -> None:

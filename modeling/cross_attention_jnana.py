@@ -60,11 +60,9 @@ class CrossAttentionStates:
         )
         return CrossAttentionStates(images, ends, self.keys, self.values)
 
-    def crop(self, length: int) -> "CrossAttentionStates | None":
-        """The images and end tokens within the first `length` tokens; `None` if there are no images among them."""
+    def crop(self, length: int) -> "CrossAttentionStates":
+        """The images and end tokens within the first `length` tokens."""
         kept = (self.image_positions < length).any(0)
-        if not kept.any():
-            return None
         return CrossAttentionStates(
             self.image_positions[:, kept],
             self.end_positions[:, (self.end_positions < length).any(0)],
@@ -347,9 +345,11 @@ def prepare_inputs(
     past: CrossAttentionStates | None = getattr(cache, STATES_NAME, None)
     if past is not None:  # the cache may have been cropped, or emptied
         past = past.hide(start) if length == 1 else past.crop(int(start))
+    if past is not None and past.image_positions.shape[1] == 0:
+        past = None
     columns = torch.arange(length, device=image_mask.device) + start
     empty = image_mask.new_zeros((rows, 0), dtype=torch.long)
-    new_ends = empty if end_mask is None else find_positions(end_mask, start, length)
+    old_ends = empty if past is None else past.end_positions
     new_images, slots = empty, None
     if image_vectors is not None:
         most = len(image_vectors) if image_indices is None else len(image_indices)
@@ -363,7 +363,7 @@ def prepare_inputs(
         slots = slots if image_indices is None else image_indices.to(slots.device)[slots]
     states = CrossAttentionStates(
         new_images if past is None else torch.cat([past.image_positions, new_images], dim=1),
-        new_ends if past is None else torch.cat([past.end_positions, new_ends], dim=1),
+        old_ends if end_mask is None else _add_ends(old_ends, end_mask, start),
     )
     visible = find_visible_images(columns, states.image_positions, states.end_positions, segment_ids, branch_ids)
     sees_image = visible.any(-1, keepdim=True)
@@ -373,6 +373,18 @@ def prepare_inputs(
         # A token without an image attends to all: the softmax of an empty row is NaN. The block discards the result.
         mask = (visible | ~sees_image).repeat_interleave(num_latents, dim=-1)[:, None]
     return CrossAttentionInputs(image_vectors, slots, mask, sees_image, past, states)
+
+
+def _add_ends(end_positions: torch.Tensor, end_mask: torch.Tensor, start: int | torch.Tensor) -> torch.Tensor:
+    """
+    The positions of end tokens so far. A last column is for those that are generated later, one token at a time, so
+    that the steps of generation keep one shape.
+    """
+    if end_mask.shape[1] == 1 and end_positions.shape[1] > 0:
+        last = torch.where(end_mask, start, end_positions[:, -1:])
+        return torch.cat([end_positions[:, :-1], last], dim=1)
+    spare = torch.full((end_mask.shape[0], 1), NOWHERE, device=end_mask.device)
+    return torch.cat([end_positions, find_positions(end_mask, start, end_mask.shape[1]), spare], dim=1)
 
 
 __all__ = ["JnanaCrossAttention", "JnanaCrossAttentionLayer", "JnanaCrossAttentionMixin", "prepare_inputs"]

@@ -596,7 +596,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             inputs_embeds, cross_inputs = self._attend_to_images(
                 input_ids, inputs_embeds, images, blank, image_indices, cache, segment_ids, branch_ids
             )
-            image_hidden_states = cross_inputs.image_vectors
+            image_hidden_states = None if images is None else cross_inputs.image_vectors
             kwargs[INPUTS_NAME] = cross_inputs  # type: ignore[typeddict-unknown-key]
         else:
             if image_indices is not None:
@@ -681,7 +681,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             shown = images if image_indices is None else self._select_images(images, image_indices)
             self._check_counts(image_mask, 0 if shown is None else len(shown))
         end_mask = None
-        if config.image_end_token_id is not None and inputs_embeds.shape[1] > 1:
+        if config.image_end_token_id is not None:
             end_mask = self._find_tokens(config.image_end_token_id, input_ids, inputs_embeds)
         vectors = blank if images is None else torch.cat(images)
         if vectors is not None:

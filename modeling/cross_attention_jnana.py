@@ -32,6 +32,10 @@ INPUTS_NAME = "cross_attention_inputs"
 STATES_NAME = "cross_attention_states"
 # The position of an image token that is not there: behind every token.
 NOWHERE = torch.iinfo(torch.int64).max
+# In older releases (5.20) a checkpointed layer computes its hooks again in the backward pass, and so the blocks, which
+# must then not be checkpointed by themselves. Newer releases leave the hooks out.
+HOOKS_ARE_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
+CheckpointedBlock: type[nn.Module] = nn.Module if HOOKS_ARE_CHECKPOINTED else GradientCheckpointingLayer
 
 
 @dataclass
@@ -109,7 +113,7 @@ class JnanaRMSNorm(nn.Module):
         return self.weight * (wide * scale).to(self.weight.dtype)
 
 
-class JnanaCrossAttentionLayer(GradientCheckpointingLayer):
+class JnanaCrossAttentionLayer(CheckpointedBlock):  # type: ignore[misc,valid-type]
     """
     One gated block: cross-attention to an image and a gated MLP, each behind a tanh gate that starts at 0.
 
@@ -252,10 +256,23 @@ class _LayerHook:
             return None
         kwargs = dict(kwargs)
         inputs = kwargs.pop(INPUTS_NAME)
+        _check_reentrant(layer, inputs.image_vectors)
         block, rest = divmod(self.index, self.model.config.cross_layer_interval)
         if rest == 0:
             args = (self.model.cross_attention(args[0], block, inputs), *args[1:])
         return args, kwargs
+
+
+def _check_reentrant(layer: nn.Module, image_vectors: torch.Tensor | None) -> None:
+    """Raise `ValueError` where the gradient of the images would be lost: reentrant checkpointing takes no graph from
+    keyword arguments, and in older releases the hooks run inside of it."""
+    if not HOOKS_ARE_CHECKPOINTED or image_vectors is None or not image_vectors.requires_grad:
+        return
+    if layer.training and layer.gradient_checkpointing and not torch.is_grad_enabled():
+        raise ValueError(
+            "`use_reentrant` is True, but with this release of transformers `fusion: cross_attention` needs it off. "
+            "Set `gradient_checkpointing_kwargs` to {'use_reentrant': False}, or install transformers 5.23 or newer."
+        )
 
 
 def find_positions(token_mask: torch.Tensor, start: int | torch.Tensor, most: int) -> torch.Tensor:

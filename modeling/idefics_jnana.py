@@ -172,9 +172,10 @@ def load_idefics(
     jnana_config = convert_config(config, suppressed[0])  # type: ignore[arg-type]  # no longer None
     if dtype is None:
         dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
-    stock, info = IdeficsForVisionText2Text.from_pretrained(
+    loaded: Any = IdeficsForVisionText2Text.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, **files
     )
+    stock, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -182,7 +183,7 @@ def load_idefics(
         )
     generation_config, dtype = copy.deepcopy(stock.generation_config), stock.dtype
     weights = convert_state_dict(stock.state_dict(), _tower_prefix(jnana_config))
-    del stock
+    del loaded, stock
     model = model_class.from_pretrained(None, config=jnana_config, state_dict=weights, dtype=dtype, **kwargs)
     model.generation_config = generation_config
     model.generation_config.suppress_tokens = suppressed

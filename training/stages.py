@@ -1,13 +1,14 @@
 """Sets `requires_grad` for each part of the model in each stage, and adds LoRA adapters. No other file does.
 
-| stage             | vision_tower  | multi_modal_projector | language_model | lm_head |
-|-------------------|---------------|-----------------------|----------------|---------|
-| pretrain          | -             | -                     | trains         | trains  |
-| align             | frozen        | trains                | frozen         | frozen  |
-| sft with `lora_r` | frozen (*)    | trains                | its adapter    | frozen  |
-| sft without       | frozen        | trains                | trains         | trains  |
+| stage             | vision_tower  | multi_modal_projector | cross_attention | language_model | lm_head |
+|-------------------|---------------|-----------------------|-----------------|----------------|---------|
+| pretrain          | -             | -                     | -               | trains         | trains  |
+| align             | frozen        | trains                | trains          | frozen         | frozen  |
+| sft with `lora_r` | frozen (*)    | trains                | trains          | its adapter    | frozen  |
+| sft without       | frozen        | trains                | trains          | trains         | trains  |
 
-(*) or its adapter, with `lora_vision_target_modules`.
+(*) or its adapter, with `lora_vision_target_modules`. With `fusion: cross_attention` the projector is the resampler,
+and `cross_attention` holds the gated blocks; other models have none.
 """
 
 import logging
@@ -26,14 +27,28 @@ from .arguments import LoraArguments
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+PARTS = ("vision_tower", "multi_modal_projector", "cross_attention", "language_model", "lm_head")
+# What joins the two backbones: it starts from random weights and trains in full, beside LoRA too.
+JOINING_PARTS = ("multi_modal_projector", "cross_attention")
 
 # The parts that train in each stage. `pretrain` has a bare language model, of which everything trains. A stage that
 # trains the tower would have to leave `model.model.unused_vision_parameters()` frozen: DDP waits for every gradient.
 STAGES: dict[str, dict[str, bool]] = {
     "pretrain": {"language_model": True, "lm_head": True},
-    "align": {"vision_tower": False, "multi_modal_projector": True, "language_model": False, "lm_head": False},
-    "sft": {"vision_tower": False, "multi_modal_projector": True, "language_model": True, "lm_head": True},
+    "align": {
+        "vision_tower": False,
+        "multi_modal_projector": True,
+        "cross_attention": True,
+        "language_model": False,
+        "lm_head": False,
+    },
+    "sft": {
+        "vision_tower": False,
+        "multi_modal_projector": True,
+        "cross_attention": True,
+        "language_model": True,
+        "lm_head": True,
+    },
 }
 
 
@@ -123,7 +138,8 @@ def active_dropout(model: nn.Module) -> dict[str, float]:
 
 
 def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
-    """Wrap `model` in a `PeftModel` with adapters on the language model and a projector that trains in full.
+    """Wrap `model` in a `PeftModel` with adapters on the language model; the projector and the blocks of
+    cross-attention train in full.
 
     The vision tower gets adapters only if `lora_vision_target_modules` is given. CLIP and Phi share layer names
     (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
@@ -135,7 +151,7 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
         lora_alpha=lora.lora_alpha if lora.lora_alpha is not None else 2 * lora.lora_r,
         lora_dropout=lora.lora_dropout or 0.0,
         target_modules=targets,
-        modules_to_save=["multi_modal_projector"],
+        modules_to_save=[name for name, _ in model.model.named_children() if name in JOINING_PARTS],
         # without a task type PEFT writes the name of the model's (temporary) remote-code module into the adapter
         task_type="CAUSAL_LM",
     )

@@ -10,7 +10,8 @@ if __name__ != "jnana.modeling":  # a second copy of every class would be regist
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from .configuration_jnana import PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
+from .configuration_jnana import DOWNSAMPLING_PROJECTORS, PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
+from .llava_jnana import LLAVA_MODEL_TYPES, jnana_config_from_llava
 from .loading_jnana import (
     BASE_REFERENCE,
     BASE_REFERENCE_FORMAT,
@@ -21,6 +22,7 @@ from .loading_jnana import (
     grow_embeddings,
     load_adapter_base,
     load_base,
+    model_type_of,
     quantization_config,
     quantized_weight_count,
     read_base_reference,
@@ -38,7 +40,9 @@ __all__ = [
     "BASE_REFERENCE",
     "BASE_REFERENCE_FORMAT",
     "CACHE_NAME",
+    "DOWNSAMPLING_PROJECTORS",
     "HUB_ARGUMENTS",
+    "LLAVA_MODEL_TYPES",
     "PROJECTOR_FIELDS",
     "REPOSITORY_ARGUMENTS",
     "RESIZING_TOWERS",
@@ -49,8 +53,10 @@ __all__ = [
     "available_device",
     "disable_packed_kernel",
     "grow_embeddings",
+    "jnana_config_from_llava",
     "load_adapter_base",
     "load_base",
+    "model_type_of",
     "quantization_config",
     "quantized_weight_count",
     "read_base_reference",

@@ -129,7 +129,7 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
     tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
     _refuse_remote(name, tower)
     if info["missing_keys"]:  # some ViT checkpoints lack the pooler that AutoModel adds, which is not used here
-        _refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
+        refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
     return tower
 
 
@@ -150,7 +150,7 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
     _refuse_remote(name, model)
-    _refuse_missing(name, "text", info["missing_keys"])
+    refuse_missing(name, "text", info["missing_keys"])
     return model
 
 
@@ -290,7 +290,7 @@ def _needs_clip_projection(config: JnanaConfig) -> bool:
     return pooled and config.vision_config.model_type == "clip_vision_model"
 
 
-def _refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
+def refuse_missing(name: str, part: str, missing_keys: set[str]) -> None:
     """Raise if weights are missing: a frozen backbone with random weights would train without any error, and fail."""
     if missing_keys:
         shown = ", ".join(sorted(missing_keys)[:3])

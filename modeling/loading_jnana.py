@@ -220,6 +220,12 @@ def _find_file(path: str | Path, file: str, subfolder: str | None = None, **hub_
         raise
 
 
+def model_type_of(path: str | Path, **hub_arguments: Any) -> str | None:
+    """`str` or `None`: The `model_type` in the config.json of a checkpoint; `None` if it has none."""
+    file = _find_file(path, "config.json", **hub_arguments)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8")).get("model_type")
+
+
 def weights_fingerprint(name: str | Path, **hub_arguments: Any) -> str | None:
     """
     A digest of a checkpoint's weights as they are stored, independent of the precision they are loaded in.

@@ -41,11 +41,13 @@ from .cross_attention_jnana import (
     prepare_inputs,
 )
 from .idefics_jnana import load_idefics
+from .llava_jnana import LLAVA_MODEL_TYPES, load_llava
 from .loading_jnana import (
     HUB_ARGUMENTS,
     REPOSITORY_ARGUMENTS,
     disable_packed_kernel,
     load_adapted,
+    model_type_of,
     read_base_reference,
 )
 from .packed_attention_jnana import check_packed_inputs, create_packed_mask
@@ -125,7 +127,7 @@ class JnanaPreTrainedModel(PreTrainedModel):
         """
         As `PreTrainedModel.from_pretrained`. A directory in which run_sft saved an adapter gives the whole model: the
         base, in the precision it had in training (`quantization_config=None` asks for full precision), with the
-        adapter loaded into it.
+        adapter loaded into it. A LLaVA checkpoint is loaded as `from_llava_pretrained` does.
         """
         path = pretrained_model_name_or_path
         if path is not None and cls.can_generate():
@@ -134,6 +136,8 @@ class JnanaPreTrainedModel(PreTrainedModel):
             reference = read_base_reference(path, **hub_arguments)
             if reference is not None:
                 return load_adapted(cls, str(path), reference, kwargs)
+            if kwargs.get("config") is None and model_type_of(path, **hub_arguments) in LLAVA_MODEL_TYPES:
+                return load_llava(cls, path, **kwargs)
         loaded = super().from_pretrained(path, *model_args, **kwargs)
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -831,6 +835,36 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             ValueError: If the checkpoint lacks weights, or its config can't be expressed in a [`JnanaConfig`].
         """
         return load_idefics(cls, path, image_token_id, dtype, kwargs)
+
+    @classmethod
+    def from_llava_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: str | torch.dtype | None = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
+    ) -> "JnanaForConditionalGeneration":
+        """
+        Load a published LLaVA-1.5 or LLaVA-1.6 checkpoint in the format of transformers (`llava-hf/llava-1.5-7b-hf`,
+        `llava-hf/llava-v1.6-mistral-7b-hf`, ...). Logits and gradients equal those of transformers' own class.
+
+        Args:
+            path (`str`): Hub id or directory.
+            dtype (`str` or `torch.dtype`, *optional*): By default the dtype that the weights are stored in, but
+                bfloat16 where that is float16.
+            quantization_config (`BitsAndBytesConfig`, *optional*): For a language model of 4 or 8 bits. The vision
+                tower, the projector and the head are not quantised.
+            **kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `revision`, `token`, ...).
+
+        Returns:
+            [`JnanaForConditionalGeneration`]: In evaluation mode, with exactly the checkpoint's weights.
+
+        Raises:
+            ValueError: If `path` holds another kind of model, its language model's family is not supported, or it
+                lacks weights.
+        """
+        return load_llava(cls, path, dtype=dtype, quantization_config=quantization_config, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -18,6 +18,7 @@ from transformers import (
     AddedToken,
     AutoConfig,
     AutoImageProcessor,
+    AutoProcessor,
     AutoTokenizer,
     BatchFeature,
     CLIPImageProcessor,
@@ -314,6 +315,9 @@ IMAGE_GEOMETRIES = ("crop", "pad", "anyres")
 # Rows and columns of the tiles that LLaVA-1.6 chooses from
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
+# The published models that a processor can be made from
+LLAVA_MODEL_TYPES = ("llava", "llava_next")
+
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
 
 # Vectors a tower puts before its patches, registers not counted: the same table as the model's config has, which this
@@ -472,6 +476,40 @@ class JnanaProcessor(JnanaChatMixin):
             image_token=image_token,
             downsample_factor=downsample_factor,
             tokens_per_view=tokens_per_view,
+        )
+
+    @classmethod
+    def from_llava_pretrained(
+        cls, path: str | Path, *, chat_template: str | None = None, **kwargs
+    ) -> "JnanaProcessor":
+        """
+        Build the processor of a published LLaVA-1.5 or LLaVA-1.6 checkpoint in the format of transformers, with its
+        tokenizer and image processor. Image token counts and pixel values equal those of the checkpoint's processor.
+
+        Args:
+            path (`str` or `Path`): Hub id or directory.
+            chat_template (`str`, *optional*): name of a shipped template, or a path; by default the checkpoint's.
+            kwargs: passed to every `from_pretrained` (`revision`, `token`, ...).
+
+        Raises:
+            ValueError: if the checkpoint is of another kind, or its tokenizer has no image token.
+        """
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        if config.model_type not in LLAVA_MODEL_TYPES:
+            raise ValueError(
+                f"{str(path)!r} has model_type {config.model_type!r}, not one of {', '.join(LLAVA_MODEL_TYPES)}."
+            )
+        stock: Any = AutoProcessor.from_pretrained(path, **kwargs)
+        tokenizer = stock.tokenizer
+        tokenizer.padding_side = "left"
+        return cls(
+            stock.image_processor,
+            tokenizer,
+            patch_size=config.vision_config.patch_size,
+            num_additional_image_tokens=_prefix_tokens(config.vision_config),
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=stock.chat_template if chat_template is None else read_chat_template(chat_template),
+            image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
         )
 
     # ------------------------------------------------------------------ ProcessorMixin's hooks

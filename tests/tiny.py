@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AddedToken,
     AutoModel,
     AutoModelForCausalLM,
     CLIPConfig,
@@ -18,9 +19,18 @@ from transformers import (
     Dinov2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    MistralConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -38,6 +48,14 @@ CORPUS = [
     "caption image: end of question: USER: ASSISTANT: the answer is yes, no, one, two, three",
     "a photograph of a cat on a mat beside a dog; the quick brown fox jumps over the lazy dog",
 ]
+
+# The format of LLaVA-1.5 and LLaVA-1.6-Vicuna, as one circulating template writes it
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
+    "{% else %}ASSISTANT: {% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 
 def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
@@ -67,7 +85,7 @@ def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
 
 
 def tiny_text_config(kind: str = "phi", **changes) -> PreTrainedConfig:
-    """The config of a small language model: phi, phi3, gpt_neox, llama, qwen2, qwen3 (the Qwens' heads are tied)."""
+    """The config of a small language model of a family: phi, phi3, ..., qwen3 (the Qwens' heads are tied)."""
     sizes = {
         "vocab_size": VOCAB_ROWS,
         "hidden_size": 64,
@@ -84,6 +102,7 @@ def tiny_text_config(kind: str = "phi", **changes) -> PreTrainedConfig:
         "phi3": (Phi3Config, {"num_key_value_heads": 4, "sliding_window": 16}),
         "gpt_neox": (GPTNeoXConfig, {"rotary_pct": 0.5}),
         "llama": (LlamaConfig, {"num_key_value_heads": 2}),
+        "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": None}),
         "qwen2": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
         "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     }
@@ -138,4 +157,49 @@ def save_tiny_text(folder: str | Path, kind: str = "phi", seed: int = 0, **chang
     model = AutoModelForCausalLM.from_config(tiny_text_config(kind, **changes))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def save_tiny_llava(
+    folder: str | Path, kind: str = "llava_next", text: str = "llama", seed: int = 0, **changes
+) -> Path:
+    """
+    Write a published LLaVA checkpoint as transformers itself saves one: `llava` (1.5) or `llava_next` (1.6), with the
+    stock processor. Its image token is in the embedding; biases and norms are drawn at random.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    fields = {
+        "vision_config": tiny_vision_config("clip"),
+        "text_config": tiny_text_config(text, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id),
+        "vision_feature_layer": -2,
+        "image_token_index": token,
+        **changes,
+    }
+    stock_processor = {"patch_size": PATCH_SIZE, "num_additional_image_tokens": 1, "chat_template": LLAVA_TEMPLATE}
+    stock_processor |= {"vision_feature_select_strategy": "default", "tokenizer": tokenizer}
+    if kind == "llava":
+        config: PreTrainedConfig = LlavaConfig(**fields)
+        model: type[PreTrainedModel] = LlavaForConditionalGeneration
+        processor = LlavaProcessor(image_processor=tiny_image_processor(), **stock_processor)
+    else:
+        grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+        pinpoints = [[IMAGE_SIZE * rows, IMAGE_SIZE * columns] for rows, columns in grids]
+        config, model = LlavaNextConfig(**fields, image_grid_pinpoints=pinpoints), LlavaNextForConditionalGeneration
+        image_processor = LlavaNextImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE},
+            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            image_grid_pinpoints=pinpoints,
+        )
+        processor = LlavaNextProcessor(image_processor=image_processor, **stock_processor)
+    torch.manual_seed(seed)
+    stock = model(config)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    stock.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return Path(folder)

@@ -50,7 +50,7 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Default: the tokenizer in `text_model`. Another one must have the same ids."}
     )
-    projector_type: Literal["linear", "mlp", "resblock"] | None = field(default=None)
+    projector_type: Literal["linear", "mlp", "resblock", "pixel_shuffle", "avg_pool"] | None = field(default=None)
     projector_hidden_act: str | None = field(default=None)
     projector_num_blocks: int | None = field(
         default=None, metadata={"help": "Residual blocks of a `resblock` projector."}
@@ -58,11 +58,24 @@ class ModelArguments:
     projector_layer_norm: bool | None = field(
         default=None, metadata={"help": "LayerNorm in front of an `mlp` projector."}
     )
+    projector_downsample_factor: int | None = field(
+        default=None, metadata={"help": "`pixel_shuffle`, `avg_pool`: side in patches of the squares that are joined."}
+    )
+    projector_num_layers: int | None = field(
+        default=None, metadata={"help": "`pixel_shuffle`, `avg_pool`: 1 or 2 Linear layers."}
+    )
     multimodal_projector_bias: bool | None = field(default=None)
     vision_feature_layer: list[int] | None = field(
         default=None, metadata={"help": "Hidden state(s) of the tower; several are concatenated."}
     )
     vision_feature_select_strategy: Literal["default", "full", "pooled"] | None = field(default=None)
+    image_geometry: Literal["crop", "pad", "anyres"] | None = field(
+        default=None,
+        metadata={
+            "help": "How an image becomes square: cropped (CLIP), padded (LLaVA-1.5), or whole and in tiles "
+            "(LLaVA-1.6; a new pair only). Default: as the checkpoint's image processor does it."
+        },
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "A shipped template's name (default `jnana`), or a .jinja file."}
     )

@@ -24,16 +24,20 @@ from transformers import (
 )
 
 from jnana.modeling import (
+    DOWNSAMPLING_PROJECTORS,
     HUB_ARGUMENTS,
+    LLAVA_MODEL_TYPES,
     REPOSITORY_ARGUMENTS,
     RESIZING_TOWERS,
     JnanaConfig,
     JnanaForConditionalGeneration,
     grow_embeddings,
+    jnana_config_from_llava,
     load_adapter_base,
+    model_type_of,
     quantization_config,
 )
-from jnana.processing import JnanaProcessor, read_chat_template
+from jnana.processing import JnanaProcessor, read_chat_template, set_image_geometry
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 from .adapters import adapter_reference, is_adapter
@@ -54,7 +58,8 @@ def load_model(
     trainable_adapter: bool = False,
     **loading_kwargs,
 ) -> tuple[nn.Module, JnanaProcessor]:
-    """Load a Jnana checkpoint: a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft.
+    """Load a Jnana checkpoint (a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft), or a
+    published LLaVA checkpoint.
 
     The model computes what `AutoModelForImageTextToText.from_pretrained(path)` computes: weights, dtypes and
     generation config are read by the same code. This function adds the processor, the checks that the two belong
@@ -62,7 +67,8 @@ def load_model(
 
     Args:
         path (`str`): Folder or Hub id.
-        dtype (`str` or `torch.dtype`, *optional*): Dtype of the weights; default: the one in the checkpoint.
+        dtype (`str` or `torch.dtype`, *optional*): Dtype of the weights; default: the one in the checkpoint, for a
+            LLaVA checkpoint in float16 bfloat16.
         quantization (`str` or `dict`, *optional*): `none`, `nf4` or `int8`, or settings as for
             `jnana.modeling.quantization_config`. By default an adapter's base is held as it was in training, and a
             full checkpoint as it was saved.
@@ -89,14 +95,18 @@ def load_model(
         settings = {"quantization": quantization} if isinstance(quantization, str) else quantization
         loading_kwargs["quantization_config"] = quantization_config(settings, dtype or config.dtype)
     if not is_adapter(path, **from_hub):
-        return JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs), processor
+        model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
+        if model.config.tokenizer_fingerprint is None and model_type_of(path, **from_hub) in LLAVA_MODEL_TYPES:
+            model.config.tokenizer_fingerprint = tokenizer_fingerprint(processor.tokenizer)
+            set_special_tokens(model, processor)
+        return model, processor
     reference = adapter_reference(path, **from_hub)
     base, from_hub = load_adapter_base(JnanaForConditionalGeneration, path, reference, loading_kwargs)
     return PeftModel.from_pretrained(base, path, is_trainable=trainable_adapter, **from_hub), processor
 
 
 def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
-    """The config of a Jnana checkpoint or adapter.
+    """The config of a Jnana checkpoint or adapter, or the one that a published LLaVA checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
@@ -105,11 +115,14 @@ def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
     Raises:
         ValueError: if `path` holds a model of another type.
     """
-    model_type = PreTrainedConfig.get_config_dict(path, **hub_arguments)[0].get("model_type")
+    model_type = model_type_of(path, **hub_arguments)
+    if model_type in LLAVA_MODEL_TYPES:
+        return jnana_config_from_llava(AutoConfig.from_pretrained(path, **hub_arguments))
     if model_type != JnanaConfig.model_type:
         raise ValueError(
             f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a folder "
-            "written by run_align or run_sft, or name two backbones as vision_model and text_model"
+            "written by run_align or run_sft, a LLaVA checkpoint in the format of transformers (model_type "
+            f"{' or '.join(LLAVA_MODEL_TYPES)}), or name two backbones as vision_model and text_model"
         )
     return JnanaConfig.from_pretrained(path, **hub_arguments)
 
@@ -126,21 +139,38 @@ def check_image_tokens(config: JnanaConfig, processor: JnanaProcessor, model_nam
     Raises:
         ValueError: naming both, with their numbers.
     """
-    # the processor resizes every image to one size, so the number is the same for any original size
-    written = processor.count_image_tokens()
+    written = processor.num_image_tokens(*processor.image_height_and_width())
     if written != config.image_seq_length:
         raise ValueError(
             f"{processor_name} writes {written} image tokens an image, but {model_name} gives "
             f"{config.image_seq_length} vectors an image (vision_feature_select_strategy "
             f"{config.vision_feature_select_strategy!r}); they must agree in image size, patch size and strategy"
         )
+    pinpoints = [
+        [list(pinpoint) for pinpoint in of or ()]
+        for of in (processor.image_grid_pinpoints, config.image_grid_pinpoints)
+    ]
+    if pinpoints[0] != pinpoints[1]:
+        raise ValueError(
+            f"{processor_name} cuts images into tiles by image_grid_pinpoints {pinpoints[0]}, but {model_name} has "
+            f"{pinpoints[1]}; load both from one directory"
+        )
 
 
-def image_size_field(vision_config: PreTrainedConfig, processor: JnanaProcessor) -> dict[str, int]:
-    """`JnanaConfig.image_size` for a tower that takes images of any size; empty for a tower with a fixed size."""
+def image_fields(vision_config: PreTrainedConfig, processor: JnanaProcessor) -> dict[str, Any]:
+    """The fields of `JnanaConfig` that depend on the image processor: `image_grid_pinpoints`, and `image_size` for a
+    tower that takes images of any size."""
     height, width = processor.image_height_and_width()
     resizes = getattr(vision_config, "vision_config", vision_config).model_type in RESIZING_TOWERS
-    return {"image_size": height} if resizes and height == width else {}
+    size = {"image_size": height} if resizes and height == width else {}
+    return {"image_grid_pinpoints": processor.image_grid_pinpoints, **size}
+
+
+def downsample_factor(projector_fields: dict[str, Any]) -> int:
+    """Side, in patches, of the squares that a projector of these fields joins to one token."""
+    if projector_fields.get("projector_type") not in DOWNSAMPLING_PROJECTORS:
+        return 1
+    return projector_fields.get("projector_downsample_factor", JnanaConfig.projector_downsample_factor)
 
 
 def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
@@ -155,7 +185,7 @@ def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: st
 
 
 def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: Any) -> JnanaProcessor:
-    """The processor of a Jnana checkpoint.
+    """The processor of a Jnana checkpoint, or the one that a published LLaVA checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
@@ -166,6 +196,8 @@ def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: 
     Raises:
         ValueError: if `path` is a folder without one.
     """
+    if model_type_of(path, **hub_arguments) in LLAVA_MODEL_TYPES:
+        return JnanaProcessor.from_llava_pretrained(path, **hub_arguments)
     folder = Path(path) / hub_arguments.get("subfolder", "")
     if Path(path).is_dir() and not (folder / "processor_config.json").is_file():
         unfinished = sorted(checkpoint.name for checkpoint in folder.glob("checkpoint-*"))
@@ -188,6 +220,8 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         processor = load_processor(args.model_name_or_path, **trust)
         if args.chat_template is not None:
             processor.chat_template = read_chat_template(args.chat_template)
+        if args.image_geometry is not None:
+            processor.image_processor = set_image_geometry(processor.image_processor, args.image_geometry)
         check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
         return processor
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
@@ -196,11 +230,13 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         tokenizer_name,
         chat_template=args.chat_template or "jnana",
         vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
+        image_geometry=args.image_geometry,
+        downsample_factor=downsample_factor(args.projector_fields),
         **trust,
     )
     check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name, **trust)
     backbones = [AutoConfig.from_pretrained(name, **trust) for name in (args.vision_model, args.text_model)]
-    size = image_size_field(backbones[0], processor)
+    size = image_fields(backbones[0], processor)
     config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields, **size)
     check_image_tokens(config, processor, args.vision_model, f"the image processor of {args.vision_model}")
     return processor
@@ -280,7 +316,7 @@ def build_pair(
     trust_remote_code = fields.get("trust_remote_code", False)
     fingerprint = check_text_tokenizer(text, tokenizer, tokenizer_name or text, trust_remote_code)
     vision_config = AutoConfig.from_pretrained(vision, trust_remote_code=trust_remote_code)
-    size = image_size_field(vision_config, processor)
+    size = image_fields(vision_config, processor)
     model = JnanaForConditionalGeneration.from_vision_text_pretrained(
         vision, text, image_token_id=processor.image_token_id, **size, **fields
     )

@@ -1,0 +1,126 @@
+"""Published LLaVA checkpoints as starting points: LLaVA-1.5 (`llava`) and LLaVA-1.6 (`llava_next`).
+
+transformers' own class reads the checkpoint, whatever names and shards its weights have; the modules are then moved
+into a Jnana model, so that no weight is in memory twice. Logits and gradients equal those of the class that was read.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .backbones_jnana import check_text_family, refuse_missing
+from .configuration_jnana import JnanaConfig
+from .loading_jnana import NOT_QUANTIZED, adopt_quantization
+
+
+logger = logging.get_logger(__name__)
+
+LLAVA_MODEL_TYPES = ("llava", "llava_next")
+
+
+def jnana_config_from_llava(config: PreTrainedConfig) -> JnanaConfig:
+    """
+    The config of the Jnana model that computes what a LLaVA model computes.
+
+    Args:
+        config (`LlavaConfig` or `LlavaNextConfig`): The config of the published checkpoint.
+
+    Raises:
+        ValueError: If it is of another model, or its language model's family is not supported.
+    """
+    if config.model_type not in LLAVA_MODEL_TYPES:
+        raise ValueError(
+            f"model_type is {config.model_type!r}; a LLaVA checkpoint in the format of transformers has one of "
+            f"{', '.join(LLAVA_MODEL_TYPES)}."
+        )
+    check_text_family(config.text_config)
+    text_config = copy.deepcopy(config.text_config)
+    text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
+    return JnanaConfig(
+        vision_config=copy.deepcopy(config.vision_config),
+        text_config=text_config,
+        image_token_id=config.image_token_id,
+        projector_type="mlp",
+        projector_hidden_act=config.projector_hidden_act,
+        multimodal_projector_bias=config.multimodal_projector_bias,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
+    )
+
+
+def load_llava(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -> Any:
+    """See [`JnanaForConditionalGeneration.from_llava_pretrained`]; `model_class` is that class."""
+    path = str(path)
+    with_info = kwargs.pop("output_loading_info", False)
+    quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
+    dtype = kwargs.pop("dtype", None)
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    hub_arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    stock_config = AutoConfig.from_pretrained(path, **hub_arguments)
+    config = jnana_config_from_llava(stock_config)  # before gigabytes are read
+    if dtype in (None, "auto"):
+        dtype = _stored_dtype(stock_config)
+        if dtype == torch.float16:
+            dtype = torch.bfloat16
+            logger.warning(
+                f"{path} is stored in float16 and loaded in bfloat16, because activations of language models can "
+                "exceed the range of float16. `dtype='float16'` loads it as it is stored."
+            )
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = list(NOT_QUANTIZED)  # the modules of the two classes have the same names
+        kwargs["quantization_config"] = quantization
+    loader: Any = AutoModelForImageTextToText
+    stock, info = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+    # transformers reads the tower of a checkpoint that stores none of its unused last norm.
+    refuse_missing(path, "LLaVA", {key for key in info["missing_keys"] if "post_layernorm" not in key})
+
+    model = adopt_llava(model_class, stock, config)
+    if quantization is not None:
+        adopt_quantization(model, stock, list(NOT_QUANTIZED))
+    elif hasattr(stock, "hf_device_map"):
+        model.hf_device_map = stock.hf_device_map
+    return (model, info) if with_info else model
+
+
+def adopt_llava(model_class: type[PreTrainedModel], stock: PreTrainedModel, config: JnanaConfig) -> Any:
+    """
+    Move the modules of a LLaVA model into a Jnana model, which then holds the same weights, and not copies.
+
+    Args:
+        model_class (`type`): [`JnanaForConditionalGeneration`].
+        stock (`LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`): Not usable afterwards.
+        config ([`JnanaConfig`]): From [`jnana_config_from_llava`].
+
+    Returns:
+        [`JnanaForConditionalGeneration`]: In evaluation mode.
+    """
+    with torch.device("meta"):
+        model: Any = model_class(config)
+    source, target = stock.model, model.model
+    target.vision_tower = source.vision_tower
+    target.language_model = source.language_model
+    target.multi_modal_projector.linear_1 = source.multi_modal_projector.linear_1
+    target.multi_modal_projector.linear_2 = source.multi_modal_projector.linear_2
+    if config.image_grid_pinpoints is not None:
+        target.multi_modal_projector.image_newline = source.image_newline
+    head = stock.get_output_embeddings()
+    if model.lm_head.bias is not None and head.bias is None:  # Phi's head has a bias, stock LLaVA builds it without
+        head.bias = torch.nn.Parameter(head.weight.new_zeros(head.out_features))
+    model.lm_head = head
+    config.vision_config, config.text_config = target.vision_tower.config, target.language_model.config
+    config.dtype = stock.dtype
+    for part in (config.vision_config, config.text_config):
+        part.name_or_path = ""  # it is saved in config.json
+    model.generation_config = copy.deepcopy(stock.generation_config)
+    model.generation_config.suppress_tokens = [config.image_token_id]
+    return model.eval()
+
+
+def _stored_dtype(config: PreTrainedConfig) -> Any:
+    """The dtype that a checkpoint was saved in, as its config says; `"auto"` where it does not."""
+    dtype = config.dtype or config.get_text_config().dtype
+    return "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -23,6 +23,8 @@ from .configuration_jnana import JnanaConfig
 from .loading_jnana import HUB_ARGUMENTS, REPOSITORY_ARGUMENTS
 
 
+IDEFICS_MODEL_TYPE = "idefics"
+
 IMAGE_TOKEN = "<image>"
 # Stands before and behind each image token in IDEFICS's prompts. Like the image token it must not be generated.
 AROUND_IMAGE_TOKEN = "<fake_token_around_image>"
@@ -49,7 +51,7 @@ NAMES = (
 )
 
 
-def convert_config(config: IdeficsConfig, image_token_id: int) -> JnanaConfig:
+def jnana_config_from_idefics(config: IdeficsConfig, image_token_id: int) -> JnanaConfig:
     """
     The config of the Jnana model that computes what an IDEFICS model computes.
 
@@ -159,18 +161,21 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor], tower_prefix: str = 
 def load_idefics(
     model_class: Any,
     path: str,
-    image_token_id: int | None,
-    dtype: str | torch.dtype | None,
-    kwargs: dict[str, Any],
+    *,
+    image_token_id: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    **kwargs: Any,
 ) -> Any:
     """See [`JnanaForConditionalGeneration.from_idefics_pretrained`]; `model_class` is that class."""
+    path = str(path)
+    with_info = kwargs.pop("output_loading_info", False)
     files = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS) if name in kwargs}
     config = IdeficsConfig.from_pretrained(path, **files)
     suppressed = [image_token_id]
     if image_token_id is None:
         suppressed = find_image_tokens(path, **files)
-    jnana_config = convert_config(config, suppressed[0])  # type: ignore[arg-type]  # no longer None
-    if dtype is None:
+    jnana_config = jnana_config_from_idefics(config, suppressed[0])  # type: ignore[arg-type]  # no longer None
+    if dtype in (None, "auto"):
         dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
     loaded: Any = IdeficsForVisionText2Text.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, **files
@@ -187,7 +192,7 @@ def load_idefics(
     model = model_class.from_pretrained(None, config=jnana_config, state_dict=weights, dtype=dtype, **kwargs)
     model.generation_config = generation_config
     model.generation_config.suppress_tokens = suppressed
-    return model.eval()
+    return (model.eval(), info) if with_info else model.eval()
 
 
 def find_image_tokens(path: str, **kwargs: Any) -> list[int]:
@@ -236,4 +241,4 @@ def _tower_prefix(config: JnanaConfig) -> str:
     return "vision_model." if next(iter(tower.state_dict())).startswith("vision_model.") else ""
 
 
-__all__ = ["convert_config", "convert_state_dict", "find_image_tokens", "load_idefics"]
+__all__ = ["convert_state_dict", "find_image_tokens", "jnana_config_from_idefics", "load_idefics"]

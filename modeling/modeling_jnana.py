@@ -40,7 +40,7 @@ from .cross_attention_jnana import (
     JnanaCrossAttentionMixin,
     prepare_inputs,
 )
-from .idefics_jnana import load_idefics
+from .idefics_jnana import IDEFICS_MODEL_TYPE, load_idefics
 from .llava_jnana import LLAVA_MODEL_TYPES, load_llava
 from .loading_jnana import (
     HUB_ARGUMENTS,
@@ -127,7 +127,8 @@ class JnanaPreTrainedModel(PreTrainedModel):
         """
         As `PreTrainedModel.from_pretrained`. A directory in which run_sft saved an adapter gives the whole model: the
         base, in the precision it had in training (`quantization_config=None` asks for full precision), with the
-        adapter loaded into it. A LLaVA checkpoint is loaded as `from_llava_pretrained` does.
+        adapter loaded into it. A LLaVA checkpoint is loaded as `from_llava_pretrained` does, an IDEFICS checkpoint as
+        `from_idefics_pretrained` does.
         """
         path = pretrained_model_name_or_path
         if path is not None and cls.can_generate():
@@ -136,8 +137,11 @@ class JnanaPreTrainedModel(PreTrainedModel):
             reference = read_base_reference(path, **hub_arguments)
             if reference is not None:
                 return load_adapted(cls, str(path), reference, kwargs)
-            if kwargs.get("config") is None and model_type_of(path, **hub_arguments) in LLAVA_MODEL_TYPES:
+            model_type = model_type_of(path, **hub_arguments) if kwargs.get("config") is None else None
+            if model_type in LLAVA_MODEL_TYPES:
                 return load_llava(cls, path, **kwargs)
+            if model_type == IDEFICS_MODEL_TYPE:
+                return load_idefics(cls, path, **kwargs)
         loaded = super().from_pretrained(path, *model_args, **kwargs)
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -834,7 +838,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         Raises:
             ValueError: If the checkpoint lacks weights, or its config can't be expressed in a [`JnanaConfig`].
         """
-        return load_idefics(cls, path, image_token_id, dtype, kwargs)
+        return load_idefics(cls, path, image_token_id=image_token_id, dtype=dtype, **kwargs)
 
     @classmethod
     def from_llava_pretrained(

@@ -14,64 +14,11 @@ from transformers.models.idefics.processing_idefics import (
 )
 
 from jnana.modeling import JnanaForConditionalGeneration
-from jnana.modeling.idefics_jnana import convert_config, convert_state_dict
-from tests.tiny import tiny_tokenizer
+from jnana.modeling.idefics_jnana import convert_state_dict, jnana_config_from_idefics
+from tests.modeling.tiny_idefics import AROUND, END, IMAGE, save_tiny_idefics, tiny_config, tiny_idefics
 
 
-VOCABULARY, IMAGE, END, AROUND = 320, 321, 2, 320
 SIZES = [(1,), (3,), (1, 2), (0, 3), (2, 1)]
-
-
-def tiny_config(**changes) -> IdeficsConfig:
-    fields = {
-        "vocab_size": VOCABULARY,
-        "additional_vocab_size": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "cross_layer_interval": 2,
-        "qk_layer_norms": True,
-        "use_resampler": True,
-        "max_position_embeddings": 128,
-        "vision_config": {
-            "embed_dim": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "image_size": 12,
-            "patch_size": 4,
-        },
-        "perceiver_config": {
-            "resampler_n_latents": 5,
-            "resampler_depth": 2,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 6,
-            "qk_layer_norms_perceiver": True,
-        },
-    }
-    return IdeficsConfig(**{**fields, **changes})
-
-
-def tiny_idefics(**changes) -> IdeficsForVisionText2Text:
-    """With weights that make each part count: wide matrices, random norms and biases, open gates."""
-    torch.manual_seed(0)
-    model = IdeficsForVisionText2Text(tiny_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model.requires_grad_(True)
-
-
-def save(folder: Path, **changes) -> IdeficsForVisionText2Text:
-    """A checkpoint as the Hub has it; its tokenizer gives the added tokens the ids 320 and 321."""
-    model = tiny_idefics(**changes)
-    model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([f"<unused{i}>" for i in range(VOCABULARY - len(tokenizer))])
-    tokenizer.add_tokens(["<fake_token_around_image>", "<image>"], special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    return model
 
 
 def inputs_of(counts: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,7 +49,7 @@ def flat(pixels: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("changes", [{}, {"alpha_type": "vector", "qk_layer_norms": False}], ids=["9b", "vector"])
 def test_logits_and_gradients_equal_stock(tmp_path, changes):
     """Under one external loss: that of stock raises where tokens were added."""
-    stock = save(tmp_path / "idefics", **changes)
+    stock = save_tiny_idefics(tmp_path / "idefics", **changes)
     model = JnanaForConditionalGeneration.from_idefics_pretrained(str(tmp_path / "idefics"))
     assert model.config.image_token_id == IMAGE and model.generation_config.suppress_tokens == [IMAGE, AROUND]
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock.parameters())
@@ -129,7 +76,7 @@ def test_logits_and_gradients_equal_stock(tmp_path, changes):
 
 def test_text_without_images_needs_none(tmp_path):
     """Stock raises; here the blocks' attention is skipped. Equal to stock with an image that nothing attends to."""
-    stock = save(tmp_path / "idefics")
+    stock = save_tiny_idefics(tmp_path / "idefics")
     model = JnanaForConditionalGeneration.from_idefics_pretrained(str(tmp_path / "idefics"), image_token_id=IMAGE)
     ids, pixels, mask = inputs_of((0, 0))
     with pytest.raises(ValueError, match="Exactly 1 of pixel_values"):
@@ -140,7 +87,7 @@ def test_text_without_images_needs_none(tmp_path):
 
 
 def test_generation_equals_stock(tmp_path):
-    stock = save(tmp_path / "idefics")
+    stock = save_tiny_idefics(tmp_path / "idefics")
     model = JnanaForConditionalGeneration.from_idefics_pretrained(str(tmp_path / "idefics"))
     ids, pixels, mask = inputs_of((2, 1))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -156,20 +103,20 @@ def test_weights_move_without_being_copied():
     stock = tiny_idefics()
     theirs = {weight.data_ptr() for weight in stock.state_dict().values()}
     converted = convert_state_dict(stock.state_dict())
-    config = convert_config(stock.config, IMAGE)
+    config = jnana_config_from_idefics(stock.config, IMAGE)
     model = JnanaForConditionalGeneration.from_pretrained(None, config=config, state_dict=dict(converted))
     copied = {name for name, weight in model.state_dict().items() if weight.data_ptr() not in theirs}
     assert copied == {"model.language_model.embed_tokens.weight", "lm_head.weight"}  # two tables joined
 
 
 def test_a_float16_checkpoint_loads_as_bfloat16_unless_asked(tmp_path):
-    save(tmp_path / "idefics").half().save_pretrained(tmp_path / "idefics")
+    save_tiny_idefics(tmp_path / "idefics").half().save_pretrained(tmp_path / "idefics")
 
     def load(**kwargs):
         return JnanaForConditionalGeneration.from_idefics_pretrained(str(tmp_path / "idefics"), **kwargs).dtype
 
-    assert load() == torch.bfloat16
-    assert load(dtype=torch.float16) == torch.float16 and load(dtype="auto") == torch.float16
+    assert load() == load(dtype="auto") == torch.bfloat16
+    assert load(dtype=torch.float16) == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -182,15 +129,15 @@ def test_a_float16_checkpoint_loads_as_bfloat16_unless_asked(tmp_path):
 )
 def test_what_cannot_be_expressed_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        convert_config(tiny_config(**changes), IMAGE)
+        jnana_config_from_idefics(tiny_config(**changes), IMAGE)
     with pytest.raises(ValueError, match="`image_token_id` is 322"):
-        convert_config(tiny_config(), 322)
+        jnana_config_from_idefics(tiny_config(), 322)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    save(tmp_path / "idefics")
+    save_tiny_idefics(tmp_path / "idefics")
     weights = load_file(tmp_path / "idefics" / "model.safetensors")
     weights.pop("model.gated_cross_attn_layers.0.alpha_dense")
     save_file(weights, tmp_path / "idefics" / "model.safetensors", metadata={"format": "pt"})
@@ -205,7 +152,7 @@ def test_full_size_models_have_as_many_parameters_as_stock(name, count):
     config = IdeficsConfig(**json.loads(fixture.read_text()))
     with torch.device("meta"):
         stock = IdeficsForVisionText2Text(copy.deepcopy(config))
-        model = JnanaForConditionalGeneration(convert_config(config, 32001))
+        model = JnanaForConditionalGeneration(jnana_config_from_idefics(config, 32001))
     theirs, ours = ({n: p.numel() for n, p in m.named_parameters()} for m in (stock, model))
     assert sum(ours.values()) == sum(theirs.values()) == count
 

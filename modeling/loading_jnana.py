@@ -301,6 +301,7 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
     names = reference["names"]
     if "model" in names:
         model = model_class.from_pretrained(names["model"], **kwargs)
+        model.config.image_end_token_id = config.image_end_token_id  # training changes IDEFICS's own
     else:
         fields = {name: getattr(config, name) for name in PROJECTOR_FIELDS}
         fields |= {name: getattr(config, name) for name in ("image_token_id", "image_size", "image_grid_pinpoints")}

@@ -316,6 +316,8 @@ ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 # The published models that a processor can be made from
 LLAVA_MODEL_TYPES = ("llava", "llava_next")
 
+IDEFICS_IMAGE_TOKEN = "<image>"
+
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
 
 # Vectors a tower puts before its patches, registers not counted: the same table as the model's config has, which this
@@ -500,6 +502,45 @@ class JnanaProcessor(JnanaChatMixin):
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=template,
             image_token=image_token,
+        )
+
+    @classmethod
+    def from_idefics_pretrained(
+        cls, path: str | Path, *, chat_template: str = "idefics", **kwargs
+    ) -> "JnanaProcessor":
+        """
+        Build the processor of an IDEFICS checkpoint, whose images take one image token each. Pixel values equal those
+        of the checkpoint's own image processor.
+
+        Args:
+            path (`str` or `Path`): Hub id or directory.
+            chat_template (`str`, *optional*, defaults to `"idefics"`): name of a shipped template, or a path.
+            kwargs: passed to every `from_pretrained` (`revision`, `token`, ...).
+
+        Raises:
+            ValueError: if the tokenizer has no image token.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(path, **{"padding_side": "left", **kwargs})
+        if IDEFICS_IMAGE_TOKEN not in tokenizer.get_vocab():
+            raise ValueError(f"The tokenizer in {str(path)!r} has no {IDEFICS_IMAGE_TOKEN!r}, as IDEFICS's have.")
+        if tokenizer.pad_token is None:  # as in the published tokenizers
+            tokenizer.pad_token = tokenizer.unk_token
+        stock = AutoImageProcessor.from_pretrained(path, **kwargs)
+        # IDEFICS's own image processor returns a tensor and no `pixel_values`.
+        image_processor = CLIPImageProcessor(
+            size=dict(stock.size),
+            resample=stock.resample,
+            do_center_crop=False,
+            image_mean=list(stock.image_mean),
+            image_std=list(stock.image_std),
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            vision_feature_select_strategy="pooled",  # one token an image, whatever its patches
+            tokens_per_view=1,
+            chat_template=read_chat_template(chat_template),
+            image_token=IDEFICS_IMAGE_TOKEN,
         )
 
     # ------------------------------------------------------------------ ProcessorMixin's hooks

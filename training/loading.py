@@ -26,12 +26,15 @@ from transformers import (
 from jnana.modeling import (
     DOWNSAMPLING_PROJECTORS,
     HUB_ARGUMENTS,
+    IDEFICS_MODEL_TYPE,
     LLAVA_MODEL_TYPES,
     REPOSITORY_ARGUMENTS,
     RESIZING_TOWERS,
     JnanaConfig,
     JnanaForConditionalGeneration,
+    find_image_tokens,
     grow_embeddings,
+    jnana_config_from_idefics,
     jnana_config_from_llava,
     load_adapter_base,
     model_type_of,
@@ -49,6 +52,8 @@ from .distributed import unpartitioned
 
 logger = logging.getLogger(__name__)
 
+# Published checkpoints that are starting points as they are
+PUBLISHED_MODEL_TYPES = (*LLAVA_MODEL_TYPES, IDEFICS_MODEL_TYPE)
 ROWS_MULTIPLE = 64  # of a new embedding: suits GPU kernels, and leaves rows for the image and the pad token
 
 
@@ -62,7 +67,7 @@ def load_model(
     **loading_kwargs,
 ) -> tuple[nn.Module, JnanaProcessor]:
     """Load a Jnana checkpoint (a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft), or a
-    published LLaVA checkpoint.
+    published LLaVA or IDEFICS checkpoint.
 
     The model computes what `AutoModelForImageTextToText.from_pretrained(path)` computes: weights, dtypes and
     generation config are read by the same code. This function adds the processor, the checks that the two belong
@@ -101,9 +106,11 @@ def load_model(
         loading_kwargs["quantization_config"] = quantization_config(settings, dtype or config.dtype)
     if not is_adapter(path, **from_hub):
         model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
-        if model.config.tokenizer_fingerprint is None and model_type_of(path, **from_hub) in LLAVA_MODEL_TYPES:
+        if model.config.tokenizer_fingerprint is None and model_type_of(path, **from_hub) in PUBLISHED_MODEL_TYPES:
             model.config.tokenizer_fingerprint = tokenizer_fingerprint(processor.tokenizer)
             set_special_tokens(model, processor)
+            # Its chat template closes every answer by the end-of-text token, and later questions need the image too.
+            model.config.image_end_token_id = None
         return model, processor
     reference = adapter_reference(path, **from_hub)
     base, from_hub = load_adapter_base(JnanaForConditionalGeneration, path, reference, loading_kwargs)
@@ -111,7 +118,7 @@ def load_model(
 
 
 def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
-    """The config of a Jnana checkpoint or adapter, or the one that a published LLaVA checkpoint gets.
+    """The config of a Jnana checkpoint or adapter, or the one that a published checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
@@ -123,11 +130,14 @@ def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
     model_type = model_type_of(path, **hub_arguments)
     if model_type in LLAVA_MODEL_TYPES:
         return jnana_config_from_llava(AutoConfig.from_pretrained(path, **hub_arguments))
+    if model_type == IDEFICS_MODEL_TYPE:
+        image_token_id = find_image_tokens(path, **hub_arguments)[0]
+        return jnana_config_from_idefics(AutoConfig.from_pretrained(path, **hub_arguments), image_token_id)
     if model_type != JnanaConfig.model_type:
         raise ValueError(
             f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a folder "
-            "written by run_align or run_sft, a LLaVA checkpoint in the format of transformers (model_type "
-            f"{' or '.join(LLAVA_MODEL_TYPES)}), or name two backbones as vision_model and text_model"
+            "written by run_align or run_sft, a published checkpoint in the format of transformers (model_type "
+            f"{' or '.join(PUBLISHED_MODEL_TYPES)}), or name two backbones as vision_model and text_model"
         )
     return JnanaConfig.from_pretrained(path, **hub_arguments)
 
@@ -178,6 +188,15 @@ def downsample_factor(projector_fields: dict[str, Any]) -> int:
     return projector_fields.get("projector_downsample_factor", JnanaConfig.projector_downsample_factor)
 
 
+def tokens_per_view(projector_fields: dict[str, Any]) -> int | None:
+    """The image tokens of a view, where a projector of these fields gives a fixed number of them."""
+    if projector_fields.get("fusion") == "cross_attention":
+        return 1
+    if projector_fields.get("projector_type") == "perceiver":
+        return projector_fields.get("projector_num_latents", JnanaConfig.projector_num_latents)
+    return None
+
+
 def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
     """Refuse a checkpoint whose tokenizer files were replaced by others."""
     if config.tokenizer_fingerprint is not None:
@@ -192,7 +211,7 @@ def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: st
 def load_processor(
     path: str, trust_remote_code: bool = False, chat_template: str | None = None, **hub_arguments: Any
 ) -> JnanaProcessor:
-    """The processor of a Jnana checkpoint, or the one that a published LLaVA checkpoint gets.
+    """The processor of a Jnana checkpoint, or the one that a published checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
@@ -206,8 +225,11 @@ def load_processor(
         ValueError: if `path` is a folder without one, or the chat template does not suit (see
             [`~jnana.processing.adopt_chat_template`]).
     """
-    if model_type_of(path, **hub_arguments) in LLAVA_MODEL_TYPES:
+    model_type = model_type_of(path, **hub_arguments)
+    if model_type in LLAVA_MODEL_TYPES:
         return JnanaProcessor.from_llava_pretrained(path, chat_template=chat_template, **hub_arguments)
+    if model_type == IDEFICS_MODEL_TYPE:
+        return JnanaProcessor.from_idefics_pretrained(path, **hub_arguments)
     folder = Path(path) / hub_arguments.get("subfolder", "")
     if Path(path).is_dir() and not (folder / "processor_config.json").is_file():
         unfinished = sorted(checkpoint.name for checkpoint in folder.glob("checkpoint-*"))
@@ -244,6 +266,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
         image_geometry=args.image_geometry,
         downsample_factor=downsample_factor(args.projector_fields),
+        tokens_per_view=tokens_per_view(args.projector_fields),
         **trust,
     )
     check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name, **trust)
@@ -429,7 +452,7 @@ def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
     ends = list(dict.fromkeys(end for end in (tokenizer.eos_token_id, written, *ends) if end is not None))
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.pad_token_id = tokenizer.pad_token_id
-    generation.suppress_tokens = [processor.image_token_id]
+    generation.suppress_tokens = sorted({processor.image_token_id, *(generation.suppress_tokens or [])})
 
 
 def prepare_tokenizer(

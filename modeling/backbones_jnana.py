@@ -193,6 +193,10 @@ def join_pretrained(
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
     model.model.language_model = language_model.base_model
+    if config.fusion == "cross_attention":
+        model.model.build_cross_attention()
+        model.model.cross_attention.apply(model._init_weights)
+        model.model.cross_attention.to(language_model.device, language_model.dtype)
     model.lm_head = language_model.get_output_embeddings()
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [config.image_token_id]

@@ -149,7 +149,7 @@ def feature_key(
         "num_prefix_tokens": config.num_prefix_tokens,
         "computed_in": own if lower is None else f"{own}, autocast to {lower}",
         "dtype": dtype or lower or own,
-        "shape": [config.num_image_tokens, config.vision_feature_size],
+        "shape": [config.num_view_features, config.vision_feature_size],
     }
 
 

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .arguments import PartArguments
-from .stages import part_of
+from .stages import JOINING_PARTS, part_of
 
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,8 @@ def split_by_part(groups: list[dict], model: nn.Module, rates: PartArguments, le
         ValueError: if a part was given a rate or a schedule and nothing in it trains.
     """
     parts = {id(parameter): part_of(name) for name, parameter in model.named_parameters()}
+    # The blocks of cross-attention start at random like the projector, and train with its rate.
+    parts = {key: "multi_modal_projector" if part in JOINING_PARTS else part for key, part in parts.items()}
     split: dict[tuple[str, int], dict] = {}
     for number, group in enumerate(groups):
         for parameter in group["params"]:

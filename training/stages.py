@@ -1,15 +1,18 @@
 """Sets `requires_grad` for each part of the model in each stage, and adds LoRA adapters. No other file does.
 
-| stage             | vision_tower | multi_modal_projector | language_model | lm_head |
-|-------------------|--------------|-----------------------|----------------|---------|
-| pretrain          | -            | -                     | trains         | trains  |
-| align             | frozen (1)   | trains                | frozen         | frozen  |
-| sft with `lora_r` | frozen (1, 2)| trains                | its adapter    | frozen  |
-| sft without       | frozen (1)   | trains                | trains         | trains  |
+| stage             | vision_tower | multi_modal_projector | cross_attention | language_model | lm_head |
+|-------------------|--------------|-----------------------|-----------------|----------------|---------|
+| pretrain          | -            | -                     | -               | trains         | trains  |
+| align             | frozen (1)   | trains                | trains          | frozen         | frozen  |
+| sft with `lora_r` | frozen (1, 2)| trains                | trains          | its adapter    | frozen  |
+| sft without       | frozen (1)   | trains                | trains          | trains         | trains  |
 
 (1) With `freeze_vision_tower: false` it trains, but for the parameters on which the selected features do not depend
     (CLIP's last layer and `post_layernorm`): DDP waits for every gradient. LLaVA-1.6 trains it.
 (2) With `lora_vision_target_modules` its adapter trains.
+
+With `fusion: cross_attention` the projector is the resampler, and `cross_attention` holds the gated blocks; other
+models have none.
 
 Parameters that train are held in float32, whatever the dtype of the frozen ones: at LLaVA-1.6's 2e-6 nearly every step
 of AdamW is smaller than the distance between two neighbouring bfloat16 numbers.
@@ -32,13 +35,27 @@ from .arguments import LoraArguments
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+PARTS = ("vision_tower", "multi_modal_projector", "cross_attention", "language_model", "lm_head")
+# What joins the two backbones: it starts from random weights and trains in full, beside LoRA too.
+JOINING_PARTS = ("multi_modal_projector", "cross_attention")
 
 # The parts that train in each stage. `pretrain` has a bare language model, of which everything trains.
 STAGES: dict[str, dict[str, bool]] = {
     "pretrain": {"language_model": True, "lm_head": True},
-    "align": {"vision_tower": False, "multi_modal_projector": True, "language_model": False, "lm_head": False},
-    "sft": {"vision_tower": False, "multi_modal_projector": True, "language_model": True, "lm_head": True},
+    "align": {
+        "vision_tower": False,
+        "multi_modal_projector": True,
+        "cross_attention": True,
+        "language_model": False,
+        "lm_head": False,
+    },
+    "sft": {
+        "vision_tower": False,
+        "multi_modal_projector": True,
+        "cross_attention": True,
+        "language_model": True,
+        "lm_head": True,
+    },
 }
 
 
@@ -167,7 +184,8 @@ def active_dropout(model: nn.Module) -> dict[str, float]:
 
 
 def add_lora(model: nn.Module, lora: LoraArguments, freeze_vision_tower: bool = True) -> nn.Module:
-    """Wrap `model` in a `PeftModel` with adapters on the language model and a projector that trains in full.
+    """Wrap `model` in a `PeftModel` with adapters on the language model; the projector and the blocks of
+    cross-attention train in full.
 
     The vision tower gets adapters only if `lora_vision_target_modules` is given, and trains in full, as the projector
     does, with `freeze_vision_tower` false. CLIP and Phi share layer names (`q_proj`, `fc1`), so the targets are full
@@ -180,7 +198,11 @@ def add_lora(model: nn.Module, lora: LoraArguments, freeze_vision_tower: bool = 
         lora_alpha=lora.lora_alpha if lora.lora_alpha is not None else 2 * lora.lora_r,
         lora_dropout=lora.lora_dropout or 0.0,
         target_modules=targets,
-        modules_to_save=["multi_modal_projector"] + ([] if freeze_vision_tower else ["vision_tower"]),
+        modules_to_save=[
+            name
+            for name, _ in model.model.named_children()
+            if name in JOINING_PARTS or (name == "vision_tower" and not freeze_vision_tower)
+        ],
         # without a task type PEFT writes the name of the model's (temporary) remote-code module into the adapter
         task_type="CAUSAL_LM",
     )

@@ -7,7 +7,7 @@ from transformers import CLIPVisionModel
 
 from jnana import run_align, run_sft
 from jnana.processing.data import FeatureCache
-from jnana.processing.data.feature_cache import write_part
+from jnana.processing.data.feature_cache import StoredImage, write_part
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.launching import finish, launch
 from tests.scripts.test_processes import assert_same_run
@@ -39,7 +39,7 @@ def test_align(data, vision, pretrained, aligned, tmp_path, tower_batches):
     digests = list(cache._stored)
     (part,) = (tmp_path / "cache").glob("features-*")
     part.unlink()
-    write_part(tmp_path / "cache", digests, torch.randn(len(digests), *cache.shape))
+    write_part(tmp_path / "cache", digests, [StoredImage(torch.randn(1, *cache.shape)) for _ in digests])
     run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "wrong", **options))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "wrong", aligned)

@@ -51,8 +51,8 @@ def answer_questions(
     """Answer every question of a test set greedily.
 
     The longest questions come first, so that a batch holds questions of similar length and a batch too large for the
-    memory fails at once. (Where images are cut into tiles, their headers are read for it.) Under `accelerate launch` each process answers its share on its own copy of the model, and
-    every process returns all answers.
+    memory fails at once. (Where images are cut into tiles, their headers are read for it.) Under `accelerate launch`
+    each process answers its share on its own copy of the model, and every process returns all answers.
 
     Args:
         model (`PreTrainedModel`): Any image-text-to-text model with `generate`. Its train or eval mode is restored

@@ -30,7 +30,7 @@ def paths(tmp_path):
 
 def rows_about(paths) -> list[dict]:
     """Questions about one image, about two or none, and about one image twice."""
-    rows = [row([path], ["yes"], f"is there a {piece}?", f"record {piece}") for path, piece in zip(paths, "abcdef")]
+    rows = [row([path], ["yes"], f"is there a {path.stem}?", f"record {path.stem}") for path in paths]
     rows.append(row([paths[1], paths[2]], ["no"], "what do you see?", "record two"))
     rows.append(row([], ["no"], "what do you see?", "record none"))
     rows.append(row([paths[4], paths[4]], ["no"], "how many pieces?", "record twice"))
@@ -56,9 +56,7 @@ def test_batches_answer_as_single_questions_do(pairs, paths, kind, monkeypatch):
         return indices, inputs, errors
 
     monkeypatch.setattr(PromptCollator, "__call__", shuffling)
-    with pytest.raises((AssertionError, ValueError)):
-        records = answer_questions(model, processor, questions, **{**OPTIONS, "batch_size": 9})
-        assert predictions(records) == expected
+    assert predictions(answer_questions(model, processor, questions, **{**OPTIONS, "batch_size": 9})) != expected
 
 
 def test_a_stock_checkpoint_answers_as_transformers_does(tmp_path, paths):
@@ -99,9 +97,8 @@ def test_blind_and_bad_images(pairs, paths):
     model, processor = pairs["llava_next"]
     questions = QuestionSet(rows_about(paths))
     seen, blind = (PromptCollator(questions, processor, blind)(list(range(9)))[1] for blind in (False, True))
-    assert torch.equal(seen["input_ids"], blind["input_ids"]) and torch.equal(
-        seen["image_sizes"], blind["image_sizes"]
-    )
+    for name in ("input_ids", "image_sizes"):
+        assert torch.equal(seen[name], blind[name])
     assert not torch.equal(seen["pixel_values"], blind["pixel_values"])
     expected = predictions(answer_questions(model, processor, questions, **OPTIONS))
     paths[0].write_bytes(b"no image")

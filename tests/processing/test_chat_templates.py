@@ -14,7 +14,7 @@ from tests.tiny import tiny_image_processor, tiny_tokenizer
 
 TEMPLATES = chat_template_names()
 # Templates whose answers start with the space that follows their last separator
-SPACED = {"jnana", "visualize_this", "llava_chess"}
+SPACED = {"idefics", "jnana", "visualize_this", "llava_chess"}
 IMAGE = {"type": "image", "image": Image.new("RGB", (30, 24), "red")}
 
 

@@ -13,30 +13,12 @@ from jnana.chat import ChatSession
 from jnana.training.loading import load_model
 from jnana.training.stages import part_of
 from tests.modeling.tiny_idefics import save_tiny_idefics
-from tests.scripts.conftest import align_options, sft_options
+from tests.scripts.conftest import CROSS, align_options, sft_options
 from tests.scripts.test_chain import logits
 from tests.scripts.test_resume import assert_same_weights, cut
 
 
-CROSS = {
-    "fusion": "cross_attention",
-    "cross_layer_interval": 1,
-    "cross_attention_intermediate_size": 64,
-    "projector_type": "perceiver",
-    "projector_num_latents": 4,
-    "projector_depth": 1,
-    "projector_num_heads": 2,
-    "projector_head_dim": 8,
-    "learning_rate": "1e-2",
-}
 JOINING = {"multi_modal_projector", "cross_attention"}
-
-
-@pytest.fixture(scope="module")
-def crossed(tmp_path_factory, data, vision, pretrained):
-    folder = tmp_path_factory.mktemp("crossed") / "align"
-    run_align.main(align_options(data, vision, pretrained, output_dir=folder, **CROSS))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,19 @@ def test_packed_rows_with_and_without_checkpointing(data, crossed, tmp_path):
         assert_same_weights(tmp_path / "other", tmp_path / "plain")
 
 
+def test_an_adapter_on_four_bits(data, crossed, tmp_path):
+    """Only the language model is quantised; blocks and resampler train in float32."""
+    changes = {"quantization": "nf4", "max_steps": 2, "save_strategy": "no", "merge_adapter": "true"}
+    run_sft.main(sft_options(data, crossed, output_dir=tmp_path / "sft", **changes))
+    model, processor = load_model(str(tmp_path / "sft"))
+    quantised = {part_of(name) for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert quantised == {"language_model"}
+    joining = {weight.dtype for name, weight in model.named_parameters() if part_of(name) in JOINING}
+    assert joining == {torch.float32}
+    logits(model, processor, data)
+    load_model(str(tmp_path / "sft" / "merged"))
+
+
 def test_the_projectors_rate_is_the_blocks_too(data, crossed, tmp_path, capsys):
     """At a rate of 0 for the projector neither it nor the blocks change."""
     rates = {"projector_learning_rate": 0.0, "max_steps": 1, "weight_decay": 0.0, "save_strategy": "no", "lora_r": 0}

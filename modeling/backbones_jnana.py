@@ -239,7 +239,10 @@ def select_image_features(
     outputs = tower(pixel_values, return_dict=True, **kwargs)
     start = num_prefix_tokens if strategy == "default" else 0
     features = [outputs.hidden_states[layer][:, start:] for layer in layers]
-    return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+    if len(features) == 1:
+        return outputs, features[0]
+    # `device_map` may have put the layers of the tower on several devices
+    return outputs, torch.cat([feature.to(features[-1].device) for feature in features], dim=-1)
 
 
 def image_shape(config: JnanaConfig) -> tuple[int, int, int, int]:

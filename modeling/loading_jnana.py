@@ -342,6 +342,12 @@ def load_adapter_base(
     for name in (*REPOSITORY_ARGUMENTS, "code_revision", "trust_remote_code", "adapter_kwargs", "_from_auto"):
         kwargs.pop(name, None)
     model = load_base(model_class, reference, config, **kwargs)
+    adapter_config = _find_file(path, "adapter_config.json", **from_hub)
+    if adapter_config is not None:
+        # Parts that the adapter holds whole, projector or tower. They are trained in float32, and PEFT would round
+        # them to the dtype of the base.
+        for name in json.loads(adapter_config.read_text(encoding="utf-8")).get("modules_to_save") or []:
+            model.model.get_submodule(name).float()
     model.generation_config = GenerationConfig.from_pretrained(path, **from_hub)
     return model, from_hub
 

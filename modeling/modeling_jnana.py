@@ -146,6 +146,16 @@ class JnanaPreTrainedModel(PreTrainedModel):
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        `torch.dtype`: As `PreTrainedModel.dtype`, the dtype of the first weight, but of the last frozen one where some
+        are frozen: those that train are held in float32 beside them, and with the tower that is the first weight. A
+        saved `config.json` names this dtype, and `from_pretrained` then loads all weights in it.
+        """
+        frozen = [weight for weight in self.parameters() if weight.is_floating_point() and not weight.requires_grad]
+        return frozen[-1].dtype if frozen else super().dtype
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, (JnanaProjector, JnanaPerceiverResampler, JnanaCrossAttentionLayer)):
@@ -363,7 +373,7 @@ class JnanaImageMixin:
         """
         image_mask = self._find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
         self._check_counts(image_mask, image_features.shape[0])
-        return image_mask.unsqueeze(-1)
+        return image_mask.unsqueeze(-1).to(inputs_embeds.device)  # `device_map` may have put the ids elsewhere
 
     def _find_tokens(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
@@ -733,19 +743,22 @@ def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
     return cache if past_key_values is None else past_key_values
 
 
-def _own_modules(module: nn.Module):
+def _own_modules(module: nn.Module) -> list[nn.Module]:
     """`module` and all below it, without what PEFT puts beside a layer (it keeps the layer itself as `base_layer`)."""
-    adapted = hasattr(module, "base_layer")
-    if not adapted:
-        yield module
-    for name, child in module.named_children():
-        if not adapted or name == "base_layer":
-            yield from _own_modules(child)
+    pending, found = [module], []
+    while pending:
+        children = dict(pending[-1].named_children())
+        if "base_layer" in children:
+            pending[-1:] = [children["base_layer"]]
+        else:
+            found.append(pending.pop())
+            pending.extend(children.values())
+    return found
 
 
 def _stop_dropout_if_frozen(backbone: nn.Module) -> None:
     """Put a backbone without trainable weights of its own into evaluation mode, but for gradient checkpointing."""
-    modules = list(_own_modules(backbone))
+    modules = _own_modules(backbone)
     if any(parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)):
         return
     for module in modules:
@@ -973,6 +986,7 @@ def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.T
     """The hidden states to compute logits for; see `logits_to_keep` in [`JnanaForConditionalGeneration.forward`]."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, slice(-logits_to_keep, None)]
+    logits_to_keep = logits_to_keep.to(hidden_states.device)
     if logits_to_keep.ndim == 1:  # indices, the same for every row
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:

@@ -111,12 +111,24 @@ class ModelArguments:
         },
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "A shipped template's name (default `jnana`), or a .jinja file."}
+        default=None,
+        metadata={
+            "help": "A shipped template's name, or a .jinja file. Default: the format of an instruct model's own chat "
+            "template; `jnana` for a language model without one."
+        },
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Dtype of the frozen weights; trained weights are always float32."}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the frozen weights; trained weights are always float32. auto: that of the checkpoint "
+            "(in a pair: of the language model), but bfloat16 for float16."
+        },
     )
     attn_implementation: str | None = field(default=None)
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(
+        default=None,
+        metadata={"help": "Spread the layers over the GPUs of this machine, in one process, as transformers does."},
+    )
     trust_remote_code: bool = field(default=False)
 
     @property
@@ -266,17 +278,31 @@ class LoraArguments:
 
 
 @dataclass
-class RateArguments:
-    """Learning rates and schedules of single parts in run_sft; `learning_rate` is the language model's."""
+class PartArguments:
+    """Whether the vision tower trains whole; learning rates and schedules of single parts; in run_align and run_sft.
 
+    `learning_rate` and `lr_scheduler_type` are those of the language model, and of each part for which none is given.
+    """
+
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={
+            "help": "false: the tower trains whole, but for weights behind the selected features. "
+            "An adapter that is continued trains what it trained before."
+        },
+    )
     projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Also for the blocks of cross-attention; default: `learning_rate`."}
+        default=None,
+        metadata={
+            "help": "Also for the blocks of cross-attention; default: `learning_rate`. (LLaVA's `mm_projector_lr`.)"
+        },
     )
     projector_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
         default=None, metadata={"help": "Default: `lr_scheduler_type`."}
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "For the vision tower's adapter; default: `learning_rate`."}
+        default=None,
+        metadata={"help": "For the vision tower, or its adapter; default: `learning_rate`. (LLaVA-1.6: 2e-6.)"},
     )
     vision_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
         default=None, metadata={"help": "Default: `lr_scheduler_type`."}

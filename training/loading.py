@@ -41,10 +41,12 @@ from jnana.modeling import (
     quantization_config,
 )
 from jnana.processing import JnanaProcessor, read_chat_template, set_image_geometry
+from jnana.processing.chat_formats_jnana import check_answer_end, find_answer_end
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments, TextModelArguments
+from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
 
 
@@ -61,6 +63,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     quantization: str | dict[str, Any] | None = None,
     trainable_adapter: bool = False,
+    chat_template: str | None = None,
     **loading_kwargs,
 ) -> tuple[nn.Module, JnanaProcessor]:
     """Load a Jnana checkpoint (a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft), or a
@@ -78,6 +81,8 @@ def load_model(
             `jnana.modeling.quantization_config`. By default an adapter's base is held as it was in training, and a
             full checkpoint as it was saved.
         trainable_adapter (`bool`, defaults to `False`): Leave an adapter's weights trainable, to go on training.
+        chat_template (`str`, *optional*): Name of a shipped template, or the path of a `.jinja` file, to use instead
+            of the checkpoint's.
         loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `revision`, `subfolder`, `token`,
             `trust_remote_code`, ...).
 
@@ -91,7 +96,7 @@ def load_model(
     """
     names = (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS)
     from_hub = {name: loading_kwargs[name] for name in names if loading_kwargs.get(name) is not None}
-    processor = load_processor(path, loading_kwargs.pop("trust_remote_code", False), **from_hub)
+    processor = load_processor(path, loading_kwargs.pop("trust_remote_code", False), chat_template, **from_hub)
     config = load_config(path, **from_hub)
     check_fit(config, processor, path)
     if dtype is not None:
@@ -203,21 +208,26 @@ def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: st
         )
 
 
-def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: Any) -> JnanaProcessor:
+def load_processor(
+    path: str, trust_remote_code: bool = False, chat_template: str | None = None, **hub_arguments: Any
+) -> JnanaProcessor:
     """The processor of a Jnana checkpoint, or the one that a published checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
         trust_remote_code (`bool`, defaults to `False`): Needed only where a backbone's own tokenizer or image
             processor is custom code.
+        chat_template (`str`, *optional*): Name of a shipped template, or the path of a `.jinja` file, to use instead
+            of the checkpoint's.
         **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... as for `from_pretrained`.
 
     Raises:
-        ValueError: if `path` is a folder without one.
+        ValueError: if `path` is a folder without one, or the chat template does not suit (see
+            [`~jnana.processing.adopt_chat_template`]).
     """
     model_type = model_type_of(path, **hub_arguments)
     if model_type in LLAVA_MODEL_TYPES:
-        return JnanaProcessor.from_llava_pretrained(path, **hub_arguments)
+        return JnanaProcessor.from_llava_pretrained(path, chat_template=chat_template, **hub_arguments)
     if model_type == IDEFICS_MODEL_TYPE:
         return JnanaProcessor.from_idefics_pretrained(path, **hub_arguments)
     folder = Path(path) / hub_arguments.get("subfolder", "")
@@ -228,7 +238,11 @@ def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: 
             + (f"Its run was cut off: take one of {unfinished} in it, or finish the run. " if unfinished else "")
             + "Give a folder written by run_align or run_sft, or name two backbones as vision_model and text_model"
         )
-    return JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **hub_arguments)
+    processor = JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **hub_arguments)
+    if chat_template is not None:
+        processor.chat_template = read_chat_template(chat_template)
+        check_answer_end(processor.chat_template, processor.tokenizer, chat_template, processor.image_token)
+    return processor
 
 
 def prepare_processor(args: ModelArguments) -> JnanaProcessor:
@@ -239,9 +253,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     """
     trust = {"trust_remote_code": args.trust_remote_code}
     if args.model_name_or_path is not None:
-        processor = load_processor(args.model_name_or_path, **trust)
-        if args.chat_template is not None:
-            processor.chat_template = read_chat_template(args.chat_template)
+        processor = load_processor(args.model_name_or_path, chat_template=args.chat_template, **trust)
         if args.image_geometry is not None:
             processor.image_processor = set_image_geometry(processor.image_processor, args.image_geometry)
         check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
@@ -250,7 +262,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     processor = JnanaProcessor.from_vision_text_pretrained(
         args.vision_model,
         tokenizer_name,
-        chat_template=args.chat_template or "jnana",
+        chat_template=args.chat_template,
         vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
         image_geometry=args.image_geometry,
         downsample_factor=downsample_factor(args.projector_fields),
@@ -265,6 +277,36 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     return processor
 
 
+def frozen_dtype(args: ModelArguments) -> str:
+    """The dtype of a run's frozen weights: `dtype`, or for `auto` the one that the checkpoint is stored in.
+
+    Weights stored in float16 are held in bfloat16. It has float32's range; activations of language models that were
+    trained in bfloat16 overflow in float16. For the base of an adapter to continue it is the dtype of the last round.
+
+    Args:
+        args (`ModelArguments`): Which model; only its config is read.
+
+    Returns:
+        `str`: `float32`, `bfloat16` or, only if `dtype` asks for it, `float16`.
+    """
+    if args.dtype != "auto":
+        return args.dtype
+    name = args.model_name_or_path or args.text_model
+    if name is not None and is_adapter(name):
+        stored = adapter_reference(name)["dtype"]
+    else:
+        config = PreTrainedConfig.get_config_dict(name)[0]
+        # configs of transformers 4 have `torch_dtype`, and some have it in the language model's part only
+        fields = [
+            part.get(key) for part in (config, config.get("text_config", {})) for key in ("dtype", "torch_dtype")
+        ]
+        stored = next((field for field in fields if field is not None), None)
+    stored = str(stored or "float32").removeprefix("torch.")
+    held = "bfloat16" if stored == "float16" else stored
+    logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
+    return held
+
+
 def prepare_model(
     args: ModelArguments,
     processor: JnanaProcessor,
@@ -277,11 +319,13 @@ def prepare_model(
         args (`ModelArguments`): Which model.
         processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
         training_args (`TrainingArguments`, *optional*): Of the run. A quantised model is loaded on their `device`, as
-            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]).
+            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]). A model
+            is spread over their GPUs if `device_map` asks for it.
         quantization (`dict`, *optional*): Settings as for `jnana.modeling.quantization_config`; default: none.
 
     Raises:
-        ValueError: if a projector field contradicts the checkpoint to continue.
+        ValueError: if a projector field contradicts the checkpoint to continue, or the model is too large for
+            `device_map`.
     """
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation is not None:
@@ -290,9 +334,17 @@ def prepare_model(
     if quantization["quantization"] != "none" and training_args is not None:
         loading["device_map"] = {"": training_args.device}
     start = args.model_name_or_path
+    spread = args.device_map is not None
+    if spread and reads_spread(args):
+        loading["device_map"] = args.device_map
     whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
     with unpartitioned(training_args, whole):
-        return _load_or_build(args, processor, quantization, loading)
+        model = _load_or_build(args, processor, quantization, loading)
+    if spread and training_args is not None:
+        if "device_map" not in loading:
+            spread_over_devices(model.get_base_model() if isinstance(model, PeftModel) else model, args.device_map)
+        check_spread(model, training_args)
+    return model
 
 
 def _load_or_build(
@@ -309,7 +361,15 @@ def _load_or_build(
             **args.projector_fields,
             **loading,
         )
-    model, _ = load_model(args.model_name_or_path, trainable_adapter=True, quantization=quantization, **loading)
+    model, _ = load_model(
+        args.model_name_or_path,
+        trainable_adapter=True,
+        quantization=quantization,
+        chat_template=args.chat_template,
+        **loading,
+    )
+    if args.chat_template is not None:  # its answers may end in another token than those of the checkpoint's template
+        set_special_tokens(model, processor)
     for name, value in args.projector_fields.items():
         present = getattr(model.config, name)
         if present != value:
@@ -383,10 +443,13 @@ def check_text_tokenizer(
 
 
 def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
-    """Set the generation config: padding, end of text, and no image tokens, which would break the next turn."""
+    """Set the generation config: padding, the tokens that end an answer (the tokenizer's, the chat template's, the
+    language model's), and no image tokens, which would break the next turn."""
     generation, tokenizer = model.generation_config, processor.tokenizer
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]
+    template = processor.chat_template
+    written = find_answer_end(template, tokenizer, processor.image_token) if isinstance(template, str) else None
+    ends = list(dict.fromkeys(end for end in (tokenizer.eos_token_id, written, *ends) if end is not None))
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.pad_token_id = tokenizer.pad_token_id
     generation.suppress_tokens = sorted({processor.image_token_id, *(generation.suppress_tokens or [])})

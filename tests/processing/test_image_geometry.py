@@ -139,7 +139,7 @@ def test_a_processor_of_two_backbones(tmp_path):
     options = {"image_geometry": "anyres", "downsample_factor": 2}
     processor = JnanaProcessor.from_vision_text_pretrained(vision, text, **options)
     assert processor.image_grid_pinpoints == [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
-    # Two tiles of 2 x 2 patches that are joined to one token each; half a token of padding on each side is not cut off.
+    # Two tiles of 2 x 2 patches, joined to one token each; half a token of padding on each side is not cut off.
     assert processor.count_image_tokens((24, 24)) == 1 + 1 * (2 + 1)
     processor.save_pretrained(tmp_path / "saved")
     again = AutoProcessor.from_pretrained(tmp_path / "saved")

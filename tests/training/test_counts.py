@@ -1,11 +1,10 @@
 """Full-size parameter counts of the five systems, on the meta device, from the recipe files that would train them."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, IdeficsConfig, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from jnana.modeling import (
     JnanaConfig,
@@ -129,8 +128,7 @@ PUBLISHED = {  # trainable, total: the table of recipes/llava_chess/README.md
 def test_llava_chess_from_published_assistants(name):
     args, lora = read(f"llava_chess/{name}.yaml")
     if name == "idefics_9b":
-        file = ROOT / "tests" / "fixtures" / "published_configs" / "idefics-9b.json"
-        config = jnana_config_from_idefics(IdeficsConfig(**json.loads(file.read_text(encoding="utf-8"))), 32_001)
+        config = jnana_config_from_idefics(hub_config(args.model_name_or_path), 32_001)
     else:
         config = jnana_config_from_llava(hub_config(args.model_name_or_path))
     with torch.device("meta"):

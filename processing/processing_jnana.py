@@ -488,7 +488,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
 
     @classmethod
     def from_idefics_pretrained(
-        cls, path: str | Path, *, chat_template: str = "idefics", **kwargs
+        cls, path: str | Path, *, chat_template: str | None = None, **kwargs
     ) -> "JnanaProcessor":
         """
         Build the processor of an IDEFICS checkpoint, whose images take one image token each. Pixel values equal those
@@ -496,7 +496,8 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
 
         Args:
             path (`str` or `Path`): Hub id or directory.
-            chat_template (`str`, *optional*, defaults to `"idefics"`): name of a shipped template, or a path.
+            chat_template (`str`, *optional*): name of a shipped template, or a path; by default `idefics_instruct` for
+                a tokenizer with `<end_of_utterance>`, which the instruct versions were trained with, else `idefics`.
             kwargs: passed to every `from_pretrained` (`revision`, `token`, ...).
 
         Raises:
@@ -505,6 +506,9 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         tokenizer = AutoTokenizer.from_pretrained(path, **{"padding_side": "left", **kwargs})
         if IDEFICS_IMAGE_TOKEN not in tokenizer.get_vocab():
             raise ValueError(f"The tokenizer in {str(path)!r} has no {IDEFICS_IMAGE_TOKEN!r}, as IDEFICS's have.")
+        if chat_template is None:
+            instruct = "<end_of_utterance>" in tokenizer.get_vocab()
+            chat_template = "idefics_instruct" if instruct else "idefics"
         if tokenizer.pad_token is None:  # as in the published tokenizers
             tokenizer.pad_token = tokenizer.unk_token
         stock = AutoImageProcessor.from_pretrained(path, **kwargs)

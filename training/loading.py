@@ -229,7 +229,7 @@ def load_processor(
     if model_type in LLAVA_MODEL_TYPES:
         return JnanaProcessor.from_llava_pretrained(path, chat_template=chat_template, **hub_arguments)
     if model_type == IDEFICS_MODEL_TYPE:
-        return JnanaProcessor.from_idefics_pretrained(path, **hub_arguments)
+        return JnanaProcessor.from_idefics_pretrained(path, chat_template=chat_template, **hub_arguments)
     folder = Path(path) / hub_arguments.get("subfolder", "")
     if Path(path).is_dir() and not (folder / "processor_config.json").is_file():
         unfinished = sorted(checkpoint.name for checkpoint in folder.glob("checkpoint-*"))

@@ -19,6 +19,7 @@ LLAMA_TOKENS = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 FORMAT_TOKENS = {
     **dict.fromkeys(("chatml", "chatml_direct", "qwen2", "qwen2_5", "smollm2"), CHATML_TOKENS),
     **dict.fromkeys(("llama3", "llama3_1"), LLAMA_TOKENS),
+    "idefics_instruct": ("<end_of_utterance>", "<fake_token_around_image>"),
     "phi3": ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
 }
 

@@ -1,6 +1,7 @@
 """The processor made of an IDEFICS checkpoint: its pixels, its ids, one token an image."""
 
 import random
+import shutil
 
 import numpy
 import pytest
@@ -37,28 +38,41 @@ def test_pixel_values_equal_those_of_the_checkpoints_image_processor(folder):
         assert not torch.equal(actual, stock([image.rotate(180)], return_tensors="pt")) or size == (1, 1)
 
 
-def test_ids_equal_those_of_the_checkpoints_processor(folder):
-    """For a question about two images; the answers differ in what closes them."""
-    processor = JnanaProcessor.from_idefics_pretrained(folder)
-    stock = IdeficsProcessor.from_pretrained(folder)
-    images = [noise(20, 30), noise(40, 10)]
-    prompt = ["User:", *images, " what is this?\nAssistant:"]
-    expected = stock(text=[prompt], add_end_of_utterance_token=False, return_tensors="pt")
+def question(images: list) -> list[dict]:
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": "what is this?"}]
-    actual = processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
-    read = processor.tokenizer.decode(actual["input_ids"][0])
-    fake = "<fake_token_around_image>"
-    assert f"User:{fake}<image>{fake}<image>{fake} what is this?\nAssistant:" in read
-    assert torch.equal(actual["pixel_values"], expected["pixel_values"][0])
-    ids = [ids[0].tolist() for ids in (actual["input_ids"], expected["input_ids"])]
-    special = [[index for index in row if index >= 320] for row in ids]
-    assert special[0] == special[1] == [320, 321, 320, 321, 320]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_prompts_equal_those_of_the_checkpoints_processor(folder, tmp_path, instruct):
+    """Token for token, behind the begin-of-text token, which equals the end token in the tiny tokenizer."""
+    stock = IdeficsProcessor.from_pretrained(folder)
+    if instruct:
+        shutil.copytree(folder, tmp_path / "instruct")
+        stock.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_utterance>"]})
+        stock.save_pretrained(tmp_path / "instruct")
+    processor = JnanaProcessor.from_idefics_pretrained(tmp_path / "instruct" if instruct else folder)
+    images = [noise(20, 30), noise(40, 10)]
+    end = "<end_of_utterance>" if instruct else ""
+    for shown in ([], images[:1], images):
+        prompt = (
+            ["User:", *shown, f"what is this?{end}\nAssistant:"]
+            if shown
+            else [f"User: what is this?{end}\nAssistant:"]
+        )
+        expected = stock(text=[prompt], add_end_of_utterance_token=False, return_tensors="pt")
+        actual = processor.apply_chat_template(
+            [question(shown)], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        assert torch.equal(actual["input_ids"], expected["input_ids"][:, 1:])
+        if shown:
+            assert torch.equal(actual["pixel_values"], expected["pixel_values"][0])
+    assert not torch.equal(actual["input_ids"][:, :-1], expected["input_ids"][:, 1:])  # negative control
+    answered = [*question(images), {"role": "assistant", "content": "a cat"}]
+    row = processor.apply_chat_template([answered], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    supervised = [index for index, on in zip(row["input_ids"][0], row["assistant_masks"][0], strict=True) if on]
+    closing = "<end_of_utterance>" if instruct else processor.tokenizer.eos_token
+    assert processor.tokenizer.decode(supervised) == f" a cat{closing}"
     assert processor.count_image_tokens((20, 30)) == 1
 
 

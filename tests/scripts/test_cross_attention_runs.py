@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jnana import run_align, run_sft
+from jnana import run_align, run_evaluate, run_sft
 from jnana.chat import ChatSession
+from jnana.processing.data import read_json_lines
 from jnana.training.loading import load_model
 from jnana.training.stages import part_of
 from tests.modeling.tiny_idefics import save_tiny_idefics
@@ -156,6 +157,30 @@ def test_a_chat_keeps_the_images_with_its_cache(crossed, data):
         kept = [list(session.retry(max_new_tokens=3))[-1] for session in sessions]
         assert kept == answers
     assert sessions[0].last_turn.cached_tokens > 0 == sessions[1].last_turn.cached_tokens
+
+
+def test_the_tower_may_train_and_samples_are_written(data, vision, pretrained, crossed, tmp_path):
+    changes = {"freeze_vision_tower": "false", "max_steps": 2, "sample_steps": 2, "sample_count": 2}
+    changes |= {"eval_data": data / "captions.json", "eval_image_folder": data / "images"}
+    run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "run", **{**CROSS, **changes}))
+    ours, frozen = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", crossed))
+    changed = {part_of(name) for name in ours if not torch.equal(ours[name], frozen[name])}
+    assert changed == {"vision_tower", *JOINING}
+    samples = list(read_json_lines(tmp_path / "run" / "samples.jsonl", "skip"))
+    assert [line["step"] for line in samples] == [0, 0, 2, 2]
+
+
+def test_evaluation(data, adapter, tmp_path):
+    """In batches of questions about different images; alone each gets the same answer."""
+    predictions = []
+    for size in (4, 1):
+        options = {"eval_data": data / "instruct.json", "image_folder": data / "images", "batch_size": size}
+        options |= {"max_rows": 4, "max_new_tokens": 4, "num_workers": 0, "output_dir": tmp_path / str(size)}
+        words = [f"--{name}={value}" for name, value in options.items()]
+        run_evaluate.main([f"--model_name_or_path={adapter}", *words])
+        lines = read_json_lines(tmp_path / str(size) / "predictions.jsonl", "skip")
+        predictions.append([line["prediction"] for line in lines])
+    assert predictions[0] == predictions[1] and len(predictions[0]) == 8
 
 
 def test_sft_from_an_idefics_checkpoint(data, tmp_path):

@@ -24,13 +24,13 @@ from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
 from jnana.training.interruption import StopSignalCallback
-from jnana.training.loading import prepare_text_model, prepare_tokenizer
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.option_checks import check_computation, check_run
 from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
+from jnana.training.text_models import prepare_text_model, prepare_tokenizer
 
 
 def main(argv: list[str]) -> None:

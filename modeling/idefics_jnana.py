@@ -178,7 +178,7 @@ def load_idefics(
     if dtype in (None, "auto"):
         dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
     loaded: Any = IdeficsForVisionText2Text.from_pretrained(
-        path, config=config, dtype=dtype, output_loading_info=True, **files
+        path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **files
     )
     stock, info = loaded
     missing = sorted(info["missing_keys"])
@@ -200,7 +200,7 @@ def find_image_tokens(path: str, **kwargs: Any) -> list[int]:
     The ids of `<image>` and `<fake_token_around_image>`, from the tokenizer of an IDEFICS checkpoint.
 
     Args:
-        path (`str`): Hub id or folder.
+        path (`str`): Hub id or directory.
         **kwargs: For `AutoTokenizer.from_pretrained`.
 
     Raises:

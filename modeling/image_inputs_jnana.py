@@ -62,6 +62,11 @@ class JnanaImageMixin:
         config = self.config
         if pixel_values.ndim == 5 and config.image_grid_pinpoints is not None:
             counts = self.multi_modal_projector.count_views(_size_list(image_sizes))
+            if len(counts) != len(pixel_values):
+                raise ValueError(
+                    f"`image_sizes` has {len(counts)} images and `pixel_values` {len(pixel_values)}; give the size of "
+                    "each image."
+                )
             pixel_values = torch.cat([views[:n] for views, n in zip(pixel_values, counts, strict=True)])
         if pixel_values.ndim != 4:
             raise ValueError(

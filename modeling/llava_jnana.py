@@ -8,7 +8,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .backbones_jnana import check_text_family, refuse_missing
@@ -23,7 +23,8 @@ LLAVA_MODEL_TYPES = ("llava", "llava_next")
 
 def jnana_config_from_llava(config: PreTrainedConfig) -> JnanaConfig:
     """
-    The config of the Jnana model that computes what a LLaVA model computes.
+    The config of the Jnana model that computes what a LLaVA model computes. Its dtype is that of the stored weights,
+    but bfloat16 for float16.
 
     Args:
         config (`LlavaConfig` or `LlavaNextConfig`): The config of the published checkpoint.
@@ -39,6 +40,7 @@ def jnana_config_from_llava(config: PreTrainedConfig) -> JnanaConfig:
     check_text_family(config.text_config)
     text_config = copy.deepcopy(config.text_config)
     text_config.tie_word_embeddings = bool(config.tie_word_embeddings)
+    stored = _stored_dtype(config)
     return JnanaConfig(
         vision_config=copy.deepcopy(config.vision_config),
         text_config=text_config,
@@ -49,6 +51,7 @@ def jnana_config_from_llava(config: PreTrainedConfig) -> JnanaConfig:
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
+        dtype=torch.bfloat16 if stored == torch.float16 else stored,
     )
 
 
@@ -56,33 +59,54 @@ def load_llava(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -> 
     """See [`JnanaForConditionalGeneration.from_llava_pretrained`]; `model_class` is that class."""
     path = str(path)
     with_info = kwargs.pop("output_loading_info", False)
-    quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
-    dtype = kwargs.pop("dtype", None)
+    torch_dtype = kwargs.pop("torch_dtype", None)  # the older name
+    dtype = kwargs.pop("dtype", None) or torch_dtype
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     hub_arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     stock_config = AutoConfig.from_pretrained(path, **hub_arguments)
     config = jnana_config_from_llava(stock_config)  # before gigabytes are read
-    if dtype in (None, "auto"):
-        dtype = _stored_dtype(stock_config)
-        if dtype == torch.float16:
-            dtype = torch.bfloat16
-            logger.warning(
-                f"{path} is stored in float16 and loaded in bfloat16, because activations of language models can "
-                "exceed the range of float16. `dtype='float16'` loads it as it is stored."
-            )
+    stored_quantization = getattr(stock_config, "quantization_config", None)
+    if stored_quantization is not None and "quantization_config" in kwargs:
+        raise ValueError(
+            f"{path} is stored quantised ({dict(stored_quantization)!r}), so `quantization_config` can't be chosen: "
+            "leave `quantization` out, or take the checkpoint in 16 bits."
+        )
+    quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
     if quantization is not None:
+        if isinstance(quantization, dict):
+            quantization = BitsAndBytesConfig(**quantization)
         quantization.llm_int8_skip_modules = list(NOT_QUANTIZED)  # the modules of the two classes have the same names
         kwargs["quantization_config"] = quantization
+    stored = _stored_dtype(stock_config)
+    as_stored = dtype in (None, "auto")
     loader: Any = AutoModelForImageTextToText
-    stock, info = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+    stock, info = loader.from_pretrained(
+        path,
+        dtype=(config.dtype or "auto") if as_stored else dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        **kwargs,
+    )
     # transformers reads the tower of a checkpoint that stores none of its unused last norm.
     refuse_missing(path, "LLaVA", {key for key in info["missing_keys"] if "post_layernorm" not in key})
+    if as_stored and stock.dtype == torch.float16 and getattr(stock, "hf_quantizer", None) is None:
+        stock, stored = stock.to(torch.bfloat16), torch.float16  # the config names no dtype
+    if as_stored and stored == torch.float16:
+        logger.warning(
+            f"{path} is stored in float16 and loaded in bfloat16, because activations of language models can exceed "
+            "the range of float16. `dtype='float16'` loads it as it is stored."
+        )
 
     model = adopt_llava(model_class, stock, config)
-    if quantization is not None:
-        adopt_quantization(model, stock, list(NOT_QUANTIZED))
-    elif hasattr(stock, "hf_device_map"):
+    if getattr(stock, "hf_quantizer", None) is not None:
+        # A checkpoint that is stored quantised may hold other parts than the language model in 4 bits.
+        parts = dict(model.named_modules())
+        whole = [name for name in NOT_QUANTIZED if name not in parts or not _has_quantized_layers(parts[name])]
+        adopt_quantization(model, stock, whole)
+    if hasattr(stock, "hf_device_map"):
         model.hf_device_map = stock.hf_device_map
+    if kwargs.get("attn_implementation") is not None:
+        model.set_attn_implementation(kwargs["attn_implementation"])
     return (model, info) if with_info else model
 
 
@@ -120,7 +144,11 @@ def adopt_llava(model_class: type[PreTrainedModel], stock: PreTrainedModel, conf
     return model.eval()
 
 
-def _stored_dtype(config: PreTrainedConfig) -> Any:
-    """The dtype that a checkpoint was saved in, as its config says; `"auto"` where it does not."""
+def _has_quantized_layers(module: torch.nn.Module) -> bool:
+    return any(not weight.is_floating_point() for weight in module.parameters())
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that a checkpoint was saved in, as its config says; `None` where it does not."""
     dtype = config.dtype or config.get_text_config().dtype
-    return "auto" if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -301,6 +301,8 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
     names = reference["names"]
     if "model" in names:
         model = model_class.from_pretrained(names["model"], **kwargs)
+        if model.config.tokenizer_fingerprint is None:  # a published checkpoint, whose config has none
+            model.config.tokenizer_fingerprint = config.tokenizer_fingerprint
         model.config.image_end_token_id = config.image_end_token_id  # training changes IDEFICS's own
     else:
         fields = {name: getattr(config, name) for name in PROJECTOR_FIELDS}

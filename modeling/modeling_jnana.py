@@ -535,8 +535,8 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         Join two checkpoints with a freshly initialised projector.
 
         Args:
-            vision (`str`): Hub id or folder of an image encoder, alone or inside a full CLIP or SigLIP.
-            text (`str`): Hub id or folder of a causal language model.
+            vision (`str`): Hub id or directory of an image encoder, alone or inside a full CLIP or SigLIP.
+            text (`str`): Hub id or directory of a causal language model.
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of the whole model; `"auto"` is the
                 language model's.
             attn_implementation (`str` or `dict`, *optional*): For both, or a dict with `vision_config`, `text_config`.
@@ -567,7 +567,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         An IDEFICS checkpoint as a Jnana model with `fusion: cross_attention` and the same logits.
 
         Args:
-            path (`str`): Hub id or folder.
+            path (`str`): Hub id or directory.
             image_token_id (`int`, *optional*): The id of `<image>`; by default that of the checkpoint's tokenizer.
             dtype (`str` or `torch.dtype`, *optional*): By default the checkpoint's, but bfloat16 for float16.
             **kwargs: For `from_pretrained` (`device_map`, `quantization_config`, `revision`, ...).
@@ -608,7 +608,9 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             ValueError: If `path` holds another kind of model, its language model's family is not supported, or it
                 lacks weights.
         """
-        return load_llava(cls, path, dtype=dtype, quantization_config=quantization_config, **kwargs)
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        return load_llava(cls, path, dtype=dtype, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

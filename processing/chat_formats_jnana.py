@@ -223,8 +223,10 @@ def _same_prompt(
 
 
 def _begin_alike(own: str, shipped: str, tokenizer: PreTrainedTokenizerBase, by_processor: bool) -> str:
-    """The shipped template, changed to begin a prompt with a begin-of-text token if and only if the own one's prompt
-    does: it may write the token itself, and a stock processor (not a tokenizer) adds it where the tokenizer does."""
+    """
+    The shipped template, changed to begin a prompt with a begin-of-text token if the checkpoint's own prompt does, and
+    not otherwise. The own template may write it itself, and a stock processor adds it where the tokenizer does.
+    """
     bos = tokenizer.bos_token
     if bos is None:
         return shipped

@@ -127,7 +127,7 @@ class JnanaImageCountMixin:
 
 def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
     """
-    An image processor with the mean, standard deviation and output size of another, and a given geometry.
+    An image processor that normalises as another does and gives images of its size, with a given geometry.
 
     Args:
         image_processor (`BaseImageProcessor`): the vision checkpoint's, with square output.
@@ -140,15 +140,23 @@ def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
         `BaseImageProcessor`: transformers' processor of that geometry.
 
     Raises:
-        ValueError: if the geometry is unknown.
+        ValueError: if the geometry is unknown, or the image processor's output is not square.
     """
     # The classes are named here and not imported above, because each import warns where torchvision is missing.
     if image_geometry not in IMAGE_GEOMETRIES:
         raise ValueError(f"image_geometry={image_geometry!r} must be one of {', '.join(IMAGE_GEOMETRIES)}.")
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
-    side = size["height"]
-    fields: dict[str, Any] = {name: getattr(image_processor, name) for name in ("image_mean", "image_std", "resample")}
-    fields |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = dict(image_processor.crop_size if crops else image_processor.size)
+    side = size.get("height")
+    if side is None or size.get("width") != side:
+        raise ValueError(
+            f"image_geometry={image_geometry!r} needs an image processor with square output, and this one has "
+            f"size={size}. Give the vision tower's own size in its preprocessor_config.json."
+        )
+    names = ("image_mean", "image_std", "resample", "rescale_factor", "do_normalize", "do_rescale", "do_convert_rgb")
+    fields: dict[str, Any] = {name: getattr(image_processor, name) for name in names}
+    resized = dict(image_processor.size).get("shortest_edge", side) if image_geometry == "crop" else side
+    fields |= {"size": {"shortest_edge": resized}, "crop_size": {"height": side, "width": side}}
     if image_geometry == "anyres":
         pinpoints = [[side * rows, side * columns] for rows, columns in ANYRES_GRIDS]
         return transformers.LlavaNextImageProcessor(**fields, image_grid_pinpoints=pinpoints)

@@ -29,7 +29,13 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwar
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, transcribe_chat
-from .chat_formats_jnana import GENERATION_BLOCK, adopt_chat_template, check_answer_end, read_chat_template
+from .chat_formats_jnana import (
+    GENERATION_BLOCK,
+    adopt_chat_template,
+    chat_template_names,
+    check_answer_end,
+    read_chat_template,
+)
 from .image_geometry_jnana import JnanaImageCountMixin, count_prefix_tokens, set_image_geometry
 
 
@@ -476,6 +482,11 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             check_answer_end(template, tokenizer, chat_template, image_token)
         elif template is not None:
             template = adopt_chat_template(template, tokenizer, image_token)
+        else:
+            raise ValueError(
+                f"{str(path)!r} has no chat template. Name the one that it was trained with by `chat_template`: "
+                f"{', '.join(chat_template_names())}, or the path of a .jinja file."
+            )
         return cls(
             stock.image_processor,
             tokenizer,
@@ -501,7 +512,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             kwargs: passed to every `from_pretrained` (`revision`, `token`, ...).
 
         Raises:
-            ValueError: if the tokenizer has no image token.
+            ValueError: if the tokenizer has no image token, or lacks the end token of the chat template.
         """
         tokenizer = AutoTokenizer.from_pretrained(path, **{"padding_side": "left", **kwargs})
         if IDEFICS_IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -509,6 +520,8 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         if chat_template is None:
             instruct = "<end_of_utterance>" in tokenizer.get_vocab()
             chat_template = "idefics_instruct" if instruct else "idefics"
+        template = read_chat_template(chat_template)
+        check_answer_end(template, tokenizer, chat_template, IDEFICS_IMAGE_TOKEN)
         if tokenizer.pad_token is None:  # as in the published tokenizers
             tokenizer.pad_token = tokenizer.unk_token
         stock = AutoImageProcessor.from_pretrained(path, **kwargs)
@@ -525,7 +538,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             tokenizer,
             vision_feature_select_strategy="pooled",  # one token an image, whatever its patches
             tokens_per_view=1,
-            chat_template=read_chat_template(chat_template),
+            chat_template=template,
             image_token=IDEFICS_IMAGE_TOKEN,
         )
 

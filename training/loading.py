@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
@@ -42,10 +38,10 @@ from jnana.modeling import (
 )
 from jnana.processing import JnanaProcessor, read_chat_template, set_image_geometry
 from jnana.processing.chat_formats_jnana import check_answer_end, find_answer_end
-from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_tokenizer
+from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
-from .arguments import ModelArguments, TextModelArguments
+from .arguments import ModelArguments
 from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
 
@@ -54,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 # Published checkpoints that are starting points as they are
 PUBLISHED_MODEL_TYPES = (*LLAVA_MODEL_TYPES, IDEFICS_MODEL_TYPE)
-ROWS_MULTIPLE = 64  # of a new embedding: suits GPU kernels, and leaves rows for the image and the pad token
 
 
 def load_model(
@@ -135,7 +130,7 @@ def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
         return jnana_config_from_idefics(AutoConfig.from_pretrained(path, **hub_arguments), image_token_id)
     if model_type != JnanaConfig.model_type:
         raise ValueError(
-            f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a folder "
+            f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a directory "
             "written by run_align or run_sft, a published checkpoint in the format of transformers (model_type "
             f"{' or '.join(PUBLISHED_MODEL_TYPES)}), or name two backbones as vision_model and text_model"
         )
@@ -338,6 +333,7 @@ def prepare_model(
     if spread and reads_spread(args):
         loading["device_map"] = args.device_map
     whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
+    whole = whole or model_type_of(start) in PUBLISHED_MODEL_TYPES
     with unpartitioned(training_args, whole):
         model = _load_or_build(args, processor, quantization, loading)
     if spread and training_args is not None:
@@ -453,71 +449,3 @@ def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.pad_token_id = tokenizer.pad_token_id
     generation.suppress_tokens = sorted({processor.image_token_id, *(generation.suppress_tokens or [])})
-
-
-def prepare_tokenizer(
-    args: TextModelArguments, documents: Dataset | IterableDataset, checkpoint: str | None = None
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or train one on the corpus.
-
-    Args:
-        args (`TextModelArguments`): What to load or train.
-        documents (`Dataset` or `IterableDataset`): The corpus, with a column `text`.
-        checkpoint (`str`, *optional*): The checkpoint to resume from; its model must have this tokenizer.
-
-    Raises:
-        ValueError: if a model is continued with another tokenizer than it was trained with.
-    """
-    if args.train_tokenizer_vocab_size is not None:
-        tokenizer = train_tokenizer((row["text"] for row in documents), args.train_tokenizer_vocab_size)
-        if checkpoint is not None:
-            check_text_tokenizer(checkpoint, tokenizer, "the tokenizer trained on train_data")
-        return tokenizer
-    name = args.tokenizer_name_or_path or args.model_name_or_path or args.config_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    for model_name in (args.model_name_or_path, checkpoint):
-        if model_name is not None:
-            check_text_tokenizer(model_name, tokenizer, name)
-    return tokenizer
-
-
-def prepare_text_model(args: TextModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The language model to train, with the fingerprint of its tokenizer in its config.
-
-    Raises:
-        ValueError: if the config has fewer rows in its embedding than the tokenizer has entries.
-    """
-    loading = {"dtype": getattr(torch, args.dtype)}
-    if args.attn_implementation is not None:
-        loading["attn_implementation"] = args.attn_implementation
-    if args.model_name_or_path is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **loading)
-    else:
-        model = AutoModelForCausalLM.from_config(text_model_config(args, tokenizer), **loading)
-    model.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-    for config in (model.config, model.generation_config):
-        config.bos_token_id = tokenizer.bos_token_id
-        config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def text_model_config(args: TextModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The config of a model with random weights; a missing `vocab_size` is derived from the tokenizer.
-
-    Raises:
-        ValueError: if the embedding has fewer rows than the tokenizer has entries.
-    """
-    needed = len(tokenizer)
-    if args.config_name_or_path is not None:
-        config = AutoConfig.from_pretrained(args.config_name_or_path)
-    else:
-        fields = args.text_config_fields
-        rows = -(-(needed + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
-        config = CONFIG_MAPPING[fields["model_type"]](**{"vocab_size": rows, **fields})
-    if config.vocab_size < needed:
-        raise ValueError(
-            f"text_config: vocab_size is {config.vocab_size}, but the tokenizer has {needed} entries; leave it "
-            "out, or train a smaller tokenizer"
-        )
-    return config

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from jnana.modeling import JnanaForConditionalGeneration, jnana_config_from_llava
 from jnana.processing import JnanaProcessor
+from jnana.training.loading import load_model
 from tests.tiny import save_tiny_llava
 
 
@@ -205,3 +207,89 @@ def test_published_checkpoints_at_full_size(name):
     shapes = {jnana_name(key): value.shape for key, value in stock.state_dict().items()}
     assert {key: value.shape for key, value in model.state_dict().items()} == shapes
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+class TestStoredQuantised:
+    """A LLaVA checkpoint that was saved in 4 bits."""
+
+    @pytest.fixture
+    def stored(self, tmp_path) -> Path:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["model.vision_tower", "lm_head"]
+        )
+        folder = save_tiny_llava(tmp_path / "full", "llava")
+        stock = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantization)
+        stock.save_pretrained(tmp_path / "four")
+        AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "four")
+        return tmp_path / "four"
+
+    def test_it_loads_saves_and_loads_again(self, stored, tmp_path):
+        model, processor = load_model(str(stored))
+        assert model.is_quantized and model.is_loaded_in_4bit and model.config.quantization_config is not None
+        layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+        assert layers and not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+        inputs = batch(stored, [SIZES[:2]])
+        expected = model(**inputs).logits
+        model.save_pretrained(tmp_path / "again")
+        processor.save_pretrained(tmp_path / "again")
+        again, _ = load_model(str(tmp_path / "again"))
+        torch.testing.assert_close(again(**inputs).logits, expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("quantization", ["none", "int8"])
+    def test_another_quantisation_is_refused(self, stored, quantization):
+        with pytest.raises(ValueError, match="is stored quantised .* leave `quantization` out"):
+            load_model(str(stored), quantization=quantization)
+
+
+def test_arguments_of_from_pretrained(tmp_path):
+    folder = save_tiny_llava(tmp_path, "llava")
+    load = JnanaForConditionalGeneration.from_llava_pretrained
+    assert load(folder, torch_dtype=torch.float16).dtype == torch.float16
+    model = load(folder, attn_implementation="eager")
+    assert model.config._attn_implementation == model.model.language_model.config._attn_implementation == "eager"
+    four = load(folder, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    assert any(type(module).__name__ == "Linear4bit" for module in four.model.language_model.modules())
+    assert not any(type(module).__name__ == "Linear4bit" for module in four.model.vision_tower.modules())
+
+
+def test_four_bits_compute_in_the_dtype_of_the_checkpoint(tmp_path):
+    folder = save_tiny_llava(tmp_path, "llava")
+    AutoModelForImageTextToText.from_pretrained(folder, dtype="bfloat16").save_pretrained(folder)
+    model, _ = load_model(str(folder), quantization="nf4")
+    assert model.config.quantization_config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_float16_is_noticed_where_the_config_names_no_dtype(tmp_path):
+    folder = save_tiny_llava(tmp_path, "llava")
+    AutoModelForImageTextToText.from_pretrained(folder, dtype="float16").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert JnanaForConditionalGeneration.from_llava_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    folder = save_tiny_llava(tmp_path, "llava")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        JnanaForConditionalGeneration.from_llava_pretrained(folder)
+
+
+def test_a_checkpoint_without_a_chat_template(tmp_path):
+    folder = save_tiny_llava(tmp_path, "llava")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template. Name the one .* vicuna"):
+        load_model(str(folder))
+    assert load_model(str(folder), chat_template="vicuna")[1].chat_template is not None
+
+
+def test_sizes_of_fewer_images(tmp_path):
+    folder = save_tiny_llava(tmp_path)
+    model = JnanaForConditionalGeneration.from_llava_pretrained(folder)
+    inputs = batch(folder, [SIZES[:2]])
+    inputs["image_sizes"] = inputs["image_sizes"][:1]
+    with pytest.raises(ValueError, match="`image_sizes` has 1 images and `pixel_values` 2"):
+        model(**inputs)

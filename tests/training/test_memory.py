@@ -17,9 +17,9 @@ from jnana.training.arguments import (
     parse_arguments,
     read_recipe,
 )
-from jnana.training.loading import text_model_config
 from jnana.training.run import check_memory, training_memory
 from jnana.training.stages import apply_stage, describe_parameters
+from jnana.training.text_models import text_model_config
 from tests.tiny import tiny_text_config, tiny_tokenizer
 from tests.training.test_disk_space import model_of
 

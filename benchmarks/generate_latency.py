@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace, tokens: int, device: torch.device) ->
     """Measure one number of image tokens."""
     scale = SCALES[arguments.scale]
     processor = make_processor(scale, tokens)
-    llava, jnana = make_models(scale, tokens, processor.image_token_id, device)
+    llava, jnana = make_models(scale, tokens, processor, device)
     for model in (llava.eval(), jnana.eval()):
         # Only entries of the tokenizer are generated, so that different answers differ in their text ...
         model.lm_head.weight.data[len(processor.tokenizer) :] = 0
@@ -189,7 +189,7 @@ def table(case: dict[str, Any]) -> str:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
-    parser.add_argument("--image_tokens", type=int, nargs="+", help="default: all of the scale")
+    parser.add_argument("--image_tokens", type=int, nargs="+", help="default: all of the scale without tiles")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new_tokens", type=int, default=24)
     parser.add_argument("--device", default="cpu")
@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(argv)
     device = torch.device(arguments.device)
     result: dict[str, Any] = {"machine": describe_machine(device), "scale": arguments.scale, "cases": []}
-    for tokens in arguments.image_tokens or sorted(SCALES[arguments.scale].text):
+    scale = SCALES[arguments.scale]
+    for tokens in arguments.image_tokens or sorted(set(scale.text) - {scale.tiles}):
         result["cases"].append(measure(arguments, tokens, device))
         print(table(result["cases"][-1]), flush=True)
     result["load_average_at_the_end"] = describe_machine(device)["load_average"]

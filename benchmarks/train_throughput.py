@@ -3,8 +3,10 @@
     python -m benchmarks.train_throughput                        # one CPU thread, a small Phi: about ten minutes
     python -m benchmarks.train_throughput --scale phi2           # a GPU, full Phi-2 from random weights
     python -m benchmarks.train_throughput --cases align-49 --rounds 9 --profile
+    python -m benchmarks.train_throughput --cases align-2340     # LLaVA-1.6: images cut into tiles
 
-    llava           stock `LlavaForConditionalGeneration`, a padded batch, one conversation in each row
+    llava           stock `LlavaForConditionalGeneration`, a padded batch, one conversation in each row; with 2,340
+                    image tokens stock `LlavaNextForConditionalGeneration`, which cuts an image into tiles
     padded          this package, `packing: none`
     shared_image    this package, `packing: shared_image`
     feature_cache   this package, `packing: shared_image` and `feature_cache`
@@ -119,9 +121,12 @@ def make_case(name: str, scale: Scale, num_steps: int, folder: Path, device: tor
     # one step more than is trained, because the Trainer reads one batch ahead
     rows = make_rows(stage, make_images(folder / "images", (num_steps + 1) * size))
     steps = [rows[start : start + size] for start in range(0, len(rows), size)]
-    llava, jnana = make_models(scale, num_tokens, processor.image_token_id, device)
+    llava, jnana = make_models(scale, num_tokens, processor, device)
     lora = LoraArguments(lora_r=scale.lora_r)
     llava, jnana = (apply_stage(model, stage, lora if stage == "sft" else None) for model in (llava, jnana))
+    for weight_name, weight in (*llava.named_parameters(), *jnana.named_parameters()):
+        # The stages train this package's `image_newline`, a part of the projector, but not that of stock LLaVA-Next.
+        weight.requires_grad &= "image_newline" not in weight_name
     case = Case(name, stage, steps, processor, {"llava": llava} | dict.fromkeys(ARMS[1:], jnana))
     case.weights = {name: weight.detach().clone() for name, weight in trainable(llava)}
     planned = [plan_step(step, processor, scale.max_row_tokens[num_tokens]) for step in steps]
@@ -375,7 +380,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
     parser.add_argument("--scale", choices=SCALES, default="phi2" if default == "cuda" else "small")
-    parser.add_argument("--cases", nargs="+", help="some of align-49 align-576 sft-49 sft-576; default: all")
+    parser.add_argument("--cases", nargs="+", help="some of align-49 ... sft-2340; default: all without tiles")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of a round; the first is not timed")
     parser.add_argument("--profile", action="store_true", help="also profile one step of each arm")
@@ -383,7 +388,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="name of the written files; default: train_throughput_<device>")
     args = parser.parse_args(argv)
     known = [f"{stage}-{tokens}" for stage in ("align", "sft") for tokens in SCALES[args.scale].text]
-    args.cases = args.cases or known
+    args.cases = args.cases or [case for case in known if not case.endswith(f"-{SCALES[args.scale].tiles}")]
     if unknown := set(args.cases) - set(known):
         parser.error(f"--cases {sorted(unknown)[0]}: scale {args.scale} has {', '.join(known)}")
     if args.steps < 2 or args.rounds < 1:

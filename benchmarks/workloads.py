@@ -18,17 +18,21 @@ from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PhiConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
-from jnana.processing import JnanaProcessor, add_jnana_tokens, read_chat_template
+from jnana.processing import JnanaProcessor, add_jnana_tokens, read_chat_template, set_image_geometry
 from jnana.processing.data import train_tokenizer
 from jnana.processing.data.rows import IMAGE_PART, make_row, message, text_part
 
 
 CAPTIONS = 5
+WIDTH, HEIGHT = 640, 480  # of an image in pixels
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -44,6 +48,8 @@ class Scale:
         images_per_step (`dict[int, int]`): Images of one step, each with all its conversations.
         max_row_tokens (`dict[int, int]`): Longest packed row, in tokens.
         lora_r (`int`): Rank of the adapter in SFT.
+        tiles (`int`): The number of image tokens with which images are cut into tiles (LLaVA-1.6); the models are then
+            compared with stock LLaVA-Next.
     """
 
     text: dict[int, dict[str, Any]]
@@ -52,6 +58,7 @@ class Scale:
     images_per_step: dict[int, int]
     max_row_tokens: dict[int, int]
     lora_r: int
+    tiles: int
 
 
 def _vision(hidden: int, layers: int, heads: int, image: int, patch: int) -> dict[str, Any]:
@@ -69,30 +76,33 @@ PHI_2 = _text(2560, 32, 32, 51_200, partial_rotary_factor=0.4)
 SCALES = {
     # for tests
     "tiny": Scale(
-        text={4: _text(32, 2, 2, 700), 16: _text(32, 2, 2, 700)},
-        vision={4: _vision(16, 2, 2, 16, 8), 16: _vision(16, 2, 2, 32, 8)},
+        text=dict.fromkeys((4, 16, 24), _text(32, 2, 2, 700)),
+        vision={4: _vision(16, 2, 2, 16, 8), 16: _vision(16, 2, 2, 32, 8), 24: _vision(16, 2, 2, 16, 8)},
         dtype=torch.float32,
-        images_per_step={4: 2, 16: 1},
-        max_row_tokens={4: 320, 16: 320},
+        images_per_step={4: 2, 16: 1, 24: 1},
+        max_row_tokens=dict.fromkeys((4, 16, 24), 320),
         lora_r=2,
+        tiles=24,
     ),
     # for one CPU thread; the vision tower's share of the work is about that of ViT-B/32 and ViT-L/14 with Phi-2
     "small": Scale(
-        text={49: _text(512, 8, 8, 51_200), 576: _text(256, 8, 4, 8_000)},
-        vision={49: _vision(128, 3, 2, 224, 32), 576: _vision(64, 2, 1, 336, 14)},
+        text={49: _text(512, 8, 8, 51_200), 576: _text(256, 8, 4, 8_000), 2340: _text(256, 8, 4, 8_000)},
+        vision={49: _vision(128, 3, 2, 224, 32), 576: _vision(64, 2, 1, 336, 14), 2340: _vision(64, 2, 1, 336, 14)},
         dtype=torch.float32,
-        images_per_step={49: 1, 576: 1},
-        max_row_tokens={49: 1024, 576: 1280},
+        images_per_step={49: 1, 576: 1, 2340: 1},
+        max_row_tokens={49: 1024, 576: 1280, 2340: 3072},
         lora_r=8,
+        tiles=2340,
     ),
-    # Phi-2 with CLIP ViT-B/32, and with ViT-L/14 at 336 pixels
+    # Phi-2 with CLIP ViT-B/32, with ViT-L/14 at 336 pixels, and with five views of an image through the latter
     "phi2": Scale(
-        text={49: PHI_2, 576: PHI_2},
-        vision={49: _vision(768, 12, 12, 224, 32), 576: _vision(1024, 24, 16, 336, 14)},
+        text={49: PHI_2, 576: PHI_2, 2340: PHI_2},
+        vision={49: _vision(768, 12, 12, 224, 32)} | dict.fromkeys((576, 2340), _vision(1024, 24, 16, 336, 14)),
         dtype=torch.bfloat16,
-        images_per_step={49: 16, 576: 4},
-        max_row_tokens={49: 2048, 576: 2048},
+        images_per_step={49: 16, 576: 4, 2340: 1},
+        max_row_tokens={49: 2048, 576: 2048, 2340: 4096},
         lora_r=64,
+        tiles=2340,
     ),
 }
 
@@ -106,7 +116,7 @@ def make_processor(scale: Scale, num_image_tokens: int) -> JnanaProcessor:
     side = vision["image_size"]
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return JnanaProcessor(
-        image_processor,
+        set_image_geometry(image_processor, "anyres" if num_image_tokens == scale.tiles else "crop"),
         tokenizer,
         patch_size=vision["patch_size"],
         num_additional_image_tokens=1,
@@ -120,13 +130,13 @@ def words() -> list[str]:
 
 
 def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Write JPEG files of 640 x 480 pixels: smooth colours with noise, about as large as photographs."""
+    """Write JPEG files of `WIDTH` x `HEIGHT` pixels: smooth colours with noise, about as large as photographs."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     paths = []
     for number in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.int16)
+        pixels = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.int16)
         pixels = (pixels + generator.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)
         paths.append(folder / f"{number:05d}.jpg")
         Image.fromarray(pixels).save(paths[-1], quality=85)
@@ -163,35 +173,34 @@ def make_rows(stage: str, images: list[Path], seed: int = 0) -> list[dict]:
 
 
 def make_models(
-    scale: Scale, num_image_tokens: int, image_token_id: int, device: torch.device
-) -> tuple[LlavaForConditionalGeneration, JnanaForConditionalGeneration]:
+    scale: Scale, num_image_tokens: int, processor: JnanaProcessor, device: torch.device
+) -> tuple[PreTrainedModel, JnanaForConditionalGeneration]:
     """
-    Stock LLaVA and Jnana with the same random weights.
+    Stock LLaVA (with tiles LLaVA-Next) and Jnana with the same random weights.
 
-    Stock LLaVA's head has no bias, so the bias of Phi's head is set to zero.
+    The stock head has no bias, so the bias of Phi's head is set to zero.
     """
     vision = CLIPVisionConfig(**scale.vision[num_image_tokens])
     text = PhiConfig(**scale.text[num_image_tokens])
-    common = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    common: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    pinpoints = processor.image_grid_pinpoints
+    parts = {"vision_config": vision, "text_config": text, "image_token_index": processor.image_token_id}
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(scale.dtype)
     try:
         with device:
-            llava = LlavaForConditionalGeneration(
-                LlavaConfig(
-                    vision_config=vision,
-                    text_config=text,
-                    image_token_index=image_token_id,
-                    image_seq_length=num_image_tokens,
-                    **common,
-                )
-            )
-            jnana = JnanaForConditionalGeneration(
-                JnanaConfig.from_vision_text_configs(vision, text, image_token_id=image_token_id, **common)
-            )
+            if pinpoints is None:
+                llava_config = LlavaConfig(**parts, **common, image_seq_length=num_image_tokens)
+                stock: PreTrainedModel = LlavaForConditionalGeneration(llava_config)
+            else:
+                next_config = LlavaNextConfig(**parts, **common, image_grid_pinpoints=pinpoints)
+                stock = LlavaNextForConditionalGeneration(next_config)
+            common |= {"image_token_id": processor.image_token_id, "image_grid_pinpoints": pinpoints}
+            jnana = JnanaForConditionalGeneration(JnanaConfig.from_vision_text_configs(vision, text, **common))
     finally:
         torch.set_default_dtype(default)
-    state = {**llava.state_dict(), "lm_head.bias": torch.zeros_like(jnana.lm_head.bias)}
-    jnana.load_state_dict(state)
-    return llava, jnana
+    names = {"model.image_newline": "model.multi_modal_projector.image_newline"}  # the projector owns it here
+    state = {names.get(name, name): weight for name, weight in stock.state_dict().items()}
+    jnana.load_state_dict({**state, "lm_head.bias": torch.zeros_like(jnana.lm_head.bias)})
+    return stock, jnana

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from jnana.chat.session import end_token_ids
 from jnana.modeling import available_device
+from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
 from jnana.processing.data.feature_cache import weights_digest
 from jnana.processing.data.records import read_json_lines
@@ -30,6 +31,8 @@ from .questions import Question, QuestionSet
 
 
 logger = get_logger(__name__)
+
+CHARACTERS_A_TOKEN = 4  # of English text, roughly
 
 
 def answer_questions(
@@ -48,8 +51,8 @@ def answer_questions(
     """Answer every question of a test set greedily.
 
     The longest questions come first, so that a batch holds questions of similar length and a batch too large for the
-    memory fails at once. Under `accelerate launch` each process answers its share on its own copy of the model, and
-    every process returns all answers.
+    memory fails at once. (Where images are cut into tiles, their headers are read for it.) Under `accelerate launch`
+    each process answers its share on its own copy of the model, and every process returns all answers.
 
     Args:
         model (`PreTrainedModel`): Any image-text-to-text model with `generate`. Its train or eval mode is restored
@@ -87,7 +90,7 @@ def answer_questions(
     waiting = [index for index, key in enumerate(keys) if key not in answered]
     if len(waiting) < len(keys):
         logger.info(f"{len(keys) - len(waiting)} of {len(keys)} answers are read from {predictions_file}")
-    waiting.sort(key=lambda index: -sum(len(str(message)) for message in questions.questions[index].messages))
+    waiting.sort(key=lambda index: -prompt_length(questions, questions.questions[index], processor))
 
     mine = waiting[state.process_index :: state.num_processes]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -116,6 +119,22 @@ def answer_questions(
             _replace_file(predictions_file, records)
         state.wait_for_everyone()
     return records
+
+
+def prompt_length(questions: QuestionSet, question: Question, processor: Any) -> int:
+    """About the length of a question, its images included, in characters.
+
+    Args:
+        questions (`QuestionSet`): The test set.
+        question (`Question`): One of its questions.
+        processor (`ProcessorMixin`): If it is a [`JnanaProcessor`] that cuts images into tiles, an image counts by
+            its number of tokens. Otherwise all images count alike, and none is opened.
+    """
+    length = sum(len(str(message)) for message in question.messages)
+    if isinstance(processor, JnanaProcessor) and processor.image_grid_pinpoints is not None:
+        sizes = questions.image_sizes(question)
+        length += CHARACTERS_A_TOKEN * sum(processor.count_image_tokens(size) for size in sizes)
+    return length
 
 
 def process_state() -> PartialState:

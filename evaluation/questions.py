@@ -9,12 +9,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, load_image, load_rows, message_text, with_images
+from jnana.processing.data import BadSampleError, check_image, load_image, load_rows, message_text, with_images
 
 from .arguments import EvaluationArguments
 
@@ -102,10 +103,25 @@ class QuestionSet:
         Raises:
             BadSampleError: if an image is missing, broken or too large.
         """
-        parts = [part["type"] for message in question.messages for part in message["content"]]
-        references = self.rows[question.row]["images"] if "image" in parts else []
-        images = [load_image(reference, source=question.source, **limits) for reference in references]
+        images = [load_image(image, source=question.source, **limits) for image in self._references(question)]
         return [Image.new("RGB", image.size, GREY) for image in images] if blind else images
+
+    def image_sizes(self, question: Question) -> list[tuple[int, int]]:
+        """(height, width) in pixels of the images of a question, from their headers; without those that can't be read.
+
+        Args:
+            question (`Question`): A question of this set.
+        """
+        sizes = []
+        for image in self._references(question):
+            with suppress(BadSampleError):  # `images` raises it
+                sizes.append(check_image(image, source=question.source))
+        return sizes
+
+    def _references(self, question: Question) -> list[dict[str, Any]]:
+        """The images that a question shows: all of its row, or none."""
+        parts = [part["type"] for message in question.messages for part in message["content"]]
+        return self.rows[question.row]["images"] if "image" in parts else []
 
     def messages_with_images(self, question: Question, images: list[Image.Image]) -> list[dict[str, Any]]:
         """The question's messages with its images in the image parts, as `apply_chat_template` takes them.

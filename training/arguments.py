@@ -189,7 +189,11 @@ class DataArguments:
     max_image_pixels: int | None = field(default=None)
     on_bad_sample: Literal["raise", "skip"] = field(default="raise")
     image_check: Literal["none", "header", "decode"] = field(
-        default="header", metadata={"help": "How much of every image the check before training reads."}
+        default="header",
+        metadata={
+            "help": "How much of every image the check before training reads. Where images are cut into tiles, `none` "
+            "reads the headers too: the number of image tokens depends on the size."
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data while training; each process reads files of its own."}

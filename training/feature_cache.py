@@ -27,12 +27,13 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import BadSampleError, load_image
+from jnana.processing.data import BadSampleError, PixelImages, check_image
 from jnana.processing.data.feature_cache import (
     DTYPES,
     FORMAT,
     KEY_FILE,
     FeatureCache,
+    StoredImage,
     append_file_digests,
     delete_unfinished,
     file_stamp,
@@ -54,7 +55,7 @@ from .distributed import ProcessGroup, process_group
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # views
 # A part is written when it has this size or age, so that a kill costs little work.
 PART_BYTES = 256 * 1024 * 1024
 PART_SECONDS = 120.0
@@ -62,11 +63,12 @@ PART_SECONDS = 120.0
 
 @dataclass
 class ImageLocation:
-    """The data set, the row and the image's index in that row."""
+    """The data set, the row and the image's index in that row, and the number of views that the tower encodes."""
 
     data_set: int
     row: int
     index: int
+    num_views: int = 1
 
 
 def prepare_feature_cache(
@@ -147,6 +149,7 @@ def feature_key(
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_prefix_tokens": config.num_prefix_tokens,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
         "computed_in": own if lower is None else f"{own}, autocast to {lower}",
         "dtype": dtype or lower or own,
         "shape": [config.num_view_features, config.vision_feature_size],
@@ -160,7 +163,7 @@ class _Builder:
         self.folder = Path(args.feature_cache)  # type: ignore[arg-type]
         self.model, self.processor, self.data = model, processor, data
         self.skip = args.on_bad_sample == "skip"
-        self.max_image_pixels = args.max_image_pixels or MAX_IMAGE_PIXELS
+        self.images = PixelImages(processor, args.max_image_pixels or MAX_IMAGE_PIXELS)
         self.device = training_args.device
         self.num_workers = training_args.dataloader_num_workers
         lower = torch.bfloat16 if training_args.bf16 else torch.float16
@@ -183,7 +186,7 @@ class _Builder:
                     delete_unfinished(self.folder)
                     cache.refresh()  # another run may have added some while this one waited
                 missing = group.gather([digest for digest in locations if digest not in cache])[0]
-                self.check_space(key, len(missing), len(locations))
+                self.check_space(key, [locations[digest].num_views for digest in missing], len(locations))
                 # FSDP may load the weights on some processes only; these compute the features
                 builders = [rank for rank, own in enumerate(keys) if own == key]
                 if group.rank in builders:
@@ -251,6 +254,9 @@ class _Builder:
                 digest = cache.digest(image, source)
                 if path is not None and stamp is not None:
                     noted.append((path, stamp, digest))
+                if cache.has_tiles and digest not in cache:
+                    size = check_image(image, source=source, max_image_pixels=self.images.max_image_pixels)
+                    location.num_views = self.processor.count_views(size)
                 locations.setdefault(digest, location)
             except BadSampleError as error:
                 problems.append(str(error))
@@ -287,18 +293,26 @@ class _Builder:
             )
         logger.warning(f"{len(problems)} images can't be read; their rows are skipped:\n{listed}{rest}")
 
-    def check_space(self, key: dict[str, Any], missing: int, wanted: int) -> None:
-        """Log the size that the cache will have, and raise if the disk is too small for it."""
+    def check_space(self, key: dict[str, Any], missing: list[int], wanted: int) -> None:
+        """
+        Log the size that the cache will have, and raise if the disk is too small for it.
+
+        Args:
+            key (`dict`): The cache key.
+            missing (`list[int]`): The number of views of each image that is to be computed.
+            wanted (`int`): The number of different images of the run.
+        """
         each = DTYPES[key["dtype"]].itemsize * key["shape"][0] * key["shape"][1]
-        need, free = missing * each, shutil.disk_usage(self.folder).free
+        need, free = sum(missing) * each, shutil.disk_usage(self.folder).free
+        views = "" if key["image_grid_pinpoints"] is None else f"{sum(missing):,} views of "
         logger.info(
-            f"feature_cache {str(self.folder)!r}: {missing:,} of {wanted:,} different images are to be computed, "
-            f"{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size_text(each)} each, {size_text(need)} in "
-            f"all; {size_text(free)} are free"
+            f"feature_cache {str(self.folder)!r}: {len(missing):,} of {wanted:,} different images are to be computed, "
+            f"{views}{key['shape'][0]} x {key['shape'][1]} {key['dtype']} or {size_text(each)} each, "
+            f"{size_text(need)} in all; {size_text(free)} are free"
         )
         if need > 0.98 * free:
             raise ValueError(
-                f"feature_cache {str(self.folder)!r} needs {size_text(need)} for {missing:,} images, but only "
+                f"feature_cache {str(self.folder)!r} needs {size_text(need)} for {len(missing):,} images, but only "
                 f"{size_text(free)} are free there; give a directory on a larger disk, set feature_cache_dtype: "
                 "bfloat16, or leave it out"
             )
@@ -309,46 +323,58 @@ class _Builder:
         tower = self.model.vision_tower
         was_training = tower.training
         tower.to(self.device).eval()
-        items = _Images(locations, self.data, self.processor.image_processor, self.max_image_pixels)
-        loader = DataLoader(items, BATCH_SIZE, num_workers=self.num_workers, collate_fn=_collate)
+        items = _Images(locations, self.data, self.images)
+        most_views = max(map(self.processor.count_views, key["image_grid_pinpoints"] or [None]))
+        loader = DataLoader(items, max(1, BATCH_SIZE // most_views), num_workers=self.num_workers, collate_fn=_collate)
         problems: list[str] = []
         digests: list[bytes] = []
-        blocks: list[torch.Tensor] = []
-        begun = time.monotonic()
+        stored: list[StoredImage] = []
+        num_bytes, begun = 0, time.monotonic()
         with tqdm(total=len(items), desc="Computing features", unit="image", disable=not progress) as bar:
             for good, pixel_values, bad in loader:
                 problems += bad
                 if good:
                     with self.autocast():
                         features = self.model.get_vision_features(pixel_values.to(self.device))[1]
-                    digests += good
-                    blocks.append(features.to("cpu", DTYPES[key["dtype"]]))
-                full = sum(map(torch.Tensor.numel, blocks)) * DTYPES[key["dtype"]].itemsize >= PART_BYTES
+                    features = features.to("cpu", DTYPES[key["dtype"]])
+                    num_bytes += features.nbytes
+                    images = zip(good, features.split([image.num_views for image in good]), strict=True)
+                    for image, views in images:
+                        digests.append(image.digest)
+                        stored.append(StoredImage(views, image.size))
+                full = num_bytes >= PART_BYTES
                 if digests and (full or time.monotonic() - begun > PART_SECONDS or (bad and not self.skip)):
-                    write_part(self.folder, digests, torch.cat(blocks))
-                    digests, blocks, begun = [], [], time.monotonic()
+                    write_part(self.folder, digests, stored)
+                    digests, stored, num_bytes, begun = [], [], 0, time.monotonic()
                 if bad and not self.skip:
                     self.report_problems(bad)
                 bar.update(len(good) + len(bad))
         if digests:
-            write_part(self.folder, digests, torch.cat(blocks))
+            write_part(self.folder, digests, stored)
         tower.train(was_training)
         return problems
 
 
-class _Images(torch.utils.data.Dataset):
-    """Digest, pixel values or `None`, and problem or `None` of each image; decoded in the dataloader's workers."""
+@dataclass
+class _Encoded:
+    """An image that enters the tower: its digest, its number of views, and its size where it has several."""
 
-    def __init__(
-        self, locations: dict[bytes, ImageLocation], data: list[Dataset], image_processor: Any, max_image_pixels: int
-    ):
+    digest: bytes
+    num_views: int
+    size: tuple[int, int] | None
+
+
+class _Images(torch.utils.data.Dataset):
+    """What the tower needs of each image, or the problem of one that can't be used; decoded in dataloader workers."""
+
+    def __init__(self, locations: dict[bytes, ImageLocation], data: list[Dataset], images: PixelImages):
         self.items = list(locations.items())
-        self.data, self.image_processor, self.max_image_pixels = data, image_processor, max_image_pixels
+        self.data, self.images = data, images
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[bytes, torch.Tensor | None, str | None]:
+    def __getitem__(self, index: int) -> tuple[_Encoded, torch.Tensor] | str:
         digest, location = self.items[index]
         row = self.data[location.data_set][location.row]
         image, source = row["images"][location.index], row["source"]
@@ -356,14 +382,19 @@ class _Images(torch.utils.data.Dataset):
             data = read_image_bytes(image, source=source)
             if image_digest(data) != digest:
                 raise BadSampleError(f"{source}: image {image['path']!r} changed while the feature cache was built.")
-            reference = {"path": image["path"], "bytes": data}
-            loaded = load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
+            loaded = self.images.load({"path": image["path"], "bytes": data}, source)
         except BadSampleError as error:
-            return digest, None, str(error)
-        return digest, self.image_processor(loaded, return_tensors="pt")["pixel_values"][0], None
+            return str(error)
+        inputs = self.images.stack([loaded])
+        views = inputs["pixel_values"]
+        size = self.images.size(loaded) if "image_sizes" in inputs else None
+        return _Encoded(digest, len(views), size), views
 
 
-def _collate(items: list[tuple]) -> tuple[list[bytes], torch.Tensor | None, list[str]]:
-    good = [(digest, pixels) for digest, pixels, problem in items if problem is None]
-    bad = [problem for _, _, problem in items if problem is not None]
-    return [digest for digest, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, bad
+def _collate(
+    items: list[tuple[_Encoded, torch.Tensor] | str],
+) -> tuple[list[_Encoded], torch.Tensor | None, list[str]]:
+    """The good images, the views of all of them `(num_views, channels, height, width)`, and the others' problems."""
+    good = [item for item in items if not isinstance(item, str)]
+    problems = [item for item in items if isinstance(item, str)]
+    return [image for image, _ in good], torch.cat([views for _, views in good]) if good else None, problems

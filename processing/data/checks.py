@@ -69,7 +69,8 @@ def check_rows(
         max_length (`int`, *optional*): tokens a sequence may have. The images and at least one answer token of a
             conversation must fit.
         image_check (`str`, *optional*, defaults to `"header"`): `header`, `decode` (also finds truncated files), or
-            `none`.
+            `none`. Where images are cut into tiles, `none` reads the headers too, because the number of image tokens
+            depends on an image's size.
         max_image_pixels (`int`, *optional*): larger images can't be used.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`): `raise` one error that lists the bad rows, or `skip`
             them.
@@ -92,7 +93,7 @@ def check_rows(
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
     report = CheckReport()
-    images = _ImageChecker(image_check, max_image_pixels)
+    images = ImageChecker(processor, image_check, max_image_pixels)
     total = len(rows) if hasattr(rows, "__len__") else None
     block: list[dict] = []
     with tqdm(total=total, desc="Checking rows", unit="row", disable=not progress) as bar:
@@ -155,15 +156,33 @@ def check_row(row: dict) -> None:
             raise bad_sample(source, f"unknown role {sorted(unknown)[0]!r}.", "Roles are system, user and assistant.")
 
 
-class _ImageChecker:
-    """Checks images; a path that repeats in nearby rows is checked once."""
+class ImageChecker:
+    """
+    Checks images and finds their sizes; a path that repeats in nearby rows is checked once.
 
-    def __init__(self, how: str, max_image_pixels: int):
-        self.how, self.max_image_pixels = how, max_image_pixels
+    Args:
+        processor (`JnanaProcessor`): if it cuts images into tiles, their sizes are read whatever `how` is.
+        how (`str`): `none`, `header` or `decode`.
+        max_image_pixels (`int`): larger images can't be used.
+    """
+
+    def __init__(self, processor: JnanaProcessor, how: str, max_image_pixels: int):
+        tiles = processor.image_grid_pinpoints is not None
+        self.how = "header" if how == "none" and tiles else how
+        self.max_image_pixels = max_image_pixels
         self.passed: dict[str, ImageSize] = {}
 
     def __call__(self, image: dict, source: str) -> ImageSize:
-        """The size of an image, if images are checked."""
+        """
+        The (height, width) of an image in pixels; `None` if images are not opened.
+
+        Args:
+            image (`dict`): a row's reference `{"path": str | None, "bytes": bytes | None}`.
+            source (`str`): file and record that refer to it, for the error.
+
+        Raises:
+            BadSampleError: if the image can't be used.
+        """
         path = image["path"] if image["bytes"] is None else None
         if self.how == "none":
             return None
@@ -178,7 +197,7 @@ class _ImageChecker:
         return size
 
 
-def _check_block(block, processor, max_length, images: _ImageChecker, report: CheckReport) -> None:
+def _check_block(block, processor, max_length, images: ImageChecker, report: CheckReport) -> None:
     good: list[tuple[int, dict]] = []
     image_sizes: list[list[ImageSize]] = []
     for row in block:
@@ -233,7 +252,7 @@ def measure_rows(
         rows (`list[dict]`): rows that pass [`check_row`].
         processor (`JnanaProcessor`): tokenises, and counts the tokens of each image.
         image_sizes (`Sequence[Sequence[tuple[int, int] | None]]`, *optional*): (height, width) in pixels of each image
-            of each row, where it is known.
+            of each row, where it is known. Needed where images are cut into tiles.
     """
     chats = [chat for row in rows for chat in row["conversations"]]
     if not chats:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # One row of a batch: groups of conversations; those of a group are about the same images
 Groups = list[list[EncodedConversation]]
 
+BLANK_SIZE = (32, 32)  # (height, width) in pixels of the grey image
+
 
 @dataclass
 class _Images:
@@ -107,9 +109,10 @@ class JnanaCollator:
             `dict[str, torch.Tensor]`: `input_ids`, `labels` and the bool `logits_to_keep` (the positions that predict
             a label), all `(batch_size, sequence_length)`; with `none` also `attention_mask`, otherwise `position_ids`,
             `segment_ids`, `branch_ids` and `shift_labels`, of the same shape. If there are images, the model inputs
-            that `images` gives (`pixel_values` `(num_images, channels, height, width)`), each image once in the order
-            of its first occurrence, and `image_indices` `(num_occurrences,)`, the index of the image at each
-            occurrence in reading order (not with `none` if each image occurs once).
+            that `images` gives, each image once in the order of its first occurrence: `pixel_values` `(num_views,
+            channels, height, width)`, and where images are cut into tiles `image_sizes` `(num_images, 2)`. Also
+            `image_indices` `(num_occurrences,)`, the index of the image at each occurrence in reading order (not with
+            `none` if each image occurs once).
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.
@@ -172,13 +175,17 @@ class JnanaCollator:
             images.indices[key] = len(images.loaded) - 1
         return images.indices[key]
 
+    def _count_tokens(self, image: Any) -> int:
+        """The number of image tokens of a loaded image."""
+        return self.processor.count_image_tokens(self.images.size(image))
+
     def _fit(
         self, ids: list[int], mask: list[int], indices: list[int], images: _Images, row: dict, problems: list[str]
     ) -> EncodedConversation | None:
         """A conversation with all image tokens, cut to `max_length`, or `None` if it can't be cut."""
         image_token_id = self.processor.image_token_id
         indices = indices if image_token_id in ids else []
-        counts = [self.images.num_tokens(images.loaded[index]) for index in indices]
+        counts = [self._count_tokens(images.loaded[index]) for index in indices]
         try:
             check_size(measure_conversation(ids, mask, image_token_id, counts), self.max_length, row["source"])
         except BadSampleError as error:
@@ -207,8 +214,8 @@ class JnanaCollator:
 
     def _blank(self) -> tuple[EncodedConversation, list[Any]]:
         """A conversation with a grey image and an empty answer, and that image."""
-        image = self.images.blank()
-        counts = [self.images.num_tokens(image)]
+        image = self.images.blank(BLANK_SIZE, self.processor.count_views(BLANK_SIZE))
+        counts = [self._count_tokens(image)]
         chat = [message("user", IMAGE_PART), message("assistant", text_part(""))]
         (ids,), (mask,) = self.processor.encode_chats([chat])
         ids, mask = expand_images(ids, mask, self.processor.image_token_id, counts)

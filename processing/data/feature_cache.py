@@ -4,11 +4,14 @@ A cache is a directory with these files:
 
     cache.json                  the cache key: all that the features depend on besides the image (the tower's weights,
                                 the image processor's settings, layers, strategy, dtype), and their shape
-    features-*.safetensors      `features` (num_images, num_image_tokens, vision_feature_size) and `digests`
-                                (num_images, 32), the SHA-256 of each image file's bytes
+    features-*.safetensors      `features` (num_views, num_view_features, vision_feature_size) and `digests`
+                                (num_images, 32), the SHA-256 of each image file's bytes; where images are cut into
+                                tiles also `num_views` (num_images,) and `image_sizes` (num_images, 2), their (height,
+                                width) in pixels
     files.jsonl                 the digest of each image file, with its size and modification time when it was hashed
 
-Features are looked up by the bytes of the image. So an image that occurs twice is stored once, a renamed image is
+An image is one view, or with `image_grid_pinpoints` several: the whole image and its tiles. Features are looked up by
+the bytes of the image. So an image that occurs twice is stored once, a renamed image is
 found, and a changed one is not. To avoid reading each file in every epoch, the stored digest is used for a file whose
 size and modification time are unchanged; any other file is read and hashed. (A file replaced by another of the same
 size *and* time is therefore not noticed. Embedded images are always hashed.)
@@ -22,6 +25,7 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,21 @@ PART_PATTERN = "features-*.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass
+class StoredImage:
+    """
+    An image as the cache has it.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_views, num_view_features, vision_feature_size)`): of all its views.
+        size (`tuple[int, int]`, *optional*): (height, width) of the image in pixels; not stored where an image is one
+            view.
+    """
+
+    features: torch.Tensor
+    size: tuple[int, int] | None = None
+
+
 class FeatureCache:
     """
     Loads images for the collator, as stored vision features. Has the methods of `PixelImages`; can be pickled and sent
@@ -51,7 +70,7 @@ class FeatureCache:
 
     Attributes:
         made_with (`dict`): the cache key, see [`read_key`].
-        shape (`tuple[int, int]`): (num_image_tokens, vision_feature_size).
+        shape (`tuple[int, int]`): (num_view_features, vision_feature_size).
         dtype (`torch.dtype`): of the stored features.
 
     Raises:
@@ -68,7 +87,8 @@ class FeatureCache:
     def refresh(self) -> None:
         """Read the list of stored images again, after parts were added."""
         self._open_parts: dict[str, Any] = {}
-        self._stored: dict[bytes, tuple[str, int]] = {}
+        # Of each image the part, the rows in it (from, up to), and the size
+        self._stored: dict[bytes, tuple[str, int, int, tuple[int, int] | None]] = {}
         for path in sorted(self.folder.glob(PART_PATTERN)):
             part = self._open(path.name)
             stored = part.get_slice("features").get_shape()[1:]
@@ -78,9 +98,20 @@ class FeatureCache:
                     f"{KEY_FILE} has shape {self.shape}. Delete the directory; the next run builds it again"
                 )
             digests = part.get_tensor("digests").numpy()
-            for row, digest in enumerate(digests):
-                self._stored.setdefault(digest.tobytes(), (path.name, row))
+            counts, sizes = [1] * len(digests), [None] * len(digests)
+            if self.has_tiles:
+                counts = part.get_tensor("num_views").tolist()
+                sizes = [tuple(size) for size in part.get_tensor("image_sizes").tolist()]
+            row = 0
+            for digest, count, size in zip(digests, counts, sizes, strict=True):
+                self._stored.setdefault(digest.tobytes(), (path.name, row, row + count, size))
+                row += count
         self._files = _read_files(self.folder / FILES_FILE)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether images are cut into tiles, so that they have several views."""
+        return self.made_with.get("image_grid_pinpoints") is not None
 
     def __len__(self) -> int:
         """The number of stored images."""
@@ -123,7 +154,7 @@ class FeatureCache:
         """A key that is equal for two references to one image."""
         return image["bytes"] if image["bytes"] is not None else image["path"]
 
-    def load(self, image: dict, source: str = "image") -> torch.Tensor:
+    def load(self, image: dict, source: str = "image") -> StoredImage:
         """
         An image's features.
 
@@ -132,7 +163,7 @@ class FeatureCache:
             source (`str`, *optional*): file and record that refer to it, for the error.
 
         Returns:
-            `torch.Tensor` of shape `(num_image_tokens, vision_feature_size)`.
+            `StoredImage`: the features of all its views, and where images are cut into tiles its size.
 
         Raises:
             BadSampleError: if the image can't be read or has no stored features.
@@ -140,30 +171,42 @@ class FeatureCache:
         digest = self.digest(image, source)
         if digest not in self._stored:
             raise self._not_stored(image, source)
-        part, row = self._stored[digest]
-        return self._open(part).get_slice("features")[row]
+        part, start, end, size = self._stored[digest]
+        return StoredImage(self._open(part).get_slice("features")[start:end], size)
 
-    def num_tokens(self, image: torch.Tensor) -> int:
-        """The number of image tokens of an image from [`~FeatureCache.load`]."""
-        return image.shape[0]
+    def size(self, image: StoredImage) -> tuple[int, int] | None:
+        """(height, width) in pixels of an image from [`~FeatureCache.load`]; `None` where an image is one view."""
+        return image.size
 
-    def blank(self) -> torch.Tensor:
-        """Zeros, of the shape that [`~FeatureCache.load`] returns."""
-        return torch.zeros(self.shape, dtype=self.dtype)
+    def blank(self, size: tuple[int, int], num_views: int) -> StoredImage:
+        """
+        Zeros, of the type that [`~FeatureCache.load`] returns.
 
-    def stack(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        Args:
+            size (`tuple[int, int]`): (height, width) in pixels.
+            num_views (`int`): the number of views that an image of this size has.
+        """
+        return StoredImage(torch.zeros(num_views, *self.shape, dtype=self.dtype), size if self.has_tiles else None)
+
+    def stack(self, images: list[StoredImage]) -> dict[str, torch.Tensor]:
         """
         The model inputs of the images of a batch.
 
         Args:
-            images (`list[torch.Tensor]`): from [`~FeatureCache.load`].
+            images (`list[StoredImage]`): from [`~FeatureCache.load`].
 
         Returns:
-            `dict[str, torch.Tensor]`: `image_features` `(num_images, num_image_tokens, vision_feature_size)`. Without
-                images it has no entries but is present: it tells the model that other processes have stored features
-                too, so that it need not run the tower to stay in step with them.
+            `dict[str, torch.Tensor]`: `image_features` `(num_views, num_view_features, vision_feature_size)`, and
+                where images are cut into tiles `image_sizes` `(num_images, 2)`. Without images the features have no
+                entries but are present: they tell the model that other processes have stored features too, so that it
+                need not run the tower to stay in step with them.
         """
-        return {"image_features": torch.stack(images) if images else torch.empty(0, *self.shape, dtype=self.dtype)}
+        if not images:
+            return {"image_features": torch.empty(0, *self.shape, dtype=self.dtype)}
+        inputs = {"image_features": torch.cat([image.features for image in images])}
+        if self.has_tiles:
+            inputs["image_sizes"] = torch.tensor([image.size for image in images])
+        return inputs
 
     def _not_stored(self, image: dict, source: str) -> BadSampleError:
         load_image(image, source=source)  # raises the more specific error of a broken file
@@ -244,14 +287,14 @@ def key_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str 
     return differences
 
 
-def write_part(folder: str | Path, digests: list[bytes], features: torch.Tensor) -> Path:
+def write_part(folder: str | Path, digests: list[bytes], images: list[StoredImage]) -> Path:
     """
     Add features to a cache as one part. A killed process leaves no incomplete part.
 
     Args:
         folder (`str` or `Path`): the cache.
         digests (`list[bytes]`): of the images' bytes.
-        features (`torch.Tensor` of shape `(num_images, num_image_tokens, vision_feature_size)`): in the same order.
+        images (`list[StoredImage]`): in the same order, with their sizes where they are cut into tiles.
 
     Returns:
         `Path`: the new part, named by a hash of the digests.
@@ -260,8 +303,13 @@ def write_part(folder: str | Path, digests: list[bytes], features: torch.Tensor)
     path = Path(folder) / PART_PATTERN.replace("*", name)
     unfinished = Path(folder) / f".{path.name}.{os.getpid()}"
     flat = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
+    tensors = {"features": torch.cat([image.features for image in images]), "digests": flat}
+    sizes = [image.size for image in images if image.size is not None]
+    if sizes:
+        tensors["num_views"] = torch.tensor([len(image.features) for image in images])
+        tensors["image_sizes"] = torch.tensor(sizes)
     with open(unfinished, "wb") as file:  # `save_file` creates files that other users can't read
-        file.write(save({"features": features.contiguous(), "digests": flat}))
+        file.write(save(tensors))
         file.flush()
         os.fsync(file.fileno())  # the content must be on disk before the file is renamed
     os.replace(unfinished, path)

@@ -307,13 +307,19 @@ class PixelImages:
         """
         return load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
 
-    def num_tokens(self, image: Any) -> int:
-        """The number of image tokens of an image from [`~PixelImages.load`]."""
-        return self.processor.count_image_tokens(image_size(image))
+    def size(self, image: Any) -> tuple[int, int]:
+        """(height, width) in pixels of an image from [`~PixelImages.load`]."""
+        return image_size(image)
 
-    def blank(self) -> Any:
-        """A grey image, of the type that [`~PixelImages.load`] returns."""
-        return Image.new("RGB", (32, 32), "grey")
+    def blank(self, size: tuple[int, int], num_views: int) -> Any:
+        """
+        A grey image, of the type that [`~PixelImages.load`] returns.
+
+        Args:
+            size (`tuple[int, int]`): (height, width) in pixels.
+            num_views (`int`): the number of views that an image of this size has; not used here.
+        """
+        return Image.new("RGB", size[::-1], "grey")
 
     def stack(self, images: list[Any]) -> dict[str, torch.Tensor]:
         """

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset, List
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
-from .checks import CheckReport, check_row, check_rows, check_size, measure_rows
+from .checks import CheckReport, ImageChecker, check_row, check_rows, check_size, measure_rows
 from .images import MAX_IMAGE_PIXELS
 from .keywords import answers_as_keywords
 from .packing import RowPlan, plan_rows
@@ -112,7 +112,12 @@ def prepare(
         if options.packing == "none":
             return flatten_conversations(rows)
         return packed_stream(
-            rows, processor, share=share, max_row_tokens=options.max_row_tokens, max_length=options.max_length
+            rows,
+            processor,
+            share=share,
+            max_row_tokens=options.max_row_tokens,
+            max_length=options.max_length,
+            max_image_pixels=options.max_image_pixels,
         )
     report = check(
         rows,
@@ -186,10 +191,12 @@ def packed_stream(
     share: bool,
     max_row_tokens: int,
     max_length: int | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> IterableDataset:
     """
     Pack a stream while it is read, `STREAM_BUFFER` data rows at a time. Each buffer is packed independently, so the
-    same stream gives the same packed rows, after a resume too.
+    same stream gives the same packed rows, after a resume too. No image is opened, unless the processor cuts images
+    into tiles: then their headers are read, because the number of image tokens depends on an image's size.
 
     Args:
         rows (`IterableDataset`): data rows of `ROW_FEATURES`.
@@ -197,13 +204,14 @@ def packed_stream(
         share (`bool`): whether conversations of a data row share their prefix (`packing: shared_image`).
         max_row_tokens (`int`): tokens a row may have.
         max_length (`int`, *optional*): conversations are cut to this length.
+        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images can't be used.
 
     Returns:
         `IterableDataset`: one column `groups`. Each data row that can't be used is a packed row by itself, which the
             collator raises for or skips.
     """
     return rows.map(
-        _StreamPacker(processor, share, max_row_tokens, max_length),
+        _StreamPacker(processor, share, max_row_tokens, max_length, max_image_pixels),
         batched=True,
         batch_size=STREAM_BUFFER,
         remove_columns=list(ROW_FEATURES),
@@ -214,20 +222,29 @@ def packed_stream(
 class _StreamPacker:
     """Packs one buffer of rows. A class, so that it can be pickled and sent to dataloader workers."""
 
-    def __init__(self, processor: JnanaProcessor, share: bool, max_row_tokens: int, max_length: int | None):
+    def __init__(
+        self,
+        processor: JnanaProcessor,
+        share: bool,
+        max_row_tokens: int,
+        max_length: int | None,
+        max_image_pixels: int,
+    ):
         self.processor = processor
         self.share, self.max_row_tokens, self.max_length = share, max_row_tokens, max_length
+        self.size_of = ImageChecker(processor, "none", max_image_pixels)  # the collator checks the images
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        good, bad = [], []
+        good, image_sizes, bad = [], [], []
         for row in unbatched(batch):
             try:
                 check_row(row)
+                image_sizes.append([self.size_of(image, row["source"]) for image in row["images"]])
                 good.append(row)
             except BadSampleError:
                 bad.append(row)
         fitting = []
-        for row, sizes in zip(good, measure_rows(good, self.processor), strict=True):
+        for row, sizes in zip(good, measure_rows(good, self.processor, image_sizes), strict=True):
             try:
                 for size in sizes.conversations:
                     check_size(size, self.max_length, row["source"])

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import train_throughput
 from benchmarks.throughput_report import summarize, table
+from benchmarks.workloads import HEIGHT, SCALES, WIDTH, make_processor
 
 
 ARGUMENTS = ["--device", "cpu", "--scale", "tiny", "--rounds", "1", "--steps", "2"]
@@ -29,6 +30,23 @@ def test_one_command_writes_figures_and_a_plot(tmp_path):
     for shares in case["profile"].values():
         assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > 0 and shares["collator"] > 0
     assert case["profile"]["shared_image"]["mask"] > 0 == case["profile"]["padded"]["mask"]
+
+
+@pytest.mark.parametrize("case", ["align-24", "sft-24"])
+def test_tiles_are_compared_with_stock_llava_next(tmp_path, case):
+    result = train_throughput.main([*ARGUMENTS, "--cases", case, "--results", str(tmp_path)])
+    (found,) = result["cases"]
+    assert found["largest_loss_difference"] < 1e-4
+    differences = [arm["gradient_difference"] for arm in found["arms"].values()]
+    assert max(differences) < 1e-4 and max(differences) > 0
+    assert found["arms"]["llava"]["tokens"] - found["arms"]["shared_image"]["tokens"] >= 4 * 24 - 20
+
+
+def test_the_case_of_llava_1_6_has_2340_tokens_an_image(tmp_path):
+    for scale in (SCALES["small"], SCALES["phi2"]):
+        processor = make_processor(scale, scale.tiles)
+        assert scale.tiles == processor.count_image_tokens((HEIGHT, WIDTH)) == 2340
+    assert make_processor(SCALES["tiny"], 24).count_image_tokens((HEIGHT, WIDTH)) == 24
 
 
 def test_a_wrong_result_is_not_measured(tmp_path, monkeypatch):
@@ -77,4 +95,5 @@ def test_ratios_are_taken_within_a_round():
 def test_unknown_cases_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_throughput.parse([*ARGUMENTS, "--cases", "align-5"])
-    assert "--cases align-5: scale tiny has align-4, align-16, sft-4, sft-16" in capsys.readouterr().err
+    known = "align-4, align-16, align-24, sft-4, sft-16, sft-24"
+    assert f"--cases align-5: scale tiny has {known}" in capsys.readouterr().err

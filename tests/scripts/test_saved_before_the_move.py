@@ -272,7 +272,7 @@ def test_stored_features_are_found(work, capsys):
     with Image.open(picture) as image, torch.no_grad():
         pixels = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         features = tower(pixels, output_hidden_states=True).hidden_states[-1][0, 1:]
-    stored = cache.load({"path": str(picture), "bytes": None})
+    (stored,) = cache.load({"path": str(picture), "bytes": None}).features
     torch.testing.assert_close(stored, features, rtol=1e-5, atol=1e-5)
 
     recipe = ["recipes/feature_cache.yaml"]

@@ -22,7 +22,7 @@ from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, FeatureCache, JnanaCollator, load_image, read_bad_samples
 from jnana.processing.data import feature_cache as cache_format
-from jnana.processing.data.feature_cache import weights_digest
+from jnana.processing.data.feature_cache import StoredImage, weights_digest
 from jnana.processing.data.rows import caption_conversation, make_row, message, rows_to_dataset, text_part
 from jnana.training import feature_cache
 from jnana.training.arguments import DataArguments
@@ -80,6 +80,12 @@ def build(pair, rows, folder, evaluation=None, training=None, **options) -> Feat
     return prepare_feature_cache(args, *pair, [rows, evaluation], training_args)
 
 
+def features(cache, path) -> torch.Tensor:
+    """The stored features of an image that is one view."""
+    (views,) = cache.load(reference(path)).features
+    return views
+
+
 def towers_own(pair, path) -> torch.Tensor:
     model, processor = pair
     pixels = processor.image_processor(load_image(str(path)), return_tensors="pt")["pixel_values"]
@@ -106,10 +112,12 @@ class TestContents:
         assert len(cache) == 6 and cache.shape == (4, 64) and cache.dtype == torch.float32
         for colour in COLOURS:
             path = pictures / f"{colour}.png"
-            torch.testing.assert_close(cache.load(reference(path)), towers_own(pair, path), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(features(cache, path), towers_own(pair, path), rtol=1e-6, atol=1e-6)
         red, green = (cache.load(reference(pictures / f"{colour}.png")) for colour in ("red", "green"))
-        assert (red - green).abs().max() > 1e-2  # the control: pictures differ
-        assert torch.equal(cache.stack([red, green])["image_features"], torch.stack([red, green]))
+        assert (red.features - green.features).abs().max() > 1e-2  # the control: pictures differ
+        inputs = cache.stack([red, green])
+        assert inputs.keys() == {"image_features"} and red.size is None
+        assert torch.equal(inputs["image_features"], torch.cat([red.features, green.features]))
 
     def test_one_image_is_stored_once(self, pair, pictures, tmp_path, monkeypatch):
         counts = computed(monkeypatch, pair)
@@ -118,7 +126,7 @@ class TestContents:
         rows = rows_of([reference(pictures / "red.png"), reference(pictures / "copy.png"), embedded])
         cache = build(pair, rows, tmp_path / "cache", evaluation=rows_in(pictures))
         assert sum(counts) == len(cache) == 6
-        assert torch.equal(cache.load(embedded), cache.load(reference(pictures / "red.png")))
+        assert torch.equal(cache.load(embedded).features[0], features(cache, pictures / "red.png"))
 
     def test_heic(self, pair, pictures, tmp_path, monkeypatch):
         """Decoded once; stored features need no decoder."""
@@ -137,36 +145,36 @@ class TestContents:
     def test_dtype(self, pair, pictures, tmp_path):
         cache = build(pair, rows_in(pictures), tmp_path / "cache", feature_cache_dtype="bfloat16")
         path = pictures / "red.png"
-        assert torch.equal(cache.load(reference(path)), towers_own(pair, path).bfloat16())
+        assert torch.equal(features(cache, path), towers_own(pair, path).bfloat16())
 
     def test_under_autocast_as_in_training(self, pair, pictures, tmp_path):
         cache = build(pair, rows_in(pictures), tmp_path / "cache", training={"bf16": True})
         with torch.autocast("cpu", torch.bfloat16):
             expected = towers_own(pair, pictures / "red.png")
         exact = towers_own(pair, pictures / "red.png")
-        stored = cache.load(reference(pictures / "red.png"))
+        stored = features(cache, pictures / "red.png")
         assert stored.dtype == torch.bfloat16 and torch.equal(stored, expected.bfloat16())
         assert not torch.equal(stored, exact.bfloat16())
 
     def test_reads_files_only_when_they_changed(self, pair, pictures, tmp_path, monkeypatch):
         build(pair, rows_in(pictures), tmp_path / "cache")
         cache = FeatureCache(tmp_path / "cache")
-        expected = cache.load(reference(pictures / "red.png"))
+        expected = features(cache, pictures / "red.png")
         os.utime(pictures / "green.png", ns=(1, 1))
         read = []
         original = cache_format.read_image_bytes
         monkeypatch.setattr(
             cache_format, "read_image_bytes", lambda image, **kwargs: read.append(image) or original(image, **kwargs)
         )
-        assert torch.equal(cache.load(reference(pictures / "red.png")), expected) and not read
+        assert torch.equal(features(cache, pictures / "red.png"), expected) and not read
         cache.load(reference(pictures / "green.png"))
         cache.load(reference(pictures / "green.png"))
         assert len(read) == 1  # another time of change: hashed again, once
 
     def test_goes_to_workers(self, pair, pictures, tmp_path):
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
-        image = reference(pictures / "red.png")
-        assert torch.equal(pickle.loads(pickle.dumps(cache)).load(image), cache.load(image))
+        path = pictures / "red.png"
+        assert torch.equal(features(pickle.loads(pickle.dumps(cache)), path), features(cache, path))
 
 
 @pytest.mark.parametrize("packing", ["none", "shared_image"])
@@ -205,8 +213,7 @@ class TestTraining:
         chat = [message("user", text_part("what?")), message("assistant", text_part("red"))]
         rows = [make_row([], [chat], "text")]
         cached = JnanaCollator(processor, packing=packing, images=cache)(rows)
-        features = cached["image_features"]
-        assert features.shape == (0, 4, 64) and "image_indices" not in cached
+        assert cached["image_features"].shape == (0, 4, 64) and "image_indices" not in cached
         loss, gradients = self.loss_and_gradients(model, JnanaCollator(processor, packing=packing)(rows))
         cached_loss, cached_gradients = self.loss_and_gradients(model, cached)
         assert torch.equal(loss, cached_loss) and gradients.keys() == cached_gradients.keys()
@@ -228,14 +235,14 @@ class TestTraining:
 class TestChangedAndBadImages:
     def test_a_changed_image_raises_then_is_added(self, pair, pictures, tmp_path, monkeypatch):
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
-        before = cache.load(reference(pictures / "red.png"))
+        before = features(cache, pictures / "red.png")
         Image.new("RGB", (40, 30), "purple").save(pictures / "red.png")
         with pytest.raises(BadSampleError, match=r"record 0: image .*red.png' is not in the feature cache"):
             cache.load(reference(pictures / "red.png"), "record 0")
         counts = computed(monkeypatch, pair)
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
         assert counts == [1] and len(cache) == 7
-        assert not torch.equal(cache.load(reference(pictures / "red.png")), before)
+        assert not torch.equal(features(cache, pictures / "red.png"), before)
 
     @pytest.mark.parametrize(
         ("spoil", "message"),
@@ -364,7 +371,7 @@ class TestDisk:
         assert len(cache) == 6 and len(counts) == 3 and not half.exists()
         for colour in COLOURS:
             path = pictures / f"{colour}.png"
-            torch.testing.assert_close(cache.load(reference(path)), towers_own(pair, path), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(features(cache, path), towers_own(pair, path), rtol=1e-6, atol=1e-6)
 
     @staticmethod
     def build_and_die(pair, pictures, tmp_path):
@@ -394,7 +401,7 @@ class TestDisk:
         assert second.is_alive() and not counts
         # the first run adds a part meanwhile
         missing = reference(pictures / "blue.png")
-        cache_format.write_part(tmp_path / "cache", [cache.digest(missing)], torch.zeros(1, 4, 64))
+        cache_format.write_part(tmp_path / "cache", [cache.digest(missing)], [StoredImage(torch.zeros(1, 4, 64))])
         first.release()
         second.join(30)
         assert counts == [3] and len(result[0]) == 6  # what the first one added is not computed again

@@ -27,16 +27,10 @@ from .backbones_jnana import (
     join_pretrained,
 )
 from .configuration_jnana import JnanaConfig
-from .cross_attention_jnana import (
-    INPUTS_NAME,
-    STATES_NAME,
-    CrossAttentionInputs,
-    JnanaCrossAttentionLayer,
-    JnanaCrossAttentionMixin,
-    prepare_inputs,
-)
+from .cross_attention_jnana import INPUTS_NAME, JnanaCrossAttentionLayer, JnanaCrossAttentionMixin
 from .idefics_jnana import IDEFICS_MODEL_TYPE, load_idefics
 from .image_inputs_jnana import ImageSizes, JnanaImageMixin
+from .image_slots_jnana import STATES_NAME
 from .llava_jnana import LLAVA_MODEL_TYPES, load_llava
 from .loading_jnana import (
     HUB_ARGUMENTS,
@@ -346,7 +340,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             blank = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
         cross_inputs = None
         if self.config.fusion == "cross_attention":
-            inputs_embeds, cross_inputs = self._attend_to_images(
+            inputs_embeds, cross_inputs = self.attend_to_images(
                 input_ids, inputs_embeds, images, blank, image_indices, cache, segment_ids, branch_ids
             )
             image_hidden_states = None if images is None else cross_inputs.image_vectors
@@ -407,40 +401,6 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         elif blank is not None:
             inputs_embeds = inputs_embeds + (0.0 * blank.sum()).to(inputs_embeds.dtype)
         return inputs_embeds, image_hidden_states
-
-    def _attend_to_images(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        images: list[torch.Tensor] | None,
-        blank: torch.Tensor | None,
-        image_indices: torch.Tensor | None,
-        cache: Cache | None,
-        segment_ids: torch.Tensor | None,
-        branch_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, CrossAttentionInputs]:
-        """`fusion: cross_attention`: the ordinary embeddings, and what the cross-attention blocks need."""
-        config = self.config
-        if config.image_token_id >= config.text_config.vocab_size:
-            raise ValueError(
-                f"`image_token_id` is {config.image_token_id}, but the embedding has {config.text_config.vocab_size} "
-                "rows; with `fusion: cross_attention` the image token needs one. Call `resize_token_embeddings`."
-            )
-        if input_ids is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        assert inputs_embeds is not None  # for mypy; checked by the caller
-        image_mask = self._find_tokens(config.image_token_id, input_ids, inputs_embeds)
-        if images is not None or inputs_embeds.shape[1] > 1:  # a single new token is never an image
-            shown = images if image_indices is None else self._select_images(images, image_indices)
-            self._check_counts(image_mask, 0 if shown is None else len(shown))
-        end_mask = None
-        if config.image_end_token_id is not None:
-            end_mask = self._find_tokens(config.image_end_token_id, input_ids, inputs_embeds)
-        vectors = blank if images is None else torch.cat(images)
-        if vectors is not None:
-            vectors = vectors.to(inputs_embeds.device).unflatten(-1, (config.projector_num_latents, -1))
-        inputs = prepare_inputs(vectors, image_indices, image_mask, end_mask, cache, segment_ids, branch_ids)
-        return inputs_embeds, inputs
 
 
 def _check_float16_attention(text_config: PreTrainedConfig, inputs_embeds: torch.Tensor) -> None:

@@ -9,13 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, PhiConfig
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids
 
-from jnana.modeling import CACHE_NAME, JnanaConfig, JnanaForConditionalGeneration, cross_attention_jnana
-from jnana.modeling.cross_attention_jnana import (
-    HOOKS_ARE_CHECKPOINTED,
-    STATES_NAME,
-    find_positions,
-    find_visible_images,
+from jnana.modeling import (
+    CACHE_NAME,
+    JnanaConfig,
+    JnanaForConditionalGeneration,
+    cross_attention_jnana,
+    image_slots_jnana,
 )
+from jnana.modeling.cross_attention_jnana import HOOKS_ARE_CHECKPOINTED
+from jnana.modeling.image_slots_jnana import STATES_NAME, find_positions, find_visible_images
 from tests.modeling.packed import batches, difference, loss_and_gradients
 from tests.modeling.pairs import FAMILIES, IMAGE, VOCAB_ROWS, join, pictures, text_config, text_ids
 from tests.tiny import tiny_vision_config
@@ -448,7 +450,7 @@ def test_packed_rows_without_segments_or_one_image_a_token_are_seen(tmp_path, mo
 
     assert difference(loss_and_gradients(model, batches("shared_image", 1)), alone) < EXACT
     for wrong, how in ((across, "shared_image"), (every, "padded")):
-        monkeypatch.setattr(cross_attention_jnana, "find_visible_images", wrong)
+        monkeypatch.setattr(image_slots_jnana, "find_visible_images", wrong)
         assert difference(loss_and_gradients(model, batches(how, 1)), alone) > 100 * EXACT
 
 

@@ -236,6 +236,11 @@ def test_packed_equals_unpacked(pairs, paths, kind):
         batch = batch_of(processor, rows, packing_)
         assert len(batch["image_sizes"]) == 6 and len(batch["image_indices"]) > 6
         assert difference(loss_and_gradients(model, [batch]), expected) < 1e-5, packing_
+    distinct = [{**row, "conversations": row["conversations"][:1]} for row in rows[:2] + rows[4:]]
+    batch = batch_of(processor, distinct, "none")
+    assert "image_indices" not in batch and len(batch["image_sizes"]) == 4
+    expected = loss_and_gradients(model, separate(processor, distinct))
+    assert difference(loss_and_gradients(model, [batch]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("fault", ["sizes", "views", "indices", "branch point", "newline"])

@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 
 # The tests that touch the interfaces of other libraries: model, processor, saving and remote code, generation, Trainer,
-# LoRA, merging, packing, chat session, and one run of each script.
+# LoRA, merging, packing, chat session, images of all formats, and one run of each script.
 INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/processing/test_chat_templates.py \
+	tests/processing/data/test_images.py \
 	tests/training/test_stages.py tests/training/test_loading.py tests/training/test_quantization.py \
 	tests/evaluation/test_generation.py tests/chat/test_session.py tests/scripts/test_chain.py
 TEST_SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -64,6 +64,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--examples_folder", type=Path, default=EXAMPLES, help="example images, questions in .txt")
     parser.add_argument("--host", help="default: GRADIO_SERVER_NAME, else 127.0.0.1 (this machine only)")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, else 7860 or the next free one")
+    parser.add_argument(
+        "--host_names",
+        default="",
+        help="names under which the page may be opened, separated by commas, besides localhost, addresses in numbers, "
+        "the name given as --host and that of a Space",
+    )
     parser.add_argument("--login", help="name:password; JNANA_LOGIN is safer, because process lists show options")
     for limit in dataclasses.fields(Limits):
         text = f"limit; default: {limit.default}"
@@ -82,6 +88,12 @@ def find_model(given: str | None) -> str:
             "--model_name_or_path DIRECTORY_OR_HUB_ID, or JNANA_MODEL."
         )
     return str(DEMO)
+
+
+def find_host_names(host: str | None, given: str) -> set[str]:
+    """The names in a request's Host header that are answered."""
+    names = {host or os.environ.get("GRADIO_SERVER_NAME", ""), os.environ.get("SPACE_HOST", ""), *given.split(",")}
+    return {name.strip() for name in names if name.strip()}
 
 
 def find_login(given: str | None) -> tuple[str, str] | None:
@@ -138,7 +150,8 @@ def main(argv: list[str]) -> None:
     with upload_directory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:
-            options: dict[str, Any] = launch_options(assistant, uploads)
+            host_names = find_host_names(arguments.host, arguments.host_names)
+            options: dict[str, Any] = launch_options(assistant, uploads, host_names)
             build_interface(assistant, arguments.examples_folder).launch(
                 server_name=arguments.host, server_port=arguments.port, auth=login, **options
             )

@@ -1,4 +1,6 @@
-"""Stage 1: join a frozen image encoder and a frozen language model by training the projector between them.
+"""Stage 1: join an image encoder and a frozen language model by training the projector between them.
+
+The image encoder is frozen too, unless `freeze_vision_tower: false` trains it with the projector.
 
     accelerate launch run_align.py recipes/jnana/align.yaml
     accelerate launch run_align.py recipes/era_capstone/align.yaml --learning_rate 1e-4 --output_dir outputs/mine
@@ -16,15 +18,23 @@ import sys
 
 from transformers import Trainer, TrainingArguments
 
-from jnana.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments, recipe_name
+from jnana.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PartArguments,
+    RunArguments,
+    parse_arguments,
+    recipe_name,
+)
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
 from jnana.training.interruption import StopSignalCallback
-from jnana.training.loading import prepare_model, prepare_processor
+from jnana.training.loading import frozen_dtype, prepare_model, prepare_processor
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
-from jnana.training.optimizers import trainer_optimizer
+from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.option_checks import check_computation, check_no_adapter, check_run
+from jnana.training.part_checks import check_parts
 from jnana.training.run import finish_run, prepare_collator, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
@@ -32,13 +42,15 @@ from jnana.training.stages import apply_stage
 
 def main(argv: list[str]) -> None:
     # 1. Arguments, logging, seed
-    classes = (ModelArguments, DataArguments, RunArguments, TrainingArguments)
-    model_args, data_args, run_args, training_args = parse_arguments(classes, argv)
+    classes = (ModelArguments, DataArguments, PartArguments, RunArguments, TrainingArguments)
+    model_args, data_args, part_args, run_args, training_args = parse_arguments(classes, argv)
     start_run(training_args)
 
     # 2. Checks that need no model
     check_run(training_args, model_args, data_args, run_args)
     check_no_adapter(model_args)
+    model_args.dtype = frozen_dtype(model_args)
+    check_parts(part_args, training_args, data_args)
     check_computation(training_args, model_args, run_args.optimizer)
     check_push(training_args)
 
@@ -54,11 +66,15 @@ def main(argv: list[str]) -> None:
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
-    # 5. Model: only the projector trains
-    model = apply_stage(prepare_model(model_args, processor, training_args), "align", packing=data_args.packing)
+    # 5. Model: the projector trains, and perhaps the tower
+    model = prepare_model(model_args, processor, training_args)
+    model = apply_stage(model, "align", None, data_args.packing, part_args.freeze_vision_tower)
 
     # 6. Trainer
     collator = prepare_collator(data_args, model_args, training_args, model, processor, [train_rows, eval_rows])
+    callbacks = monitoring_callbacks(run_args, eval_rows, processor)
+    if part_args.given:
+        callbacks.append(PartScheduleCallback(part_args))
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -66,8 +82,8 @@ def main(argv: list[str]) -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        callbacks=[*monitoring_callbacks(run_args, eval_rows, processor), StopSignalCallback()],  # must be the last
-        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
+        callbacks=[*callbacks, StopSignalCallback()],  # must be the last
+        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args, part_args),
         **evaluation_hooks(data_args.on_bad_sample, training_args.world_size),
     )
 

@@ -1,9 +1,10 @@
-"""Stage 2: fine-tune on questions and answers about images; the image encoder is frozen, the projector trains on.
+"""Stage 2: fine-tune on questions and answers about images; the projector trains on.
 
-The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). With an adapter, `output_dir`
-holds the adapter and the trained projector, the processor, and a record of the base model; `merge_adapter: true` also
-writes `output_dir/merged`, an ordinary checkpoint. An adapter directory as `model_name_or_path` is trained for a
-further round.
+The language model gets a LoRA adapter (`lora_r: 64`) or is trained whole (`lora_r: 0`). The image encoder is frozen,
+gets an adapter too (`lora_vision_target_modules`) or is trained whole (`freeze_vision_tower: false`). With an adapter,
+`output_dir` holds the adapter and the parts that trained whole, the processor, and a record of the base model;
+`merge_adapter: true` also writes `output_dir/merged`, an ordinary checkpoint. An adapter directory as
+`model_name_or_path` is trained for a further round.
 
     accelerate launch run_sft.py recipes/jnana/sft.yaml
     accelerate launch run_sft.py recipes/phi35_pooled/sft.yaml --learning_rate 5e-5 --merge_adapter true
@@ -34,7 +35,7 @@ from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
-    RateArguments,
+    PartArguments,
     RunArguments,
     parse_arguments,
     recipe_name,
@@ -43,10 +44,11 @@ from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
 from jnana.training.interruption import StopSignalCallback
-from jnana.training.loading import prepare_model, prepare_processor
+from jnana.training.loading import frozen_dtype, prepare_model, prepare_processor
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
-from jnana.training.optimizers import PartScheduleCallback, check_rates, trainer_optimizer
+from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.option_checks import check_computation, check_lora, check_quantization, check_run
+from jnana.training.part_checks import check_parts
 from jnana.training.run import finish_run, merge_trained_adapter, prepare_collator, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
@@ -54,16 +56,17 @@ from jnana.training.stages import apply_stage
 
 def main(argv: list[str]) -> None:
     # 1. Arguments, logging, seed
-    classes = (ModelArguments, DataArguments, LoraArguments, RateArguments, RunArguments, TrainingArguments)
-    model_args, data_args, lora_args, rate_args, run_args, training_args = parse_arguments(classes, argv)
+    classes = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
+    model_args, data_args, lora_args, part_args, run_args, training_args = parse_arguments(classes, argv)
     start_run(training_args)
 
     # 2. Checks that need no model
     check_run(training_args, model_args, data_args, run_args)
-    check_rates(rate_args, training_args)
+    model_args.dtype = frozen_dtype(model_args)
     start = model_args.model_name_or_path
     continued_adapter = start if start is not None and is_adapter(start) else None
     check_lora(lora_args, continued_adapter)
+    check_parts(part_args, training_args, data_args, lora_args, continued_adapter)
     with_adapter = continued_adapter is not None or lora_args.lora_r > 0
     quantization = quantization_settings(lora_args, model_args)
     check_quantization(quantization, training_args.device)
@@ -82,15 +85,15 @@ def main(argv: list[str]) -> None:
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
-    # 5. Model: the projector trains, and the language model by an adapter or whole
+    # 5. Model: the projector trains, and the language model by an adapter or whole; perhaps the tower, too
     model = prepare_model(model_args, processor, training_args, quantization)
-    model = apply_stage(model, "sft", lora_args, data_args.packing)
+    model = apply_stage(model, "sft", lora_args, data_args.packing, part_args.freeze_vision_tower)
 
     # 6. Trainer
     collator = prepare_collator(data_args, model_args, training_args, model, processor, [train_rows, eval_rows])
     callbacks = monitoring_callbacks(run_args, eval_rows, processor)
-    if rate_args.given:
-        callbacks.append(PartScheduleCallback(rate_args))
+    if part_args.given:
+        callbacks.append(PartScheduleCallback(part_args))
     if with_adapter:
         reference = with_fingerprints(base_reference(model_args, lora_args))
         callbacks.append(BaseReferenceCallback(reference))
@@ -102,7 +105,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=eval_rows,
         processing_class=processor,
         callbacks=[*callbacks, StopSignalCallback()],  # must be the last
-        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args, rate_args),
+        optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args, part_args),
         **evaluation_hooks(data_args.on_bad_sample, training_args.world_size),
     )
 
@@ -115,7 +118,7 @@ def main(argv: list[str]) -> None:
     if merge and training_args.should_save:
         del trainer, model, callbacks  # the schedule callback holds the optimizer
         release_memory()
-        merge_trained_adapter(training_args, lora_args.merge_base)
+        merge_trained_adapter(training_args, lora_args.merge_base, model_args.device_map)
 
 
 if __name__ == "__main__":

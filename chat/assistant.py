@@ -77,6 +77,7 @@ class Chat:
         transcript (`list[dict]`): The chat as the page shows it.
         queued (`QueuedQuestion` or `None`): The question that waits for the model.
         answering (`QueuedQuestion` or `None`): The question that is being answered.
+        notice (`str`): Why the last click did nothing, for the status line; empty if it did something.
         closed (`bool`): Whether the chat was cleared, or deleted after `idle_seconds`.
         lock (`threading.RLock`): Held while `waiting`, `receiving`, `queued` or `answering` are read and changed.
     """
@@ -87,6 +88,7 @@ class Chat:
     transcript: list[dict] = field(default_factory=list)
     queued: QueuedQuestion | None = None
     answering: QueuedQuestion | None = None
+    notice: str = ""
     closed: bool = False
     lock: Any = field(default_factory=threading.RLock)
 

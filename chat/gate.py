@@ -7,11 +7,15 @@ before it checks the login.
 """
 
 import asyncio
+import contextlib
+import ipaddress
 import os
 import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .limits import Limits
 
@@ -40,6 +44,9 @@ class Gate:
         folder (`Path`): The upload directory.
         upload_megabytes (`float`): Limit of one upload request.
         folder_megabytes (`float`): Limit of the upload directory, running uploads included.
+        host_names (`Collection[str]`): Names under which the page may be opened, besides `localhost` and addresses in
+            numbers. Another name in a request's Host header is that of a foreign site which resolves to this server
+            (DNS rebinding).
         question_characters (`int`): Limit of one question, the largest content of any other request.
     """
 
@@ -49,9 +56,11 @@ class Gate:
         folder: Path,
         upload_megabytes: float,
         folder_megabytes: float,
+        host_names: Collection[str] = (),
         question_characters: int = Limits.question_characters,
     ):
         self.app, self.folder = app, folder
+        self.host_names = {"localhost", *(name.lower() for name in host_names)}
         self.upload_megabytes, self.folder_megabytes = upload_megabytes, folder_megabytes
         self.other_bytes = question_characters * CHARACTER + ENVELOPE
         self.counting = asyncio.Lock()
@@ -69,7 +78,9 @@ class Gate:
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         upload = path.startswith("/gradio_api/upload") and scope["method"] == "POST"
         length = length_of(scope)
-        status, problem = self.check(path, upload, length)
+        status, problem = self.check_source(path, scope)
+        if not problem:
+            status, problem = self.check(path, upload, length)
         if upload and not problem and not await self.has_room(length or 0):
             status, problem = 503, "There is no room for uploads at the moment. Try again later."
         if problem:
@@ -82,6 +93,33 @@ class Gate:
         finally:
             if upload:
                 self.arriving -= length or 0
+
+    def check_source(self, path: str, scope: dict[str, Any]) -> tuple[int, str]:
+        """
+        Check that a request is for this page by name, and does not come from the page of another site. Returns status
+        and error message; the message of an allowed one is empty.
+        """
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if not self.is_own(host_name(f"//{host}")):
+            return 421, "This page is not served under that name. The operator can allow it: --host_names NAME."
+        origin = headers.get(b"origin")
+        changes = scope["method"] not in ("GET", "HEAD") or path.rstrip("/") == "/logout"
+        foreign = headers.get(b"sec-fetch-site") == "cross-site"
+        if origin is not None:
+            name = host_name(origin)
+            # Behind a proxy the Host header may be this server's address and the origin the page's public name.
+            foreign = origin.partition("://")[2] != host and name not in self.host_names
+        return (403, "Requests from other sites are not answered.") if changes and foreign else (200, "")
+
+    def is_own(self, name: str | None) -> bool:
+        """Whether a host name is one of this page. An address in numbers can't be pointed at another server."""
+        if not name:
+            return False
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(name)
+            return True
+        return name in self.host_names
 
     def check(self, path: str, upload: bool, length: int | None) -> tuple[int, str]:
         """Check the header of a request. Returns status and error message; the message of an allowed one is empty."""
@@ -107,6 +145,14 @@ class Gate:
             self.counted += length
             self.arriving += length
             return True
+
+
+def host_name(address: str) -> str | None:
+    """The host name of an address (`http://name:port`, `//name:port`) in lower case; `None` if it has none."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
 
 
 def length_of(scope: dict[str, Any]) -> int | None:

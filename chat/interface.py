@@ -1,18 +1,19 @@
 """The layout of the chat page, in Gradio 6. Its event handlers are in `page.py`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from .assistant import Assistant
 from .gate import Gate
-from .limits import Refused, refuse_addresses
-from .page import Page, for_visitors
+from .limits import Refused, check_files
+from .page import Page, for_visitors, in_status_line
 
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -39,13 +40,18 @@ def pass_file(component: gr.Image | gr.Audio) -> Any:
 
 
 class GuardedBlocks(gr.Blocks):
-    """Blocks that refuse web addresses in every input; Gradio would otherwise download them."""
+    """Blocks that take no file but an uploaded one, in every input of every handler."""
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call: bool = False):
         try:
-            refuse_addresses(inputs)
+            check_files(inputs, get_upload_folder())
         except Refused as error:
             raise gr.Error(str(error), print_exception=False) from None
+        # Gradio replaces an input in a session by a new instance once a handler returns an update for it (`gr.skip()`
+        # is one); the new instance lacks the `preprocess` that `pass_file` sets.
+        for block in block_fn.inputs if state is not None else ():
+            if "preprocess" in vars(block) and state[block._id] is not block:
+                state[block._id] = block
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
 
@@ -186,7 +192,7 @@ def _connect_voice(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace) -
     # `change`, because Gradio's audio sends `input` before the recording is uploaded
     noticed = _on(recording.change, page.notice, [recording], [status], queue=False)
     transcribed = _on(noticed.then, page.transcribe, [recording], [transcript, status], concurrency_id="speech")
-    _on(transcribed.success, page.append_transcript, [transcript, question], [question], queue=False)
+    _on(transcribed.success, page.append_transcript, [transcript, question], [question, status], queue=False)
     transcribed.failure(lambda: "", None, [status], queue=False, api_visibility="private")
 
 
@@ -220,11 +226,13 @@ def _examples(examples: list[tuple[str, str]]) -> gr.Dataset | None:
     )
 
 
-def _on(event: Callable, handler: Callable, inputs: list, outputs: list | None, **options: Any) -> Any:
-    return event(for_visitors(handler), inputs, outputs, show_progress="hidden", api_visibility="private", **options)
+def _on(event: Callable, handler: Callable, inputs: list, outputs: list, **options: Any) -> Any:
+    # Gradio shows no message of a handler that runs outside the queue, and empties its outputs.
+    guarded = for_visitors(handler) if options.get("queue", True) else in_status_line(handler, len(outputs))
+    return event(guarded, inputs, outputs, show_progress="hidden", api_visibility="private", **options)
 
 
-def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
+def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[str] = ()) -> dict[str, Any]:
     """
     Options of `Blocks.launch`: no tracebacks and no API documentation for visitors, no fonts from other servers, only
     the page's own routes, and no chat history in the browser.
@@ -232,6 +240,8 @@ def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
     Args:
         assistant (`Assistant`): The model that answers.
         uploads (`Path`): Gradio's upload directory.
+        host_names (`Collection[str]`, *optional*): Names under which the page may be opened, besides `localhost` and
+            addresses in numbers.
     """
     limits = assistant.limits
     gate = Middleware(
@@ -239,6 +249,7 @@ def launch_options(assistant: Assistant, uploads: Path) -> dict[str, Any]:
         folder=uploads,
         question_characters=limits.question_characters,
         upload_megabytes=limits.upload_megabytes,
+        host_names=host_names,
         folder_megabytes=limits.all_uploads_megabytes,
     )
     return {

@@ -5,6 +5,10 @@ it names the limit, and contains no path of this machine.
 """
 
 import logging
+import os
+import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,14 @@ from typing import Any
 from PIL.Image import Image
 
 from jnana.processing.data import BadSampleError, load_image
-from jnana.processing.data.images import IMAGE_FORMATS
+
+from . import decode_upload
 
 
 logger = logging.getLogger(__name__)
+
+DECODE_SECONDS = 30  # of the process that decodes an upload, its start included
+NO_UPLOAD = "That file was not uploaded here. Upload it again."
 
 
 class Refused(ValueError):
@@ -62,32 +70,41 @@ def read_upload(path: str | Path, limits: Limits) -> bytes:
     Read an uploaded file.
 
     Raises:
-        Refused: if it is too large.
+        Refused: if it is too large, or not a regular file.
     """
-    size = Path(path).stat().st_size
-    if size > limits.upload_megabytes * 1e6:
-        raise Refused(f"That file has {size / 1e6:.0f} MB; at most {limits.upload_megabytes:g} MB are allowed.")
-    return Path(path).read_bytes()
+    limit = int(limits.upload_megabytes * 1e6)
+    try:
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Refused(NO_UPLOAD)
+            data = file.read(limit + 1)
+    except OSError:
+        raise Refused(NO_UPLOAD) from None
+    if len(data) > limit:
+        raise Refused(f"That file has more than the {limits.upload_megabytes:g} MB that are allowed.")
+    return data
 
 
 def read_image(path: str | Path, limits: Limits) -> Image:
     """
-    Decode an uploaded image.
+    Decode an uploaded image. Its bytes are decoded in a process of its own (`decode_upload.py`), which a crafted file
+    can crash or stop without harm to the app.
 
     Raises:
         Refused: if it is not an image, is truncated, or is too large.
     """
-    data = read_upload(path, limits)
+    data, pixels = read_upload(path, limits), int(limits.image_megapixels * 1e6)
     try:
-        return load_image(
-            {"path": None, "bytes": data}, source="upload", max_image_pixels=int(limits.image_megapixels * 1e6)
-        )
-    except BadSampleError as error:
-        logger.info("refused: %s", error)
+        command = [sys.executable, "-I", decode_upload.__file__, str(pixels)]
+        decoded = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=True)
+        return load_image({"path": None, "bytes": decoded.stdout}, source="upload", max_image_pixels=pixels)
+    except (BadSampleError, subprocess.SubprocessError) as error:
+        last = getattr(error, "stderr", None) or b""
+        logger.info("refused: %s %s", error, last.decode(errors="replace").strip().rpartition("\n")[2])
         raise Refused(
-            f"That file can't be used as a picture. It must be a complete {', '.join(IMAGE_FORMATS)} file of at most "
-            f"{limits.image_megapixels:g} megapixels and {limits.upload_megabytes:g} MB, with no side more than 100 "
-            "times as long as the other."
+            f"That file can't be used as a picture. It must be a complete {', '.join(decode_upload.UPLOAD_FORMATS)} "
+            f"file of at most {limits.image_megapixels:g} megapixels and {limits.upload_megabytes:g} MB, with no side "
+            "more than 100 times as long as the other."
         ) from None
 
 
@@ -105,18 +122,34 @@ def check_question(text: str, limits: Limits) -> str:
     return text
 
 
-def refuse_addresses(payload: Any) -> None:
+def check_files(payload: Any, folder: str | Path) -> None:
     """
-    Refuse requests that would make the server download a web address: those that give one as a file's path.
+    Refuse requests about files that no visitor uploaded. Gradio checks only those that are marked as files; this
+    function checks every `path` wherever it is in a request.
+
+    Args:
+        payload (`Any`): The data of the request.
+        folder (`str` or `Path`): The upload directory.
 
     Raises:
-        Refused: if any file in the request's data has a web address as its path.
+        Refused: if a path is a web address, which the server would download, or is not that of a regular file in the
+            upload directory. The message does not tell whether the file exists.
     """
     if isinstance(payload, dict):
         path = payload.get("path")
         if isinstance(path, str) and "://" in path:
             raise Refused("Web addresses are not fetched here. Save the file and upload it.")
+        if path is not None and not _is_upload(path, folder):
+            raise Refused(NO_UPLOAD)
         payload = list(payload.values())
     if isinstance(payload, (list, tuple)):
         for item in payload:
-            refuse_addresses(item)
+            check_files(item, folder)
+
+
+def _is_upload(path: Any, folder: str | Path) -> bool:
+    """Whether `path` is a regular file inside `folder`, symbolic links followed."""
+    if not isinstance(path, str) or "\0" in path:
+        return False
+    file = os.path.realpath(path)
+    return os.path.isfile(file) and Path(file).is_relative_to(os.path.realpath(folder))

@@ -29,15 +29,42 @@ STILL_RECEIVING = "Your picture is still being uploaded. Send again in a moment.
 WAITING = "waiting for the model ..."
 
 
+def line_for_visitor(handler: Callable, error: Exception) -> str:
+    """One line about an exception of a handler, without details, which are logged."""
+    if isinstance(error, (Refused, ContextFullError)):
+        text = str(error)
+        return text[0].upper() + text[1:]
+    logger.error("%s failed", handler.__name__, exc_info=error)
+    return GENERAL_ERROR
+
+
+def in_status_line(handler: Callable, num_outputs: int) -> Callable:
+    """
+    Decorate a handler that runs outside the queue and whose last output is the status line: every exception becomes
+    one line there, and everything else on the page stays as it is.
+    """
+
+    @functools.wraps(handler)
+    def guarded(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except Exception as error:
+            line = line_for_visitor(handler, error)
+        visitor = next((arg for arg in args if isinstance(arg, Visitor)), None)
+        if visitor is not None:
+            visitor.chat.notice = line
+        return line if num_outputs == 1 else (*(gr.skip() for _ in range(num_outputs - 1)), line)
+
+    return guarded
+
+
 def for_visitors(handler: Callable) -> Callable:
-    """Decorate a handler: every exception becomes one line for the visitor, and the app continues."""
+    """Decorate a queued handler: every exception becomes one line for the visitor, and the app continues."""
 
     def visitor_error(error: Exception) -> gr.Error:
-        if isinstance(error, (Refused, ContextFullError)):
-            text = str(error)
-            return gr.Error(text[0].upper() + text[1:], title="Not possible", print_exception=False)
-        logger.error("%s failed", handler.__name__, exc_info=error)
-        return gr.Error(GENERAL_ERROR, title="Sorry", print_exception=False)
+        refused = isinstance(error, (Refused, ContextFullError))
+        text = line_for_visitor(handler, error)
+        return gr.Error(text, title="Not possible" if refused else "Sorry", print_exception=False)
 
     @functools.wraps(handler)
     def guarded(*args: Any) -> Any:
@@ -72,7 +99,7 @@ class Page:
     def add_image(self, path: str | None, visitor: Visitor):
         """Add an uploaded image to the waiting ones, and empty the input for the next image."""
         if path is None:  # the input was emptied
-            return (gr.skip(),) * 4
+            return *((gr.skip(),) * 3), None
         try:
             self.assistant.receive(visitor.chat, path)
         except Refused as error:
@@ -103,14 +130,15 @@ class Page:
         """The transcript of a recording, and an empty status line."""
         return ("" if path is None else self.assistant.listen(path)), ""
 
-    def append_transcript(self, transcript: str, question: str) -> str:
-        """Append a transcript to the question box, where the visitor can correct it before sending."""
-        return f"{question} {transcript}".strip() if transcript else question
+    def append_transcript(self, transcript: str, question: str) -> tuple[str, str]:
+        """Append a transcript to the question box, where the visitor can correct it; and an empty status line."""
+        return (f"{question} {transcript}".strip() if transcript else question), ""
 
     def take(self, question: str, visitor: Visitor):
         """Queue the question with the waiting images."""
         chat, question = visitor.chat, check_question(question, self.assistant.limits)
         with chat.lock:
+            chat.notice = ""
             if chat.queued or chat.answering:
                 raise Refused(STILL_ANSWERING)
             if chat.receiving:
@@ -126,6 +154,7 @@ class Page:
         """Queue the last question again."""
         chat = visitor.chat
         with chat.lock:
+            chat.notice = ""
             if chat.queued or chat.answering:
                 raise Refused(STILL_ANSWERING)
             if not chat.session.messages:
@@ -174,7 +203,7 @@ class Page:
         """Called after an answer: shows an empty chat if the chat was cleared just before the answer ended."""
         if visitor.chat.transcript:
             return gr.skip(), gr.skip()
-        return [], ""
+        return [], visitor.chat.notice
 
     def withdraw(self, visitor: Visitor):
         """Put the queued question back into its box; also called if the queue is full."""
@@ -201,7 +230,7 @@ class Page:
         reply = {"role": "assistant", "content": ""}
         chat.transcript = [*chat.transcript, reply]
         try:
-            yield self._progress(visitor, "reading ...")
+            yield self._progress(visitor, "reading ...")  # with the notice that a question was sent too early
             while not chat.closed and (text := next(answer, None)) is not None:
                 reply["content"] = text
                 if not chat.closed:
@@ -214,7 +243,7 @@ class Page:
 
     def _summary(self, visitor: Visitor, chat: Chat):
         """The complete answer, with its token counts and times."""
-        turn = chat.session.last_turn
+        turn, chat.notice = chat.session.last_turn, ""
         if chat.closed or turn is None:
             return self._unchanged()
         speed = turn.new_tokens / max(turn.seconds, 1e-9)
@@ -260,7 +289,9 @@ class Page:
         The values that change while an answer is written; the question box stays untouched, because the visitor may be
         typing. Returning the visitor resets its idle time.
         """
-        return visitor, gr.skip(), gr.skip(), as_plain_text(visitor.chat.transcript), gr.skip(), status
+        chat = visitor.chat
+        line = f"{status} {chat.notice}" if chat.notice else status
+        return visitor, gr.skip(), gr.skip(), as_plain_text(chat.transcript), gr.skip(), line
 
     def _unchanged(self):
         return (gr.skip(),) * 6

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from jnana.modeling import CACHE_NAME
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import load_image
+from jnana.processing.data import image_size, load_image
 
 
 BUSY = "this chat is still being answered; wait for the answer, or stop it"
@@ -60,11 +60,15 @@ class PreparedImage:
     An image as the vision tower takes it.
 
     Args:
-        pixel_values (`torch.Tensor`): Of shape `(1, channels, height, width)`.
-        digest (`str`): SHA-256 of the pixel values.
+        pixel_values (`torch.Tensor`): Its views, of shape `(num_views, channels, height, width)`.
+        size (`tuple[int, int]`): (height, width) in pixels, before it was processed.
+        num_tokens (`int`): Image tokens it takes.
+        digest (`str`): SHA-256 of the pixel values and the size.
     """
 
     pixel_values: torch.Tensor
+    size: tuple[int, int]
+    num_tokens: int
     digest: str
 
 
@@ -140,8 +144,10 @@ class ChatSession:
             image (`Any`): As [`jnana.processing.data.load_image`] takes it; its errors are raised.
         """
         loaded = load_image(image, source="image")
-        pixel_values = self.processor(images=[loaded], return_tensors="pt")["pixel_values"]  # => [1, 3, h, w]
-        return PreparedImage(pixel_values, hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest())
+        pixel_values = self.processor(images=[loaded], return_tensors="pt")["pixel_values"].flatten(0, -4)
+        size = image_size(loaded)
+        digest = hashlib.sha256(pixel_values.numpy().tobytes() + repr(size).encode()).hexdigest()
+        return PreparedImage(pixel_values, size, self.processor.count_image_tokens(size), digest)
 
     def retry(self, **options: Any) -> Iterator[str]:
         """
@@ -206,7 +212,7 @@ class ChatSession:
         if self.busy:
             raise RuntimeError(BUSY)
         stop = self._stop = threading.Event()
-        ids = self.processor.encode_chat(chat)
+        ids = self.processor.encode_chat(chat, image_sizes=[image.size for image in images])
         limit = self.model.config.text_config.max_position_embeddings
         if len(ids) >= limit:
             raise ContextFullError(
@@ -320,11 +326,14 @@ class ChatSession:
             "attention_mask": torch.ones_like(input_ids),
             CACHE_NAME: self._cache,
         }
-        per_image = self.processor.count_image_tokens()
-        new_images = images[ids[:kept].count(self.processor.image_token_id) // per_image :]
+        new_images, cached = list(images), ids[:kept].count(self.processor.image_token_id)
+        while cached > 0:  # the cache splits no image
+            cached -= new_images.pop(0).num_tokens
         if new_images:
             pixel_values = torch.cat([image.pixel_values for image in new_images])
-            inputs["pixel_values"] = pixel_values.to(device, self.model.dtype)  # => [new images, 3, h, w]
+            inputs["pixel_values"] = pixel_values.to(device, self.model.dtype)  # => [views, 3, h, w]
+            if self.processor.image_grid_pinpoints is not None:
+                inputs["image_sizes"] = torch.tensor([image.size for image in new_images])
         return inputs
 
     def _common_length(self, keys: list[Any]) -> int:
@@ -337,12 +346,11 @@ class ChatSession:
 
     def _keys(self, ids: list[int], images: list[PreparedImage]) -> list[Any]:
         """Token ids, with image tokens replaced by (digest of the image, index in it): equal for equal images only."""
-        per_image = self.processor.count_image_tokens()
-        image_token_id, keys, seen = self.processor.image_token_id, list[Any](ids), 0
+        keys = list[Any](ids)
+        image_keys = ((image.digest, index) for image in images for index in range(image.num_tokens))
         for position, token in enumerate(ids):
-            if token == image_token_id:
-                keys[position] = (images[seen // per_image].digest, seen % per_image)
-                seen += 1
+            if token == self.processor.image_token_id:
+                keys[position] = next(image_keys)
         return keys
 
     def _rotary_embedding_changes(self, kept: int, longest: int) -> bool:

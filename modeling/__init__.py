@@ -11,6 +11,7 @@ if __name__ != "jnana.modeling":  # a second copy of every class would be regist
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .configuration_jnana import DOWNSAMPLING_PROJECTORS, PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
+from .idefics_jnana import IDEFICS_MODEL_TYPE, find_image_tokens, jnana_config_from_idefics
 from .llava_jnana import LLAVA_MODEL_TYPES, jnana_config_from_llava
 from .loading_jnana import (
     BASE_REFERENCE,
@@ -42,6 +43,7 @@ __all__ = [
     "CACHE_NAME",
     "DOWNSAMPLING_PROJECTORS",
     "HUB_ARGUMENTS",
+    "IDEFICS_MODEL_TYPE",
     "LLAVA_MODEL_TYPES",
     "PROJECTOR_FIELDS",
     "REPOSITORY_ARGUMENTS",
@@ -52,7 +54,9 @@ __all__ = [
     "JnanaPreTrainedModel",
     "available_device",
     "disable_packed_kernel",
+    "find_image_tokens",
     "grow_embeddings",
+    "jnana_config_from_idefics",
     "jnana_config_from_llava",
     "load_adapter_base",
     "load_base",

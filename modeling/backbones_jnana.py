@@ -193,6 +193,10 @@ def join_pretrained(
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
     model.model.language_model = language_model.base_model
+    if config.fusion == "cross_attention":
+        model.model.build_cross_attention()
+        model.model.cross_attention.apply(model._init_weights)
+        model.model.cross_attention.to(language_model.device, language_model.dtype)
     model.lm_head = language_model.get_output_embeddings()
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [config.image_token_id]
@@ -235,7 +239,10 @@ def select_image_features(
     outputs = tower(pixel_values, return_dict=True, **kwargs)
     start = num_prefix_tokens if strategy == "default" else 0
     features = [outputs.hidden_states[layer][:, start:] for layer in layers]
-    return outputs, features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+    if len(features) == 1:
+        return outputs, features[0]
+    # `device_map` may have put the layers of the tower on several devices
+    return outputs, torch.cat([feature.to(features[-1].device) for feature in features], dim=-1)
 
 
 def image_shape(config: JnanaConfig) -> tuple[int, int, int, int]:

@@ -10,12 +10,15 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
-PROJECTOR_TYPES = ("linear", "mlp", "resblock", "pixel_shuffle", "avg_pool")
+PROJECTOR_TYPES = ("linear", "mlp", "resblock", "pixel_shuffle", "avg_pool", "perceiver")
 # Projectors that join neighbouring vectors, so that a view takes fewer tokens than it has patches.
 DOWNSAMPLING_PROJECTORS = ("pixel_shuffle", "avg_pool")
+FUSIONS = ("tokens", "cross_attention")
+CROSS_ATTENTION_GATES = ("scalar", "vector")
 SELECT_STRATEGIES = ("default", "full", "pooled")
 
-# The fields that define the projector and its inputs. With the two backbones they define a model before training.
+# The fields that define the projector, its inputs and the cross-attention. With the two backbones they define a model
+# before training.
 PROJECTOR_FIELDS = (
     "projector_type",
     "projector_hidden_act",
@@ -23,9 +26,21 @@ PROJECTOR_FIELDS = (
     "projector_layer_norm",
     "projector_downsample_factor",
     "projector_num_layers",
+    "projector_num_latents",
+    "projector_depth",
+    "projector_num_heads",
+    "projector_head_dim",
+    "projector_qk_layer_norm",
     "multimodal_projector_bias",
     "vision_feature_layer",
     "vision_feature_select_strategy",
+    "fusion",
+    "cross_layer_interval",
+    "cross_attention_intermediate_size",
+    "cross_attention_qk_norm",
+    "cross_attention_gate",
+    "cross_attention_norm_eps",
+    "image_end_token_id",
 )
 
 # Vectors before the patches in a tower's output (CLS), by model type. Registers are counted separately, by
@@ -66,7 +81,8 @@ class JnanaConfig(PreTrainedConfig):
         projector_type (`str`, *optional*, defaults to `"mlp"`):
             `"linear"`, `"mlp"` (Linear, activation, Linear; LLaVA-1.5), `"resblock"` (Linear, then residual blocks),
             `"pixel_shuffle"` (the vectors of a square of patches side by side in one vector, then Linear layers;
-            Idefics3) or `"avg_pool"` (their mean, then Linear layers).
+            Idefics3), `"avg_pool"` (their mean, then Linear layers) or `"perceiver"` (a resampler with a fixed number
+            of latents, then Linear).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the projector's Linear layers.
         projector_num_blocks (`int`, *optional*, defaults to 1):
@@ -77,6 +93,16 @@ class JnanaConfig(PreTrainedConfig):
             Side, in patches, of the squares that `pixel_shuffle` and `avg_pool` join to one vector.
         projector_num_layers (`int`, *optional*, defaults to 2):
             Linear layers of `pixel_shuffle` and `avg_pool`: 1, or 2 with the activation between them.
+        projector_num_latents (`int`, *optional*, defaults to 64):
+            Vectors that `perceiver` makes of an image.
+        projector_depth (`int`, *optional*, defaults to 6):
+            Layers of `perceiver`. This and the next three defaults are IDEFICS's.
+        projector_num_heads (`int`, *optional*, defaults to 16):
+            Attention heads of `perceiver`.
+        projector_head_dim (`int`, *optional*, defaults to 96):
+            Width of one of these heads.
+        projector_qk_layer_norm (`bool`, *optional*, defaults to `True`):
+            Whether `perceiver` normalises queries and keys.
         multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
             Whether the projector's Linear layers have a bias.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -1):
@@ -85,6 +111,24 @@ class JnanaConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `"default"` (patches only), `"full"` (with CLS and registers) or `"pooled"` (the tower's own image
             embedding, one vector an image; CLIP's is the projected one).
+        fusion (`str`, *optional*, defaults to `"tokens"`):
+            How images reach the language model: `"tokens"` (their vectors stand in the row; LLaVA) or
+            `"cross_attention"` (gated cross-attention blocks between its layers; Flamingo, IDEFICS). The latter needs
+            `projector_type: perceiver`; an image takes one token of the row, which keeps its ordinary embedding.
+        cross_layer_interval (`int`, *optional*, defaults to 4):
+            A cross-attention block stands before every n-th layer of the language model, from the first on.
+        cross_attention_intermediate_size (`int`, *optional*):
+            Width inside the MLPs of the blocks; by default the language model's.
+        cross_attention_qk_norm (`bool`, *optional*, defaults to `True`):
+            Whether the blocks normalise queries and keys (RMSNorm of each head).
+        cross_attention_gate (`str`, *optional*, defaults to `"scalar"`):
+            The gates of the blocks: one number (`"scalar"`) or one for each channel (`"vector"`).
+        cross_attention_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the RMSNorms in the blocks.
+        image_end_token_id (`int`, *optional*):
+            With `cross_attention`, the token behind which no image is attended to until the next one, as IDEFICS's
+            `</s>`. By default there is none, because a chat template may close every answer of a conversation with
+            its end token, and the later questions are about the image too.
         image_size (`int`, *optional*):
             Side in pixels of the images that enter the tower, if it differs from `vision_config.image_size`: DINOv2's
             image processor gives 224, its config has 518. Only for towers that interpolate their position embedding.
@@ -121,9 +165,21 @@ class JnanaConfig(PreTrainedConfig):
     projector_layer_norm: bool = False
     projector_downsample_factor: int = 2
     projector_num_layers: int = 2
+    projector_num_latents: int = 64
+    projector_depth: int = 6
+    projector_num_heads: int = 16
+    projector_head_dim: int = 96
+    projector_qk_layer_norm: bool = True
     multimodal_projector_bias: bool = True
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
+    fusion: str = "tokens"
+    cross_layer_interval: int = 4
+    cross_attention_intermediate_size: int | None = None
+    cross_attention_qk_norm: bool = True
+    cross_attention_gate: str = "scalar"
+    cross_attention_norm_eps: float = 1e-6
+    image_end_token_id: int | None = None
     image_size: int | None = None
     image_grid_pinpoints: list[list[int]] | None = None
     image_seq_length: int | None = None
@@ -188,7 +244,7 @@ class JnanaConfig(PreTrainedConfig):
     @property
     def token_grid(self) -> tuple[int, int] | None:
         """`tuple[int, int]` or `None`: Rows and columns of a view's tokens, where these are a map of the view."""
-        if self.vision_feature_select_strategy != "default":
+        if self.vision_feature_select_strategy != "default" or self.projector_type == "perceiver":
             return None
         rows, columns = self.patch_grid
         factor = self.projector_downsample_factor if self.projector_type in DOWNSAMPLING_PROJECTORS else 1
@@ -206,6 +262,10 @@ class JnanaConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """`int`: Tokens one view takes in the text. An image is one view, without `image_grid_pinpoints`."""
+        if self.fusion == "cross_attention":
+            return 1
+        if self.projector_type == "perceiver":
+            return self.projector_num_latents
         grid = self.token_grid
         return self.num_view_features if grid is None else grid[0] * grid[1]
 
@@ -222,6 +282,8 @@ class JnanaConfig(PreTrainedConfig):
         """Raise `ValueError` on a value from which no model can be built."""
         for field, choices in (
             ("projector_type", PROJECTOR_TYPES),
+            ("fusion", FUSIONS),
+            ("cross_attention_gate", CROSS_ATTENTION_GATES),
             ("vision_feature_select_strategy", SELECT_STRATEGIES),
         ):
             if getattr(self, field) not in choices:
@@ -231,6 +293,16 @@ class JnanaConfig(PreTrainedConfig):
                 f"`projector_num_blocks` is {self.projector_num_blocks!r}; a `resblock` projector has at least 1 "
                 "block. For none choose `projector_type: linear`."
             )
+        for field in (
+            "projector_num_latents",
+            "projector_depth",
+            "projector_num_heads",
+            "projector_head_dim",
+            "cross_layer_interval",
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{field}` is {value!r}; it must be an integer of at least 1.")
         if self.image_size not in (None, self.vision_config.image_size) and (
             self.vision_config.model_type not in RESIZING_TOWERS
         ):
@@ -241,6 +313,7 @@ class JnanaConfig(PreTrainedConfig):
             )
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` is {self.image_token_id}; it must be a token id of the tokenizer.")
+        self._check_fusion()
         self._check_downsampling()
         self._check_grid_pinpoints()
         layers = (
@@ -251,6 +324,21 @@ class JnanaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`vision_feature_layer` is {self.vision_feature_layer!r}; the tower has {states} hidden states, so "
                 f"choose from {-states} to {states - 1}, or a list of such."
+            )
+
+    def _check_fusion(self) -> None:
+        """Raise `ValueError` where `fusion: cross_attention` has nothing to attend to, or several images in one."""
+        if self.fusion != "cross_attention":
+            return
+        if self.projector_type != "perceiver":
+            raise ValueError(
+                f"`projector_type` is {self.projector_type!r}, but `fusion: cross_attention` attends to the latents "
+                "of a resampler. Set `projector_type: perceiver`."
+            )
+        if self.image_grid_pinpoints is not None:
+            raise ValueError(
+                "`image_grid_pinpoints` cuts an image into tiles, but with `fusion: cross_attention` a token attends "
+                "to one view only. Leave it out."
             )
 
     def _check_downsampling(self) -> None:

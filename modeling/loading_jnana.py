@@ -32,7 +32,7 @@ BASE_REFERENCE = "jnana_base.json"
 BASE_REFERENCE_FORMAT = 1  # the `format` of the files written now; files without the field are older and are read too
 
 # Modules that are never quantised. transformers matches these from the start of a module's full name.
-NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "model.cross_attention", "lm_head"]
 # The same for a bare language model, whose head GPT-NeoX calls `embed_out`.
 NOT_QUANTIZED_TEXT = ["lm_head", "embed_out"]
 
@@ -286,7 +286,8 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
             had while the adapter was trained; `quantization_config=None` asks for full precision.
 
     Returns:
-        [`JnanaForConditionalGeneration`]: The base; its projector in float32, the dtype in which it is trained.
+        [`JnanaForConditionalGeneration`]: The base; its projector and the blocks of cross-attention in float32, the
+        dtype in which they are trained.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None or name == "quantization_config"}
     kwargs.setdefault("dtype", reference["dtype"] or "auto")
@@ -300,6 +301,7 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
     names = reference["names"]
     if "model" in names:
         model = model_class.from_pretrained(names["model"], **kwargs)
+        model.config.image_end_token_id = config.image_end_token_id  # training changes IDEFICS's own
     else:
         fields = {name: getattr(config, name) for name in PROJECTOR_FIELDS}
         fields |= {name: getattr(config, name) for name in ("image_token_id", "image_size", "image_grid_pinpoints")}
@@ -309,6 +311,8 @@ def load_base(model_class: Any, reference: dict[str, Any], config: JnanaConfig, 
         model.config.tokenizer_fingerprint = config.tokenizer_fingerprint
         grow_embeddings(model, config.text_config.vocab_size)
     model.model.multi_modal_projector.float()
+    if model.config.fusion == "cross_attention":
+        model.model.cross_attention.float()
     return model
 
 
@@ -338,6 +342,12 @@ def load_adapter_base(
     for name in (*REPOSITORY_ARGUMENTS, "code_revision", "trust_remote_code", "adapter_kwargs", "_from_auto"):
         kwargs.pop(name, None)
     model = load_base(model_class, reference, config, **kwargs)
+    adapter_config = _find_file(path, "adapter_config.json", **from_hub)
+    if adapter_config is not None:
+        # Parts that the adapter holds whole, projector or tower. They are trained in float32, and PEFT would round
+        # them to the dtype of the base.
+        for name in json.loads(adapter_config.read_text(encoding="utf-8")).get("modules_to_save") or []:
+            model.model.get_submodule(name).float()
     model.generation_config = GenerationConfig.from_pretrained(path, **from_hub)
     return model, from_hub
 

@@ -32,6 +32,15 @@ from .backbones_jnana import (
     select_image_features,
 )
 from .configuration_jnana import JnanaConfig
+from .cross_attention_jnana import (
+    INPUTS_NAME,
+    STATES_NAME,
+    CrossAttentionInputs,
+    JnanaCrossAttentionLayer,
+    JnanaCrossAttentionMixin,
+    prepare_inputs,
+)
+from .idefics_jnana import IDEFICS_MODEL_TYPE, load_idefics
 from .llava_jnana import LLAVA_MODEL_TYPES, load_llava
 from .loading_jnana import (
     HUB_ARGUMENTS,
@@ -43,6 +52,7 @@ from .loading_jnana import (
 )
 from .packed_attention_jnana import check_packed_inputs, create_packed_mask
 from .projector_jnana import JnanaProjector, build_projector
+from .resampler_jnana import JnanaPerceiverResampler
 
 
 CACHE_NAMES = ("past_key_values", "cache")
@@ -104,6 +114,7 @@ class JnanaPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
+    _no_split_modules = ["JnanaCrossAttentionLayer"]
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -116,7 +127,8 @@ class JnanaPreTrainedModel(PreTrainedModel):
         """
         As `PreTrainedModel.from_pretrained`. A directory in which run_sft saved an adapter gives the whole model: the
         base, in the precision it had in training (`quantization_config=None` asks for full precision), with the
-        adapter loaded into it. A LLaVA checkpoint is loaded as `from_llava_pretrained` does.
+        adapter loaded into it. A LLaVA checkpoint is loaded as `from_llava_pretrained` does, an IDEFICS checkpoint as
+        `from_idefics_pretrained` does.
         """
         path = pretrained_model_name_or_path
         if path is not None and cls.can_generate():
@@ -125,15 +137,28 @@ class JnanaPreTrainedModel(PreTrainedModel):
             reference = read_base_reference(path, **hub_arguments)
             if reference is not None:
                 return load_adapted(cls, str(path), reference, kwargs)
-            if kwargs.get("config") is None and model_type_of(path, **hub_arguments) in LLAVA_MODEL_TYPES:
+            model_type = model_type_of(path, **hub_arguments) if kwargs.get("config") is None else None
+            if model_type in LLAVA_MODEL_TYPES:
                 return load_llava(cls, path, **kwargs)
+            if model_type == IDEFICS_MODEL_TYPE:
+                return load_idefics(cls, path, **kwargs)
         loaded = super().from_pretrained(path, *model_args, **kwargs)
         disable_packed_kernel(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        `torch.dtype`: As `PreTrainedModel.dtype`, the dtype of the first weight, but of the last frozen one where some
+        are frozen: those that train are held in float32 beside them, and with the tower that is the first weight. A
+        saved `config.json` names this dtype, and `from_pretrained` then loads all weights in it.
+        """
+        frozen = [weight for weight in self.parameters() if weight.is_floating_point() and not weight.requires_grad]
+        return frozen[-1].dtype if frozen else super().dtype
+
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, JnanaProjector):
+        if isinstance(module, (JnanaProjector, JnanaPerceiverResampler, JnanaCrossAttentionLayer)):
             module.init_weights()
 
     def post_init(self):
@@ -346,14 +371,18 @@ class JnanaImageMixin:
         Raises:
             ValueError: Unless there are as many image tokens as image vectors.
         """
-        image_token_id = self.config.image_token_id
-        if input_ids is None:
-            image_token = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            image_mask = (inputs_embeds == self.language_model.get_input_embeddings()(image_token)).all(-1)
-        else:
-            image_mask = input_ids == image_token_id
+        image_mask = self._find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
         self._check_counts(image_mask, image_features.shape[0])
-        return image_mask.unsqueeze(-1)
+        return image_mask.unsqueeze(-1).to(inputs_embeds.device)  # `device_map` may have put the ids elsewhere
+
+    def _find_tokens(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> torch.BoolTensor:
+        """The positions `(batch_size, sequence_length)` of a token."""
+        if input_ids is not None:
+            return input_ids == token_id  # type: ignore[return-value]
+        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.language_model.get_input_embeddings()(token)).all(-1)  # type: ignore[return-value]
 
     def unused_vision_parameters(self) -> list[str]:
         """
@@ -455,7 +484,7 @@ class JnanaImageMixin:
             from_features (`bool`): Whether the processes get precomputed features, so that none runs the tower.
 
         Returns:
-            `torch.FloatTensor` of shape `()`: A zero that depends on every parameter used.
+            `torch.FloatTensor` of shape `(num_image_tokens, hidden_size)`: The image's vectors.
         """
         config, sizes = self.config, None
         count = 1
@@ -464,15 +493,16 @@ class JnanaImageMixin:
             count = self.multi_modal_projector.count_views(sizes)[0]
         if from_features:
             shape = (count, config.num_view_features, config.vision_feature_size)
-            return 0.0 * self.project_vision_features(torch.zeros(shape, device=device), sizes)[0].sum()
+            return self.project_vision_features(torch.zeros(shape, device=device), sizes)[0]
         black = torch.zeros(image_shape(config), device=device, dtype=self.vision_tower.dtype)
         features = self.get_image_features(black.expand(count, -1, -1, -1), image_sizes=sizes, return_dict=True)
-        return 0.0 * features.pooler_output[0].sum()
+        return features.pooler_output[0]
 
 
-class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
+class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin):
     """
-    Vision tower, projector and language model without its head. [`JnanaImageMixin`] has the part about images.
+    Vision tower, projector and language model without its head, with `fusion: cross_attention` also the blocks that
+    let it attend to images. [`JnanaImageMixin`] has the part about images, [`JnanaCrossAttentionMixin`] the blocks.
 
     Args:
         config ([`JnanaConfig`]): The configuration.
@@ -484,6 +514,8 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
         self.vision_tower = build_vision_tower(config)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.fusion == "cross_attention":
+            self.build_cross_attention()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -559,6 +591,11 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
         cache = _one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        given = inputs_embeds if input_ids is None else input_ids
+        packed = segment_ids is not None or branch_ids is not None
+        if packed:
+            shape = (given.shape[0], given.shape[1])  # type: ignore[union-attr]  # one is given
+            check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, cache, shape)
         # 0 features: this batch has no images, and the other processes read precomputed features of theirs.
         no_features = image_features is not None and image_features.shape[0] == 0
         images = self._project_images(
@@ -569,30 +606,22 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
             vision_feature_select_strategy,
             image_sizes,
         )
-        if image_indices is not None:
-            images = self._select_images(images, image_indices)
-        image_hidden_states = None if images is None else torch.cat(images)
-        zero = None
-        if image_hidden_states is None and self._must_encode_blank_image(has_labels, cache):
-            given = inputs_embeds if input_ids is None else input_ids
-            zero = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
-        if input_ids is not None:
-            image_mask = input_ids == self.config.image_token_id
-            if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
-                self._check_counts(image_mask, 0)
-            # The image token needs no row in the embedding: its vector is never used.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-        assert inputs_embeds is not None  # for mypy; checked at the top
-        if image_hidden_states is not None:
-            image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_hidden_states)
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
-        elif zero is not None:
-            inputs_embeds = inputs_embeds + zero.to(inputs_embeds.dtype)
+        blank = None
+        if images is None and self._must_encode_blank_image(has_labels, cache):
+            blank = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
+        cross_inputs = None
+        if self.config.fusion == "cross_attention":
+            inputs_embeds, cross_inputs = self._attend_to_images(
+                input_ids, inputs_embeds, images, blank, image_indices, cache, segment_ids, branch_ids
+            )
+            image_hidden_states = None if images is None else cross_inputs.image_vectors
+            kwargs[INPUTS_NAME] = cross_inputs  # type: ignore[typeddict-unknown-key]
+        else:
+            if image_indices is not None:
+                images = self._select_images(images, image_indices)
+            inputs_embeds, image_hidden_states = self._place_images(input_ids, inputs_embeds, images, blank)
 
-        if segment_ids is not None or branch_ids is not None:
-            shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
-            check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, cache, shape)
+        if packed:
             attention_mask = create_packed_mask(
                 self.language_model.config,
                 inputs_embeds,
@@ -609,13 +638,74 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin):
             **{CACHE_NAME: cache},
             **kwargs,
         )
+        filled = getattr(outputs, CACHE_NAME)
+        if cross_inputs is not None and filled is not None:
+            setattr(filled, STATES_NAME, cross_inputs.states)
         return JnanaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            **{CACHE_NAME: filled},
         )
+
+    def _place_images(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        images: list[torch.Tensor] | None,
+        blank: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`fusion: tokens`: embeddings with image vectors at the positions of the image tokens, and these vectors."""
+        image_hidden_states = None if images is None else torch.cat(images)
+        if input_ids is not None:
+            image_mask = input_ids == self.config.image_token_id
+            if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
+                self._check_counts(image_mask, 0)
+            # The image token needs no row in the embedding: its vector is never used.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+        assert inputs_embeds is not None  # for mypy; checked by the caller
+        if image_hidden_states is not None:
+            image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_hidden_states)  # type: ignore[arg-type]
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
+        elif blank is not None:
+            inputs_embeds = inputs_embeds + (0.0 * blank.sum()).to(inputs_embeds.dtype)
+        return inputs_embeds, image_hidden_states
+
+    def _attend_to_images(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        images: list[torch.Tensor] | None,
+        blank: torch.Tensor | None,
+        image_indices: torch.Tensor | None,
+        cache: Cache | None,
+        segment_ids: torch.Tensor | None,
+        branch_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, CrossAttentionInputs]:
+        """`fusion: cross_attention`: the ordinary embeddings, and what the cross-attention blocks need."""
+        config = self.config
+        if config.image_token_id >= config.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` is {config.image_token_id}, but the embedding has {config.text_config.vocab_size} "
+                "rows; with `fusion: cross_attention` the image token needs one. Call `resize_token_embeddings`."
+            )
+        if input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        assert inputs_embeds is not None  # for mypy; checked by the caller
+        image_mask = self._find_tokens(config.image_token_id, input_ids, inputs_embeds)
+        if images is not None or inputs_embeds.shape[1] > 1:  # a single new token is never an image
+            shown = images if image_indices is None else self._select_images(images, image_indices)
+            self._check_counts(image_mask, 0 if shown is None else len(shown))
+        end_mask = None
+        if config.image_end_token_id is not None:
+            end_mask = self._find_tokens(config.image_end_token_id, input_ids, inputs_embeds)
+        vectors = blank if images is None else torch.cat(images)
+        if vectors is not None:
+            vectors = vectors.to(inputs_embeds.device).unflatten(-1, (config.projector_num_latents, -1))
+        inputs = prepare_inputs(vectors, image_indices, image_mask, end_mask, cache, segment_ids, branch_ids)
+        return inputs_embeds, inputs
 
 
 def _size_list(image_sizes: ImageSizes | None) -> list[tuple[int, int]] | None:
@@ -653,19 +743,22 @@ def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
     return cache if past_key_values is None else past_key_values
 
 
-def _own_modules(module: nn.Module):
+def _own_modules(module: nn.Module) -> list[nn.Module]:
     """`module` and all below it, without what PEFT puts beside a layer (it keeps the layer itself as `base_layer`)."""
-    adapted = hasattr(module, "base_layer")
-    if not adapted:
-        yield module
-    for name, child in module.named_children():
-        if not adapted or name == "base_layer":
-            yield from _own_modules(child)
+    pending, found = [module], []
+    while pending:
+        children = dict(pending[-1].named_children())
+        if "base_layer" in children:
+            pending[-1:] = [children["base_layer"]]
+        else:
+            found.append(pending.pop())
+            pending.extend(children.values())
+    return found
 
 
 def _stop_dropout_if_frozen(backbone: nn.Module) -> None:
     """Put a backbone without trainable weights of its own into evaluation mode, but for gradient checkpointing."""
-    modules = list(_own_modules(backbone))
+    modules = _own_modules(backbone)
     if any(parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)):
         return
     for module in modules:
@@ -733,6 +826,32 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         return join_pretrained(
             cls, vision, text, dtype, attn_implementation, vision_kwargs or {}, text_kwargs or {}, kwargs
         )
+
+    @classmethod
+    def from_idefics_pretrained(
+        cls,
+        path: str,
+        *,
+        image_token_id: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "JnanaForConditionalGeneration":
+        """
+        An IDEFICS checkpoint as a Jnana model with `fusion: cross_attention` and the same logits.
+
+        Args:
+            path (`str`): Hub id or folder.
+            image_token_id (`int`, *optional*): The id of `<image>`; by default that of the checkpoint's tokenizer.
+            dtype (`str` or `torch.dtype`, *optional*): By default the checkpoint's, but bfloat16 for float16.
+            **kwargs: For `from_pretrained` (`device_map`, `quantization_config`, `revision`, ...).
+
+        Returns:
+            [`JnanaForConditionalGeneration`]: In evaluation mode.
+
+        Raises:
+            ValueError: If the checkpoint lacks weights, or its config can't be expressed in a [`JnanaConfig`].
+        """
+        return load_idefics(cls, path, image_token_id=image_token_id, dtype=dtype, **kwargs)
 
     @classmethod
     def from_llava_pretrained(
@@ -867,6 +986,7 @@ def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.T
     """The hidden states to compute logits for; see `logits_to_keep` in [`JnanaForConditionalGeneration.forward`]."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, slice(-logits_to_keep, None)]
+    logits_to_keep = logits_to_keep.to(hidden_states.device)
     if logits_to_keep.ndim == 1:  # indices, the same for every row
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:

@@ -2,7 +2,8 @@
 
 It maps the features of the image encoder into the embedding space of the language model: by one Linear (LLaVA,
 era_capstone), by Linear-activation-Linear (LLaVA-1.5, phi35_pooled), by a Linear and residual blocks (jnana,
-visualize_this), or by joining neighbouring patches first, so that an image takes fewer tokens (Idefics3).
+visualize_this), by joining neighbouring patches first, so that an image takes fewer tokens (Idefics3), or by a
+perceiver resampler with a fixed number of latents (Idefics2; IDEFICS has it before its cross-attention).
 
 A *view* is one square image that enters the image encoder. With `image_grid_pinpoints` an image has several
 (LLaVA-1.6): the whole image, then its tiles. The projector lays the tiles out as one map, cuts off what was padding,
@@ -19,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.image_processing_utils import select_best_resolution
 
 from .configuration_jnana import JnanaConfig
+from .resampler_jnana import JnanaPerceiverResampler
 
 
 def tile_grid(image_size: tuple[int, int], pinpoints: list[list[int]], view_size: int) -> tuple[int, int]:
@@ -89,7 +91,8 @@ class JnanaProjector(nn.Module):
                 is processed. Needed where an image has several views.
 
         Returns:
-            `list[torch.FloatTensor]`: One tensor of shape `(num_image_tokens, hidden_size)` an image.
+            `list[torch.FloatTensor]`: One tensor of shape `(num_image_tokens, hidden_size)` an image; with `fusion:
+            cross_attention` of shape `(1, projector_num_latents * vision_feature_size)`.
 
         Raises:
             ValueError: If `image_sizes` are missing, or the images have another number of views.
@@ -246,12 +249,43 @@ class JnanaAvgPoolProjector(JnanaDownsamplingProjector):
         return self.linear_2(self.act(self.linear_1(self.squares(image_features).mean(2))))
 
 
+class JnanaPerceiverProjector(JnanaProjector):
+    """
+    A perceiver resampler of the vision features' width, then one Linear layer.
+
+    With `fusion: cross_attention` the resampler alone: the latents of a view come out as one long vector, so that an
+    image has as many vectors as it has tokens, one.
+    """
+
+    def __init__(self, config: JnanaConfig):
+        super().__init__(config)
+        self.resampler = JnanaPerceiverResampler(
+            width=config.vision_feature_size,
+            num_latents=config.projector_num_latents,
+            depth=config.projector_depth,
+            num_heads=config.projector_num_heads,
+            head_dim=config.projector_head_dim,
+            qk_layer_norm=config.projector_qk_layer_norm,
+            hidden_act=config.projector_hidden_act,
+        )
+        width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        in_row = config.fusion == "tokens"
+        self.linear = nn.Linear(config.vision_feature_size, width, bias=bias) if in_row else None
+
+    def project(self, image_features: torch.Tensor) -> torch.Tensor:
+        latents = self.resampler(image_features)
+        if self.linear is None:
+            return latents.flatten(1).unsqueeze(1)  # => [num_views, 1, num_latents * vision_feature_size]
+        return self.linear(latents)
+
+
 PROJECTORS: dict[str, type[JnanaProjector]] = {
     "linear": JnanaLinearProjector,
     "mlp": JnanaMlpProjector,
     "resblock": JnanaResblockProjector,
     "pixel_shuffle": JnanaPixelShuffleProjector,
     "avg_pool": JnanaAvgPoolProjector,
+    "perceiver": JnanaPerceiverProjector,
 }
 
 

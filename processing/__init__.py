@@ -8,18 +8,14 @@ if __name__ != "jnana.processing":  # a second copy of every class would be regi
     raise ImportError(f"{__name__!r} is part of the package jnana; import jnana.processing instead")
 
 from .chat_encoding_jnana import transcribe_chat
-from .processing_jnana import (
-    JnanaProcessor,
-    add_jnana_tokens,
-    chat_template_names,
-    read_chat_template,
-    set_image_geometry,
-)
+from .chat_formats_jnana import adopt_chat_template, chat_template_names, read_chat_template
+from .processing_jnana import JnanaProcessor, add_jnana_tokens, set_image_geometry
 
 
 __all__ = [
     "JnanaProcessor",
     "add_jnana_tokens",
+    "adopt_chat_template",
     "chat_template_names",
     "read_chat_template",
     "set_image_geometry",

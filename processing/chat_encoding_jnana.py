@@ -51,7 +51,7 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self.added_tokens = {index: token.content for index, token in added.items()}
         # Runs of spaces, which Phi-2's tokenizer has as added tokens, and added words are ordinary text
-        control = [token.content for token in added.values() if token.special or not _is_word(token.content)]
+        control = [token.content for token in added.values() if token.special or not is_word(token.content)]
         self.pattern = _control_pattern(tuple({t: None for t in (*control, *extra_tokens) if len(t) > 1}))
         # A control token of one character can't be broken in two, so it is removed from messages
         self.single = [token.content for token in added.values() if token.special and len(token.content) == 1]
@@ -208,7 +208,8 @@ def _recording(part: dict) -> tuple:
     return (recording,) if rate is None else (recording, rate)
 
 
-def _is_word(token: str) -> bool:
+def is_word(token: str) -> bool:
+    """Whether an added token is ordinary text: white space or a word, not a control token such as `<tool>`."""
     return token.isspace() or token.strip()[:1].isalnum()
 
 

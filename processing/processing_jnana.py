@@ -6,10 +6,9 @@ never become a control token, and the first token of an answer must never merge 
 `chat_encoding_jnana.py`).
 
 This file is copied into every saved checkpoint and loaded from there without this package. It imports transformers and
-its neighbour only, uses their public interface only, and runs unchanged on transformers 5.20 and every later 5.x.
+its neighbours only, uses their public interface only, and runs unchanged on transformers 5.20 and every later 5.x.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,8 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwar
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, transcribe_chat
+from .chat_formats_jnana import GENERATION_BLOCK, adopt_chat_template, check_answer_end, read_chat_template
 
-
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Keyword arguments for the tokenizer and the image processor. `apply_chat_template` also takes them outside
 # `processor_kwargs`; every other keyword argument is a variable of the template.
@@ -318,6 +316,8 @@ ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 # The published models that a processor can be made from
 LLAVA_MODEL_TYPES = ("llava", "llava_next")
 
+IDEFICS_IMAGE_TOKEN = "<image>"
+
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
 
 # Vectors a tower puts before its patches, registers not counted: the same table as the model's config has, which this
@@ -330,32 +330,6 @@ TOWER_CLS_TOKENS = {
     "siglip_vision_model": 0,
     "vit": 1,
 }
-
-
-def chat_template_names() -> list[str]:
-    """The names of the chat templates shipped with this package, one a system (`list[str]`)."""
-    return sorted(path.stem for path in (Path(__file__).parent / "chat_templates").glob("*.jinja"))
-
-
-def read_chat_template(chat_template: str) -> str:
-    """
-    The text of a chat template.
-
-    Args:
-        chat_template (`str`): the name of a shipped template (`jnana`, `llava_chess`, ...) or the path of a `.jinja`
-            file.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    shipped = Path(__file__).parent / "chat_templates" / f"{chat_template}.jinja"
-    for path in (shipped, Path(chat_template)):
-        if path.suffix == ".jinja" and path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise ValueError(
-        f"chat_template={chat_template!r} is neither a shipped template ({', '.join(chat_template_names())}) nor the "
-        "path of a .jinja file."
-    )
 
 
 class JnanaProcessor(JnanaChatMixin):
@@ -424,7 +398,7 @@ class JnanaProcessor(JnanaChatMixin):
         vision: str | Path,
         text: str | Path,
         *,
-        chat_template: str = "jnana",
+        chat_template: str | None = None,
         vision_feature_select_strategy: str = "default",
         patch_size: int | None = None,
         num_additional_image_tokens: int | None = None,
@@ -444,7 +418,9 @@ class JnanaProcessor(JnanaChatMixin):
         Args:
             vision (`str` or `Path`): Hub id or folder of the vision checkpoint, with its image processor.
             text (`str` or `Path`): Hub id or folder of the language model, with its tokenizer.
-            chat_template (`str`, *optional*, defaults to `"jnana"`): name of a shipped template, or a path.
+            chat_template (`str`, *optional*): name of a shipped template, or the path of a `.jinja` file. When not
+                given, an instruct model keeps its own chat format (see [`adopt_chat_template`]), and a language model
+                whose tokenizer has no chat template gets `jnana`.
             vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`): as in `JnanaConfig`.
             patch_size (`int`, *optional*): read from the vision config when not given.
             num_additional_image_tokens (`int`, *optional*): known for the usual towers when not given.
@@ -455,7 +431,9 @@ class JnanaProcessor(JnanaChatMixin):
             kwargs: passed to every `from_pretrained` (`revision`, `token`, `trust_remote_code`, ...).
 
         Raises:
-            ValueError: if the tower's patch size or prefix is not known and not given.
+            ValueError: if the tower's patch size or prefix is not known and not given, the tokenizer's own chat
+                template cannot be trained with (see [`adopt_chat_template`]), or the tokenizer lacks the template's
+                end token.
         """
         vision_config = AutoConfig.from_pretrained(vision, **kwargs)
         vision_config = getattr(vision_config, "vision_config", vision_config)
@@ -465,6 +443,11 @@ class JnanaProcessor(JnanaChatMixin):
         # given here, because a side set afterwards is not saved
         tokenizer = AutoTokenizer.from_pretrained(text, **{"padding_side": "left", **kwargs})
         add_jnana_tokens(tokenizer, image_token)
+        if chat_template is None and tokenizer.chat_template is not None:
+            template = adopt_chat_template(tokenizer.chat_template, tokenizer, image_token)
+        else:
+            template = read_chat_template(chat_template or "jnana")
+            check_answer_end(template, tokenizer, chat_template or "jnana", image_token)
         image_processor = AutoImageProcessor.from_pretrained(vision, **kwargs)
         return cls(
             set_image_geometry(image_processor, image_geometry) if image_geometry else image_processor,
@@ -472,7 +455,7 @@ class JnanaProcessor(JnanaChatMixin):
             patch_size=patch_size,
             num_additional_image_tokens=num_additional_image_tokens,
             vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=read_chat_template(chat_template),
+            chat_template=template,
             image_token=image_token,
             downsample_factor=downsample_factor,
             tokens_per_view=tokens_per_view,
@@ -488,11 +471,13 @@ class JnanaProcessor(JnanaChatMixin):
 
         Args:
             path (`str` or `Path`): Hub id or directory.
-            chat_template (`str`, *optional*): name of a shipped template, or a path; by default the checkpoint's.
+            chat_template (`str`, *optional*): name of a shipped template, or the path of a `.jinja` file; by default
+                the equivalent of the checkpoint's own template that marks answers (see [`adopt_chat_template`]).
             kwargs: passed to every `from_pretrained` (`revision`, `token`, ...).
 
         Raises:
-            ValueError: if the checkpoint is of another kind, or its tokenizer has no image token.
+            ValueError: if the checkpoint is of another kind, its tokenizer has no image token, or its chat template
+                cannot be trained with.
         """
         config = AutoConfig.from_pretrained(path, **kwargs)
         if config.model_type not in LLAVA_MODEL_TYPES:
@@ -502,14 +487,60 @@ class JnanaProcessor(JnanaChatMixin):
         stock: Any = AutoProcessor.from_pretrained(path, **kwargs)
         tokenizer = stock.tokenizer
         tokenizer.padding_side = "left"
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        template = stock.chat_template
+        if chat_template is not None:
+            template = read_chat_template(chat_template)
+            check_answer_end(template, tokenizer, chat_template, image_token)
+        elif template is not None:
+            template = adopt_chat_template(template, tokenizer, image_token)
         return cls(
             stock.image_processor,
             tokenizer,
             patch_size=config.vision_config.patch_size,
             num_additional_image_tokens=_prefix_tokens(config.vision_config),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            chat_template=stock.chat_template if chat_template is None else read_chat_template(chat_template),
-            image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+            chat_template=template,
+            image_token=image_token,
+        )
+
+    @classmethod
+    def from_idefics_pretrained(
+        cls, path: str | Path, *, chat_template: str = "idefics", **kwargs
+    ) -> "JnanaProcessor":
+        """
+        Build the processor of an IDEFICS checkpoint, whose images take one image token each. Pixel values equal those
+        of the checkpoint's own image processor.
+
+        Args:
+            path (`str` or `Path`): Hub id or directory.
+            chat_template (`str`, *optional*, defaults to `"idefics"`): name of a shipped template, or a path.
+            kwargs: passed to every `from_pretrained` (`revision`, `token`, ...).
+
+        Raises:
+            ValueError: if the tokenizer has no image token.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(path, **{"padding_side": "left", **kwargs})
+        if IDEFICS_IMAGE_TOKEN not in tokenizer.get_vocab():
+            raise ValueError(f"The tokenizer in {str(path)!r} has no {IDEFICS_IMAGE_TOKEN!r}, as IDEFICS's have.")
+        if tokenizer.pad_token is None:  # as in the published tokenizers
+            tokenizer.pad_token = tokenizer.unk_token
+        stock = AutoImageProcessor.from_pretrained(path, **kwargs)
+        # IDEFICS's own image processor returns a tensor and no `pixel_values`.
+        image_processor = CLIPImageProcessor(
+            size=dict(stock.size),
+            resample=stock.resample,
+            do_center_crop=False,
+            image_mean=list(stock.image_mean),
+            image_std=list(stock.image_std),
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            vision_feature_select_strategy="pooled",  # one token an image, whatever its patches
+            tokens_per_view=1,
+            chat_template=read_chat_template(chat_template),
+            image_token=IDEFICS_IMAGE_TOKEN,
         )
 
     # ------------------------------------------------------------------ ProcessorMixin's hooks

@@ -49,13 +49,11 @@ CORPUS = [
     "a photograph of a cat on a mat beside a dog; the quick brown fox jumps over the lazy dog",
 ]
 
-# The format of LLaVA-1.5 and LLaVA-1.6-Vicuna, as one circulating template writes it
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
-    "{% else %}ASSISTANT: {% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+# The templates of llava-1.5-7b-hf and llava-v1.6-mistral-7b-hf as they were published
+LLAVA_TEMPLATES = {
+    kind: Path(__file__).parent / "fixtures" / "chat_templates" / f"{name}.jinja"
+    for kind, name in (("llava", "llava-1.5"), ("llava_next", "llava-1.6-mistral"))
+}
 
 
 def tiny_vision_config(kind: str = "clip") -> PreTrainedConfig:
@@ -178,7 +176,8 @@ def save_tiny_llava(
         "image_token_index": token,
         **changes,
     }
-    stock_processor = {"patch_size": PATCH_SIZE, "num_additional_image_tokens": 1, "chat_template": LLAVA_TEMPLATE}
+    stock_processor = {"patch_size": PATCH_SIZE, "num_additional_image_tokens": 1}
+    stock_processor |= {"chat_template": LLAVA_TEMPLATES[kind].read_text(encoding="utf-8")}
     stock_processor |= {"vision_feature_select_strategy": "default", "tokenizer": tokenizer}
     if kind == "llava":
         config: PreTrainedConfig = LlavaConfig(**fields)

@@ -50,7 +50,9 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Default: the tokenizer in `text_model`. Another one must have the same ids."}
     )
-    projector_type: Literal["linear", "mlp", "resblock", "pixel_shuffle", "avg_pool"] | None = field(default=None)
+    projector_type: Literal["linear", "mlp", "resblock", "pixel_shuffle", "avg_pool", "perceiver"] | None = field(
+        default=None
+    )
     projector_hidden_act: str | None = field(default=None)
     projector_num_blocks: int | None = field(
         default=None, metadata={"help": "Residual blocks of a `resblock` projector."}
@@ -64,11 +66,43 @@ class ModelArguments:
     projector_num_layers: int | None = field(
         default=None, metadata={"help": "`pixel_shuffle`, `avg_pool`: 1 or 2 Linear layers."}
     )
+    projector_num_latents: int | None = field(
+        default=None, metadata={"help": "`perceiver`: vectors that the resampler makes of an image."}
+    )
+    projector_depth: int | None = field(default=None, metadata={"help": "`perceiver`: layers."})
+    projector_num_heads: int | None = field(default=None, metadata={"help": "`perceiver`: attention heads."})
+    projector_head_dim: int | None = field(default=None, metadata={"help": "`perceiver`: width of a head."})
+    projector_qk_layer_norm: bool | None = field(
+        default=None, metadata={"help": "`perceiver`: normalise queries and keys."}
+    )
     multimodal_projector_bias: bool | None = field(default=None)
     vision_feature_layer: list[int] | None = field(
         default=None, metadata={"help": "Hidden state(s) of the tower; several are concatenated."}
     )
     vision_feature_select_strategy: Literal["default", "full", "pooled"] | None = field(default=None)
+    fusion: Literal["tokens", "cross_attention"] | None = field(
+        default=None,
+        metadata={
+            "help": "How images reach the language model: as vectors in the row (LLaVA; the default), or by gated "
+            "cross-attention (IDEFICS; with `projector_type: perceiver`)."
+        },
+    )
+    cross_layer_interval: int | None = field(
+        default=None, metadata={"help": "`cross_attention`: a block before every n-th layer of the language model."}
+    )
+    cross_attention_intermediate_size: int | None = field(
+        default=None, metadata={"help": "`cross_attention`: width inside the blocks' MLPs; default: the layers' own."}
+    )
+    cross_attention_qk_norm: bool | None = field(
+        default=None, metadata={"help": "`cross_attention`: normalise queries and keys."}
+    )
+    cross_attention_gate: Literal["scalar", "vector"] | None = field(
+        default=None, metadata={"help": "`cross_attention`: one gate for all channels, or one for each."}
+    )
+    cross_attention_norm_eps: float | None = field(default=None)
+    image_end_token_id: int | None = field(
+        default=None, metadata={"help": "`cross_attention`: the token behind which no image is attended to."}
+    )
     image_geometry: Literal["crop", "pad", "anyres"] | None = field(
         default=None,
         metadata={
@@ -77,12 +111,24 @@ class ModelArguments:
         },
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "A shipped template's name (default `jnana`), or a .jinja file."}
+        default=None,
+        metadata={
+            "help": "A shipped template's name, or a .jinja file. Default: the format of an instruct model's own chat "
+            "template; `jnana` for a language model without one."
+        },
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Dtype of the frozen weights; trained weights are always float32."}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the frozen weights; trained weights are always float32. auto: that of the checkpoint "
+            "(in a pair: of the language model), but bfloat16 for float16."
+        },
     )
     attn_implementation: str | None = field(default=None)
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(
+        default=None,
+        metadata={"help": "Spread the layers over the GPUs of this machine, in one process, as transformers does."},
+    )
     trust_remote_code: bool = field(default=False)
 
     @property
@@ -236,15 +282,31 @@ class LoraArguments:
 
 
 @dataclass
-class RateArguments:
-    """Learning rates and schedules of single parts in run_sft; `learning_rate` is the language model's."""
+class PartArguments:
+    """Whether the vision tower trains whole; learning rates and schedules of single parts; in run_align and run_sft.
 
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
+    `learning_rate` and `lr_scheduler_type` are those of the language model, and of each part for which none is given.
+    """
+
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={
+            "help": "false: the tower trains whole, but for weights behind the selected features. "
+            "An adapter that is continued trains what it trained before."
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Also for the blocks of cross-attention; default: `learning_rate`. (LLaVA's `mm_projector_lr`.)"
+        },
+    )
     projector_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
         default=None, metadata={"help": "Default: `lr_scheduler_type`."}
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "For the vision tower's adapter; default: `learning_rate`."}
+        default=None,
+        metadata={"help": "For the vision tower, or its adapter; default: `learning_rate`. (LLaVA-1.6: 2e-6.)"},
     )
     vision_lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] | None = field(
         default=None, metadata={"help": "Default: `lr_scheduler_type`."}

@@ -26,27 +26,34 @@ from transformers import (
 from jnana.modeling import (
     DOWNSAMPLING_PROJECTORS,
     HUB_ARGUMENTS,
+    IDEFICS_MODEL_TYPE,
     LLAVA_MODEL_TYPES,
     REPOSITORY_ARGUMENTS,
     RESIZING_TOWERS,
     JnanaConfig,
     JnanaForConditionalGeneration,
+    find_image_tokens,
     grow_embeddings,
+    jnana_config_from_idefics,
     jnana_config_from_llava,
     load_adapter_base,
     model_type_of,
     quantization_config,
 )
 from jnana.processing import JnanaProcessor, read_chat_template, set_image_geometry
+from jnana.processing.chat_formats_jnana import check_answer_end, find_answer_end
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 from .adapters import adapter_reference, is_adapter
 from .arguments import ModelArguments, TextModelArguments
+from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
 
 
 logger = logging.getLogger(__name__)
 
+# Published checkpoints that are starting points as they are
+PUBLISHED_MODEL_TYPES = (*LLAVA_MODEL_TYPES, IDEFICS_MODEL_TYPE)
 ROWS_MULTIPLE = 64  # of a new embedding: suits GPU kernels, and leaves rows for the image and the pad token
 
 
@@ -56,10 +63,11 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     quantization: str | dict[str, Any] | None = None,
     trainable_adapter: bool = False,
+    chat_template: str | None = None,
     **loading_kwargs,
 ) -> tuple[nn.Module, JnanaProcessor]:
     """Load a Jnana checkpoint (a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft), or a
-    published LLaVA checkpoint.
+    published LLaVA or IDEFICS checkpoint.
 
     The model computes what `AutoModelForImageTextToText.from_pretrained(path)` computes: weights, dtypes and
     generation config are read by the same code. This function adds the processor, the checks that the two belong
@@ -73,6 +81,8 @@ def load_model(
             `jnana.modeling.quantization_config`. By default an adapter's base is held as it was in training, and a
             full checkpoint as it was saved.
         trainable_adapter (`bool`, defaults to `False`): Leave an adapter's weights trainable, to go on training.
+        chat_template (`str`, *optional*): Name of a shipped template, or the path of a `.jinja` file, to use instead
+            of the checkpoint's.
         loading_kwargs: For `from_pretrained` (`device_map`, `attn_implementation`, `revision`, `subfolder`, `token`,
             `trust_remote_code`, ...).
 
@@ -86,7 +96,7 @@ def load_model(
     """
     names = (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS)
     from_hub = {name: loading_kwargs[name] for name in names if loading_kwargs.get(name) is not None}
-    processor = load_processor(path, loading_kwargs.pop("trust_remote_code", False), **from_hub)
+    processor = load_processor(path, loading_kwargs.pop("trust_remote_code", False), chat_template, **from_hub)
     config = load_config(path, **from_hub)
     check_fit(config, processor, path)
     if dtype is not None:
@@ -96,9 +106,11 @@ def load_model(
         loading_kwargs["quantization_config"] = quantization_config(settings, dtype or config.dtype)
     if not is_adapter(path, **from_hub):
         model = JnanaForConditionalGeneration.from_pretrained(path, **loading_kwargs)
-        if model.config.tokenizer_fingerprint is None and model_type_of(path, **from_hub) in LLAVA_MODEL_TYPES:
+        if model.config.tokenizer_fingerprint is None and model_type_of(path, **from_hub) in PUBLISHED_MODEL_TYPES:
             model.config.tokenizer_fingerprint = tokenizer_fingerprint(processor.tokenizer)
             set_special_tokens(model, processor)
+            # Its chat template closes every answer by the end-of-text token, and later questions need the image too.
+            model.config.image_end_token_id = None
         return model, processor
     reference = adapter_reference(path, **from_hub)
     base, from_hub = load_adapter_base(JnanaForConditionalGeneration, path, reference, loading_kwargs)
@@ -106,7 +118,7 @@ def load_model(
 
 
 def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
-    """The config of a Jnana checkpoint or adapter, or the one that a published LLaVA checkpoint gets.
+    """The config of a Jnana checkpoint or adapter, or the one that a published checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
@@ -118,11 +130,14 @@ def load_config(path: str, **hub_arguments: Any) -> JnanaConfig:
     model_type = model_type_of(path, **hub_arguments)
     if model_type in LLAVA_MODEL_TYPES:
         return jnana_config_from_llava(AutoConfig.from_pretrained(path, **hub_arguments))
+    if model_type == IDEFICS_MODEL_TYPE:
+        image_token_id = find_image_tokens(path, **hub_arguments)[0]
+        return jnana_config_from_idefics(AutoConfig.from_pretrained(path, **hub_arguments), image_token_id)
     if model_type != JnanaConfig.model_type:
         raise ValueError(
             f"{path!r} is not a Jnana checkpoint: its config.json says model_type {model_type!r}. Give a folder "
-            "written by run_align or run_sft, a LLaVA checkpoint in the format of transformers (model_type "
-            f"{' or '.join(LLAVA_MODEL_TYPES)}), or name two backbones as vision_model and text_model"
+            "written by run_align or run_sft, a published checkpoint in the format of transformers (model_type "
+            f"{' or '.join(PUBLISHED_MODEL_TYPES)}), or name two backbones as vision_model and text_model"
         )
     return JnanaConfig.from_pretrained(path, **hub_arguments)
 
@@ -173,6 +188,15 @@ def downsample_factor(projector_fields: dict[str, Any]) -> int:
     return projector_fields.get("projector_downsample_factor", JnanaConfig.projector_downsample_factor)
 
 
+def tokens_per_view(projector_fields: dict[str, Any]) -> int | None:
+    """The image tokens of a view, where a projector of these fields gives a fixed number of them."""
+    if projector_fields.get("fusion") == "cross_attention":
+        return 1
+    if projector_fields.get("projector_type") == "perceiver":
+        return projector_fields.get("projector_num_latents", JnanaConfig.projector_num_latents)
+    return None
+
+
 def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: str) -> None:
     """Refuse a checkpoint whose tokenizer files were replaced by others."""
     if config.tokenizer_fingerprint is not None:
@@ -184,20 +208,28 @@ def check_own_tokenizer(config: JnanaConfig, processor: JnanaProcessor, path: st
         )
 
 
-def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: Any) -> JnanaProcessor:
-    """The processor of a Jnana checkpoint, or the one that a published LLaVA checkpoint gets.
+def load_processor(
+    path: str, trust_remote_code: bool = False, chat_template: str | None = None, **hub_arguments: Any
+) -> JnanaProcessor:
+    """The processor of a Jnana checkpoint, or the one that a published checkpoint gets.
 
     Args:
         path (`str`): Folder or Hub id.
         trust_remote_code (`bool`, defaults to `False`): Needed only where a backbone's own tokenizer or image
             processor is custom code.
+        chat_template (`str`, *optional*): Name of a shipped template, or the path of a `.jinja` file, to use instead
+            of the checkpoint's.
         **hub_arguments: `revision`, `subfolder`, `token`, `cache_dir`, ... as for `from_pretrained`.
 
     Raises:
-        ValueError: if `path` is a folder without one.
+        ValueError: if `path` is a folder without one, or the chat template does not suit (see
+            [`~jnana.processing.adopt_chat_template`]).
     """
-    if model_type_of(path, **hub_arguments) in LLAVA_MODEL_TYPES:
-        return JnanaProcessor.from_llava_pretrained(path, **hub_arguments)
+    model_type = model_type_of(path, **hub_arguments)
+    if model_type in LLAVA_MODEL_TYPES:
+        return JnanaProcessor.from_llava_pretrained(path, chat_template=chat_template, **hub_arguments)
+    if model_type == IDEFICS_MODEL_TYPE:
+        return JnanaProcessor.from_idefics_pretrained(path, **hub_arguments)
     folder = Path(path) / hub_arguments.get("subfolder", "")
     if Path(path).is_dir() and not (folder / "processor_config.json").is_file():
         unfinished = sorted(checkpoint.name for checkpoint in folder.glob("checkpoint-*"))
@@ -206,7 +238,11 @@ def load_processor(path: str, trust_remote_code: bool = False, **hub_arguments: 
             + (f"Its run was cut off: take one of {unfinished} in it, or finish the run. " if unfinished else "")
             + "Give a folder written by run_align or run_sft, or name two backbones as vision_model and text_model"
         )
-    return JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **hub_arguments)
+    processor = JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **hub_arguments)
+    if chat_template is not None:
+        processor.chat_template = read_chat_template(chat_template)
+        check_answer_end(processor.chat_template, processor.tokenizer, chat_template, processor.image_token)
+    return processor
 
 
 def prepare_processor(args: ModelArguments) -> JnanaProcessor:
@@ -217,9 +253,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     """
     trust = {"trust_remote_code": args.trust_remote_code}
     if args.model_name_or_path is not None:
-        processor = load_processor(args.model_name_or_path, **trust)
-        if args.chat_template is not None:
-            processor.chat_template = read_chat_template(args.chat_template)
+        processor = load_processor(args.model_name_or_path, chat_template=args.chat_template, **trust)
         if args.image_geometry is not None:
             processor.image_processor = set_image_geometry(processor.image_processor, args.image_geometry)
         check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
@@ -228,10 +262,11 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     processor = JnanaProcessor.from_vision_text_pretrained(
         args.vision_model,
         tokenizer_name,
-        chat_template=args.chat_template or "jnana",
+        chat_template=args.chat_template,
         vision_feature_select_strategy=args.vision_feature_select_strategy or "default",
         image_geometry=args.image_geometry,
         downsample_factor=downsample_factor(args.projector_fields),
+        tokens_per_view=tokens_per_view(args.projector_fields),
         **trust,
     )
     check_text_tokenizer(args.text_model, processor.tokenizer, tokenizer_name, **trust)
@@ -240,6 +275,36 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields, **size)
     check_image_tokens(config, processor, args.vision_model, f"the image processor of {args.vision_model}")
     return processor
+
+
+def frozen_dtype(args: ModelArguments) -> str:
+    """The dtype of a run's frozen weights: `dtype`, or for `auto` the one that the checkpoint is stored in.
+
+    Weights stored in float16 are held in bfloat16. It has float32's range; activations of language models that were
+    trained in bfloat16 overflow in float16. For the base of an adapter to continue it is the dtype of the last round.
+
+    Args:
+        args (`ModelArguments`): Which model; only its config is read.
+
+    Returns:
+        `str`: `float32`, `bfloat16` or, only if `dtype` asks for it, `float16`.
+    """
+    if args.dtype != "auto":
+        return args.dtype
+    name = args.model_name_or_path or args.text_model
+    if name is not None and is_adapter(name):
+        stored = adapter_reference(name)["dtype"]
+    else:
+        config = PreTrainedConfig.get_config_dict(name)[0]
+        # configs of transformers 4 have `torch_dtype`, and some have it in the language model's part only
+        fields = [
+            part.get(key) for part in (config, config.get("text_config", {})) for key in ("dtype", "torch_dtype")
+        ]
+        stored = next((field for field in fields if field is not None), None)
+    stored = str(stored or "float32").removeprefix("torch.")
+    held = "bfloat16" if stored == "float16" else stored
+    logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
+    return held
 
 
 def prepare_model(
@@ -254,11 +319,13 @@ def prepare_model(
         args (`ModelArguments`): Which model.
         processor (`JnanaProcessor`): What [`prepare_processor`] made of the same arguments.
         training_args (`TrainingArguments`, *optional*): Of the run. A quantised model is loaded on their `device`, as
-            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]).
+            it cannot be moved afterwards, and under ZeRO-3 the model is built whole (see [`unpartitioned`]). A model
+            is spread over their GPUs if `device_map` asks for it.
         quantization (`dict`, *optional*): Settings as for `jnana.modeling.quantization_config`; default: none.
 
     Raises:
-        ValueError: if a projector field contradicts the checkpoint to continue.
+        ValueError: if a projector field contradicts the checkpoint to continue, or the model is too large for
+            `device_map`.
     """
     loading = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.attn_implementation is not None:
@@ -267,9 +334,17 @@ def prepare_model(
     if quantization["quantization"] != "none" and training_args is not None:
         loading["device_map"] = {"": training_args.device}
     start = args.model_name_or_path
+    spread = args.device_map is not None
+    if spread and reads_spread(args):
+        loading["device_map"] = args.device_map
     whole = start is None or quantization["quantization"] != "none" or is_adapter(start)
     with unpartitioned(training_args, whole):
-        return _load_or_build(args, processor, quantization, loading)
+        model = _load_or_build(args, processor, quantization, loading)
+    if spread and training_args is not None:
+        if "device_map" not in loading:
+            spread_over_devices(model.get_base_model() if isinstance(model, PeftModel) else model, args.device_map)
+        check_spread(model, training_args)
+    return model
 
 
 def _load_or_build(
@@ -286,7 +361,15 @@ def _load_or_build(
             **args.projector_fields,
             **loading,
         )
-    model, _ = load_model(args.model_name_or_path, trainable_adapter=True, quantization=quantization, **loading)
+    model, _ = load_model(
+        args.model_name_or_path,
+        trainable_adapter=True,
+        quantization=quantization,
+        chat_template=args.chat_template,
+        **loading,
+    )
+    if args.chat_template is not None:  # its answers may end in another token than those of the checkpoint's template
+        set_special_tokens(model, processor)
     for name, value in args.projector_fields.items():
         present = getattr(model.config, name)
         if present != value:
@@ -360,13 +443,16 @@ def check_text_tokenizer(
 
 
 def set_special_tokens(model: nn.Module, processor: JnanaProcessor) -> None:
-    """Set the generation config: padding, end of text, and no image tokens, which would break the next turn."""
+    """Set the generation config: padding, the tokens that end an answer (the tokenizer's, the chat template's, the
+    language model's), and no image tokens, which would break the next turn."""
     generation, tokenizer = model.generation_config, processor.tokenizer
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    ends = [tokenizer.eos_token_id, *(end for end in ends if end not in (None, tokenizer.eos_token_id))]
+    template = processor.chat_template
+    written = find_answer_end(template, tokenizer, processor.image_token) if isinstance(template, str) else None
+    ends = list(dict.fromkeys(end for end in (tokenizer.eos_token_id, written, *ends) if end is not None))
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     generation.pad_token_id = tokenizer.pad_token_id
-    generation.suppress_tokens = [processor.image_token_id]
+    generation.suppress_tokens = sorted({processor.image_token_id, *(generation.suppress_tokens or [])})
 
 
 def prepare_tokenizer(

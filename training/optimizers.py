@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .arguments import RateArguments
-from .stages import part_of
+from .arguments import PartArguments
+from .stages import JOINING_PARTS, part_of
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,11 @@ class MuonWithAdamW(Optimizer):
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in three groups: hidden matrices, other matrices, vectors (which never decay)."""
-    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    # the language model's, its head, and the positions of a tower
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if model.get_output_embeddings() is not None:
+        embeddings.append(model.get_output_embeddings())
+    outer = {id(module.weight) for module in embeddings}
     hidden, other, vectors = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -150,23 +154,25 @@ def stock_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def split_by_part(groups: list[dict], model: nn.Module, rates: RateArguments, learning_rate: float) -> list[dict]:
+def split_by_part(groups: list[dict], model: nn.Module, rates: PartArguments, learning_rate: float) -> list[dict]:
     """Split parameter groups so that each holds one part of the model, with the part's learning rate.
 
     Args:
         groups (`list[dict]`): Parameter groups.
         model (`nn.Module`): The model that the parameters belong to.
-        rates (`RateArguments`): The parts' own rates.
+        rates (`PartArguments`): The parts' own rates.
         learning_rate (`float`): Of the parts without a rate of their own.
 
     Returns:
-        `list[dict]`: Groups with `part` and `lr`, none of them empty. The language model's come first, as the Trainer
-        logs the first group's rate.
+        `list[dict]`: Groups with `part` and `lr`, none of them empty. The language model's come first, then the
+        projector's, as the Trainer logs the first group's rate.
 
     Raises:
         ValueError: if a part was given a rate or a schedule and nothing in it trains.
     """
     parts = {id(parameter): part_of(name) for name, parameter in model.named_parameters()}
+    # The blocks of cross-attention start at random like the projector, and train with its rate.
+    parts = {key: "multi_modal_projector" if part in JOINING_PARTS else part for key, part in parts.items()}
     split: dict[tuple[str, int], dict] = {}
     for number, group in enumerate(groups):
         for parameter in group["params"]:
@@ -179,13 +185,13 @@ def split_by_part(groups: list[dict], model: nn.Module, rates: RateArguments, le
         if (rate is not None or schedule is not None) and part not in {present for present, _ in split}:
             raise ValueError(
                 f"{part} has a learning rate ({rate}) or schedule ({schedule}) of its own, but nothing in it trains; "
-                "leave them out, or let it train (lora_vision_target_modules)"
+                "leave them out, or let it train (freeze_vision_tower: false, or lora_vision_target_modules)"
             )
-    ordered = sorted(split.items(), key=lambda item: item[0][0] != "language_model")
-    return [group for _, group in ordered]
+    order = ["language_model", *rates.parts]
+    return sorted(split.values(), key=lambda group: order.index(group["part"]))
 
 
-def describe_rates(groups: list[dict], rates: RateArguments, schedule: str) -> str:
+def describe_rates(groups: list[dict], rates: PartArguments, schedule: str) -> str:
     """The table of learning rates that is logged before training."""
     lines = ["learning rates"]
     for part, lr in dict.fromkeys((group["part"], group["lr"]) for group in groups):
@@ -224,7 +230,7 @@ class PartScheduleCallback(TrainerCallback):
     resume has restored the scheduler's step, the function of such a part is replaced by that of its own schedule.
     """
 
-    def __init__(self, rates: RateArguments):
+    def __init__(self, rates: PartArguments):
         self.rates = rates
         self.current: dict[str, float] = {}  # the rates of the step in progress
 
@@ -247,7 +253,7 @@ class PartScheduleCallback(TrainerCallback):
             state.log_history[-1].update(self.current)
 
 
-def check_rates(rates: RateArguments, args: TrainingArguments) -> None:
+def check_rates(rates: PartArguments, args: TrainingArguments) -> None:
     """Refuse negative rates, and part schedules beside a main schedule that depends on the loss.
 
     Raises:
@@ -266,7 +272,7 @@ def check_rates(rates: RateArguments, args: TrainingArguments) -> None:
 
 
 def trainer_optimizer(
-    name: str, model: nn.Module, args: TrainingArguments, rates: RateArguments | None = None
+    name: str, model: nn.Module, args: TrainingArguments, rates: PartArguments | None = None
 ) -> tuple[type[Optimizer], dict] | None:
     """The value for `Trainer(optimizer_cls_and_kwargs=...)`; `None` where the Trainer's own `optim` suffices.
 
@@ -274,7 +280,7 @@ def trainer_optimizer(
         name (`str`): `stock` or `muon`.
         model (`nn.Module`): The trained parameters have `requires_grad`.
         args (`TrainingArguments`): Learning rate, weight decay, `optim`.
-        rates (`RateArguments`, *optional*): Rates and schedules of single parts.
+        rates (`PartArguments`, *optional*): Rates and schedules of single parts.
 
     Raises:
         ValueError: if a part has a rate and does not train, or `optim` makes parameter groups of its own.

@@ -26,6 +26,7 @@ from .arguments import (
     TextModelArguments,
 )
 from .attention import check_attention
+from .device_map import check_device_map
 from .distributed import sharding_of
 from .stages import adapter_targets
 
@@ -65,7 +66,7 @@ def check_run(
     for name, value in {**vars(data_args), **vars(run_args)}.items():
         if name in SMALLEST and value is not None and value < SMALLEST[name]:
             raise ValueError(f"{name} is {value}; it must be at least {SMALLEST[name]}, or be left out")
-    if args.n_gpu > 1:
+    if args.n_gpu > 1 and not (isinstance(model_args, ModelArguments) and model_args.device_map):
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, and DataParallel would split rows from their images; start with "
             f"`accelerate launch --num_processes {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
@@ -376,6 +377,9 @@ def check_computation(
             "accelerator_config: dispatch_batches is true, with which accelerate cuts a batch along dimension 0, its "
             "images and its rows alike; leave it out"
         )
+    if isinstance(model_args, ModelArguments):
+        check_device_map(model_args, args, quantization)
+        check_halves(model_args, args)
     sharding = sharding_of(args)
     if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
         raise ValueError(
@@ -400,6 +404,21 @@ def check_computation(
             "attn_implementation is 'eager', which computes the attention scores of Phi in float16, where they "
             "overflow; set `attn_implementation: sdpa`, or bf16: true instead of float16"
         )
+
+
+def check_halves(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Refuse frozen weights in one kind of 16 bits and computation in the other, where CLIP's first `cat` would fail.
+
+    Raises:
+        ValueError: naming both options and the remedy.
+    """
+    for dtype, option in (("float16", "bf16"), ("bfloat16", "fp16")):
+        if model_args.dtype == dtype and getattr(args, option):
+            other = {"float16": "bfloat16", "bfloat16": "float16"}[dtype]
+            raise ValueError(
+                f"dtype is {dtype!r} but {option} is true, which computes in {other}; set `dtype: {other}`, or "
+                f"`{option}: false`"
+            )
 
 
 def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | TextModelArguments) -> None:

@@ -127,10 +127,12 @@ def check_memory(model: nn.Module, args: TrainingArguments) -> None:
     sharding = sharding_of(args)
     if sharding in ("zero1", "zero2"):  # copies of the weights in two dtypes, which depend on DeepSpeed's settings
         return
-    parts = training_memory(model, args.world_size if sharding else 1)
+    devices = len(set(getattr(model, "hf_device_map", {"": args.device}).values()))  # of one process: `device_map`
+    parts = training_memory(model, args.world_size if sharding else devices)
     text = ", ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
     total = sum(parts.values())
-    logger.info(f"memory of each process without activations, with AdamW: {text}; {size_text(total)} in all")
+    holder = f"each of {devices} GPUs" if devices > 1 else "each process"
+    logger.info(f"memory of {holder} without activations, with AdamW: {text}; {size_text(total)} in all")
     available = torch.cuda.get_device_properties(args.device).total_memory if args.device.type == "cuda" else math.inf
     if total > available:
         logger.warning(
@@ -237,12 +239,13 @@ def finish_run(
         push_folder(args.output_dir, trainer.hub_model_id, token=args.hub_token, revision=args.hub_revision)
 
 
-def merge_trained_adapter(args: TrainingArguments, merge_base: str) -> None:
+def merge_trained_adapter(args: TrainingArguments, merge_base: str, device_map: str | None = None) -> None:
     """Write `output_dir/merged` from the adapter in `output_dir`; for the process that saves.
 
     Args:
         args (`TrainingArguments`): Of the run, which has ended and whose model is freed.
         merge_base (`str`): `dequantized` or `full`.
+        device_map (`str`, *optional*): Of the run; a model that was spread over GPUs is merged on the CPU.
     """
     merged = f"{args.output_dir}/merged"
     remedy = (
@@ -250,4 +253,5 @@ def merge_trained_adapter(args: TrainingArguments, merge_base: str) -> None:
         f"{args.output_dir} --output_dir {merged} --merge_base {merge_base}"
     )
     with explain_full_disk(args, remedy), unpartitioned(args, whole=True):
-        merge_adapter(args.output_dir, merged, merge_base, device=args.device)
+        device = args.device if device_map is None else torch.device("cpu")
+        merge_adapter(args.output_dir, merged, merge_base, device=device)

@@ -1,51 +1,81 @@
 """Sets `requires_grad` for each part of the model in each stage, and adds LoRA adapters. No other file does.
 
-| stage             | vision_tower  | multi_modal_projector | language_model | lm_head |
-|-------------------|---------------|-----------------------|----------------|---------|
-| pretrain          | -             | -                     | trains         | trains  |
-| align             | frozen        | trains                | frozen         | frozen  |
-| sft with `lora_r` | frozen (*)    | trains                | its adapter    | frozen  |
-| sft without       | frozen        | trains                | trains         | trains  |
+| stage             | vision_tower | multi_modal_projector | cross_attention | language_model | lm_head |
+|-------------------|--------------|-----------------------|-----------------|----------------|---------|
+| pretrain          | -            | -                     | -               | trains         | trains  |
+| align             | frozen (1)   | trains                | trains          | frozen         | frozen  |
+| sft with `lora_r` | frozen (1, 2)| trains                | trains          | its adapter    | frozen  |
+| sft without       | frozen (1)   | trains                | trains          | trains         | trains  |
 
-(*) or its adapter, with `lora_vision_target_modules`.
+(1) With `freeze_vision_tower: false` it trains, but for the parameters on which the selected features do not depend
+    (CLIP's last layer and `post_layernorm`): DDP waits for every gradient. LLaVA-1.6 trains it.
+(2) With `lora_vision_target_modules` its adapter trains.
+
+With `fusion: cross_attention` the projector is the resampler, and `cross_attention` holds the gated blocks; other
+models have none.
+
+Parameters that train are held in float32, whatever the dtype of the frozen ones: at LLaVA-1.6's 2e-6 nearly every step
+of AdamW is smaller than the distance between two neighbouring bfloat16 numbers.
 """
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from jnana.modeling import quantized_weight_count
+from jnana.modeling import JnanaConfig, quantized_weight_count
+from jnana.modeling.backbones_jnana import build_vision_tower, find_unused_parameters
 
 from .arguments import LoraArguments
 
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+PARTS = ("vision_tower", "multi_modal_projector", "cross_attention", "language_model", "lm_head")
+# What joins the two backbones: it starts from random weights and trains in full, beside LoRA too.
+JOINING_PARTS = ("multi_modal_projector", "cross_attention")
 
-# The parts that train in each stage. `pretrain` has a bare language model, of which everything trains. A stage that
-# trains the tower would have to leave `model.model.unused_vision_parameters()` frozen: DDP waits for every gradient.
+# The parts that train in each stage. `pretrain` has a bare language model, of which everything trains.
 STAGES: dict[str, dict[str, bool]] = {
     "pretrain": {"language_model": True, "lm_head": True},
-    "align": {"vision_tower": False, "multi_modal_projector": True, "language_model": False, "lm_head": False},
-    "sft": {"vision_tower": False, "multi_modal_projector": True, "language_model": True, "lm_head": True},
+    "align": {
+        "vision_tower": False,
+        "multi_modal_projector": True,
+        "cross_attention": True,
+        "language_model": False,
+        "lm_head": False,
+    },
+    "sft": {
+        "vision_tower": False,
+        "multi_modal_projector": True,
+        "cross_attention": True,
+        "language_model": True,
+        "lm_head": True,
+    },
 }
 
 
 @dataclass
 class PartCount:
-    """Parameters of one part of the model."""
+    """Parameters of one part of the model, and the dtypes that the trainable and the frozen ones are held in."""
 
     trainable: int = 0
     total: int = 0
+    trainable_dtypes: set[str] = field(default_factory=set)
+    frozen_dtypes: set[str] = field(default_factory=set)
 
 
-def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None, packing: str = "none") -> nn.Module:
+def apply_stage(
+    model: nn.Module,
+    stage: str,
+    lora: LoraArguments | None = None,
+    packing: str = "none",
+    freeze_vision_tower: bool = True,
+) -> nn.Module:
     """Freeze and unfreeze the parts of `model` as in the table, and log the number of trained parameters.
 
     Args:
@@ -55,6 +85,8 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None,
         stage (`str`): `pretrain`, `align` or `sft`.
         lora (`LoraArguments`, *optional*): With `lora_r > 0` the language model gets an adapter and is itself frozen.
         packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`; warns about dropout.
+        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
+            `False` trains the tower whole; not read where an adapter is continued, which trains what it holds.
 
     Returns:
         `nn.Module`: the model, or the `PeftModel` around it. Trained weights are float32, whatever the others are.
@@ -68,23 +100,52 @@ def apply_stage(model: nn.Module, stage: str, lora: LoraArguments | None = None,
     if continued and stage != "sft":
         raise ValueError(f"stage {stage!r} cannot continue an adapter; merge it first (run_sft --merge_adapter true)")
     with_lora = continued or (lora is not None and lora.lora_r > 0)
+    trains = {**STAGES[stage], "vision_tower": not freeze_vision_tower}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        parameter.requires_grad = STAGES[stage][part] and not (with_lora and part in ("language_model", "lm_head"))
+        parameter.requires_grad = trains[part] and not (with_lora and part in ("language_model", "lm_head"))
     if continued:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = "lora_" in name or "modules_to_save." in name
     elif with_lora:
-        model = add_lora(model, lora)
+        model = add_lora(model, lora, freeze_vision_tower)
     if isinstance(model, PeftModel):
         logger.info(describe_lora(model.peft_config["default"]))
     # `prepare_model_for_kbit_training` would convert the tower, the embeddings and the head to float32 too.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()  # AdamW's small steps are rounded away in 16 bits
+    freeze_unused(model)  # after the conversion: without autocast the tower computes in one dtype
     logger.info(describe_parameters(model, stage))
     log_dropout(active_dropout(model), packing)
     return model
+
+
+def unused_vision_parameters(config: JnanaConfig) -> list[str]:
+    """[`JnanaModel.unused_vision_parameters`], from a tower on the meta device.
+
+    The model's own tower may be wrapped by PEFT, spread over devices or partitioned by DeepSpeed.
+
+    Args:
+        config ([`JnanaConfig`]): The model's.
+
+    Returns:
+        `list[str]`: names as in the tower's `named_parameters()`.
+    """
+    with torch.device("meta"):
+        return find_unused_parameters(build_vision_tower(config), config)
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freeze the parameters of a tower that trains on which the selected features do not depend."""
+    trainable = {
+        name.partition("vision_tower.")[2].removeprefix("modules_to_save.default."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and part_of(name) == "vision_tower"
+    }
+    if trainable:
+        for name in trainable.keys() & unused_vision_parameters(model.config):
+            trainable[name].requires_grad = False
 
 
 def log_dropout(dropout: dict[str, float], packing: str) -> None:
@@ -122,11 +183,13 @@ def active_dropout(model: nn.Module) -> dict[str, float]:
     return found
 
 
-def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
-    """Wrap `model` in a `PeftModel` with adapters on the language model and a projector that trains in full.
+def add_lora(model: nn.Module, lora: LoraArguments, freeze_vision_tower: bool = True) -> nn.Module:
+    """Wrap `model` in a `PeftModel` with adapters on the language model; the projector and the blocks of
+    cross-attention train in full.
 
-    The vision tower gets adapters only if `lora_vision_target_modules` is given. CLIP and Phi share layer names
-    (`q_proj`, `fc1`), so the targets are full module names, never suffixes.
+    The vision tower gets adapters only if `lora_vision_target_modules` is given, and trains in full, as the projector
+    does, with `freeze_vision_tower` false. CLIP and Phi share layer names (`q_proj`, `fc1`), so the targets are full
+    module names, never suffixes.
     """
     targets = adapter_targets(model, lora)
     logger.info(describe_targets(targets))
@@ -135,7 +198,11 @@ def add_lora(model: nn.Module, lora: LoraArguments) -> nn.Module:
         lora_alpha=lora.lora_alpha if lora.lora_alpha is not None else 2 * lora.lora_r,
         lora_dropout=lora.lora_dropout or 0.0,
         target_modules=targets,
-        modules_to_save=["multi_modal_projector"],
+        modules_to_save=[
+            name
+            for name, _ in model.model.named_children()
+            if name in JOINING_PARTS or (name == "vision_tower" and not freeze_vision_tower)
+        ],
         # without a task type PEFT writes the name of the model's (temporary) remote-code module into the adapter
         task_type="CAUSAL_LM",
     )
@@ -164,7 +231,7 @@ def adapter_targets(model: nn.Module, lora: LoraArguments) -> list[str]:
     """
     targets = resolve_targets(model, lora.lora_target_modules or ["all-linear"])
     if lora.lora_vision_target_modules:
-        unused = {f"model.{name}".rpartition(".")[0] for name in model.model.unused_vision_parameters()}
+        unused = {f"model.vision_tower.{name}".rpartition(".")[0] for name in unused_vision_parameters(model.config)}
         option = "lora_vision_target_modules"
         of_the_tower = resolve_targets(model, lora.lora_vision_target_modules, "vision_tower", option)
         targets += [name for name in of_the_tower if name not in unused]
@@ -219,10 +286,18 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", None) or quantized_weight_count(parameter)
 
 
-def count_parameters(model: nn.Module) -> dict[str, PartCount]:
-    """Trainable and total parameters by part.
+def dtype_name(parameter: nn.Parameter) -> str:
+    """How a weight is held: the name of its dtype, or `nf4` where bitsandbytes has packed it in 4 bits."""
+    if type(parameter).__name__ == "Params4bit":
+        return parameter.quant_type  # type: ignore[attr-defined]
+    return str(parameter.dtype).removeprefix("torch.")
 
-    Tied weights count once. The untrained copy of the projector that PEFT keeps beside the trained one is left out.
+
+def count_parameters(model: nn.Module) -> dict[str, PartCount]:
+    """Trainable and total parameters by part, and their dtypes.
+
+    Tied weights count once. The untrained copies of the projector and the tower that PEFT keeps beside the trained
+    ones are left out.
     """
     counts: dict[str, PartCount] = {}
     for name, parameter in model.named_parameters():
@@ -232,15 +307,22 @@ def count_parameters(model: nn.Module) -> dict[str, PartCount]:
         number = parameter_count(parameter)
         count.total += number
         count.trainable += number if parameter.requires_grad else 0
+        dtypes = count.trainable_dtypes if parameter.requires_grad else count.frozen_dtypes
+        dtypes.add(dtype_name(parameter))
     return counts
 
 
 def describe_parameters(model: nn.Module, stage: str) -> str:
     """The table logged at the start of a run."""
     counts = count_parameters(model)
-    rows = [(part, counts[part]) for part in PARTS if part in counts]
-    rows.append(("all", PartCount(sum(c.trainable for _, c in rows), sum(c.total for _, c in rows))))
-    lines = [f"stage {stage}: trained parameters", f"  {'part':<24}{'trainable':>16}{'total':>18}"]
-    lines += [f"  {part:<24}{count.trainable:>16,}{count.total:>18,}" for part, count in rows]
-    share = rows[-1][1].trainable / max(rows[-1][1].total, 1)
-    return "\n".join([*lines, f"  {share:.3%} of all parameters train"])
+    lines = [
+        f"stage {stage}: trained parameters",
+        f"  {'part':<24}{'trainable':>16}  {'dtype':<12}{'frozen':>18}  dtype",
+    ]
+    trainable, total = (sum(getattr(count, name) for count in counts.values()) for name in ("trainable", "total"))
+    counts = {part: counts[part] for part in PARTS if part in counts} | {"all": PartCount(trainable, total)}
+    for part, count in counts.items():
+        held = [", ".join(sorted(dtypes)) for dtypes in (count.trainable_dtypes, count.frozen_dtypes)]
+        line = f"  {part:<24}{count.trainable:>16,}  {held[0]:<12}{count.total - count.trainable:>18,}  {held[1]}"
+        lines.append(line.rstrip())
+    return "\n".join([*lines, f"  {trainable / max(total, 1):.3%} of all parameters train"])

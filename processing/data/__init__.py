@@ -3,7 +3,7 @@
 from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, load_image, thumbnail
+from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, image_size, load_image, thumbnail
 from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED, RowPlan, plan_rows
 from .paths import is_hub_id, names_local_path
@@ -46,6 +46,7 @@ __all__ = [
     "flatten_conversations",
     "is_hub_id",
     "keywords",
+    "image_size",
     "load_image",
     "load_rows",
     "load_text",

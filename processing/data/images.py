@@ -1,7 +1,8 @@
 """Loads images for the collator, safely and with errors that name the file and the record.
 
 Image files are untrusted. The size is read from the header before pixels are decoded, so a decompression bomb is
-rejected at once; only raster formats are opened; URLs are not downloaded.
+rejected at once; only raster formats are opened; URLs are not downloaded. HEIC is read from named files only: the
+decoder, libheif, never gets uploads to the chat page, which have no name.
 """
 
 import base64
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
+from .heif import open_heic
 from .rows import BadSampleError, bad_sample
 
 
@@ -29,7 +31,7 @@ MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 # An image processor that scales the shorter side to 224 pixels would make gigabytes of a longer image.
 MAX_ASPECT_RATIO = 100
 
-# Without EPS, which runs an interpreter on the file. JPEG opens MPO too.
+# Without EPS, which runs an interpreter on the file. JPEG opens MPO too. HEIC is opened by heif.py.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
 ORIENTATION = ExifTags.Base.Orientation
 
@@ -46,11 +48,13 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
             decoded.
 
     Returns:
-        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency on white, 16-bit greys scaled to 8 bits.
+        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency on white, 16-bit greys scaled to 8 bits,
+            CMYK converted as PIL does it, colour profiles ignored.
 
     Raises:
         BadSampleError: if it is missing, not an image, truncated, too large, or more than 100 times as long as wide.
             The message holds `source`, the path and the remedy.
+        ImportError: if it is an HEIC file and pillow-heif is not installed.
     """
     if isinstance(image, Image.Image):
         name = f"image of {image.width}x{image.height}"
@@ -72,7 +76,7 @@ def check_image(image: Any, *, source: str = "image", max_image_pixels: int = MA
         `tuple[int, int]`: (height, width) in pixels that [`load_image`] will give.
 
     Raises:
-        BadSampleError: as [`load_image`].
+        BadSampleError, ImportError: as [`load_image`].
     """
     if isinstance(image, Image.Image):
         _check_size(image, f"image of {image.width}x{image.height}", source, max_image_pixels)
@@ -165,27 +169,38 @@ def _open(image: Any, source: str, max_image_pixels: int) -> tuple[str, Image.Im
     else:
         raise _no_reference(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # `_check_size` applies max_image_pixels instead
-            opened = Image.open(file, formats=IMAGE_FORMATS)
+        opened = _open_file(file, path, name, source)
     except FileNotFoundError as error:
         raise _no_file(name, source) from error
     except Image.DecompressionBombError as error:
         raise bad_sample(source, f"{name} is too large: {error}", "Scale it down.") from error
     except UnidentifiedImageError as error:
         raise bad_sample(
-            source, f"{name} is not an image of a known format.", f"Formats read: {', '.join(IMAGE_FORMATS)}."
+            source,
+            f"{name} is not an image of a known format.",
+            f"Formats read: {', '.join(IMAGE_FORMATS)}, and HEIC from files with a name.",
         ) from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise bad_sample(source, f"{name} can't be opened: {error}.", "Replace the file.") from error
+        raise bad_sample(source, f"{name} can't be opened: {str(error).strip()}.", "Replace the file.") from error
     try:
         _check_size(opened, name, source, max_image_pixels)
     except BadSampleError:
         opened.close()
         raise
     return name, opened
+
+
+def _open_file(file: Any, path: str | None, name: str, source: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # `_check_size` applies max_image_pixels instead
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        heic = open_heic(file, name, source) if path else None
+        if heic is None:
+            raise
+        return heic
 
 
 def _local_or_hub_file(path: str, name: str, source: str) -> Any:
@@ -226,7 +241,9 @@ def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # PIL's decoders raise many types of errors for broken files
-        raise bad_sample(source, f"{name} is truncated or corrupt: {error}.", "Replace the file.") from error
+        raise bad_sample(
+            source, f"{name} is truncated or corrupt: {str(error).strip()}.", "Replace the file."
+        ) from error
     try:
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)

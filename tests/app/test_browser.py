@@ -4,6 +4,7 @@ Screenshots stay in `JNANA_SCREENSHOTS`, or in `outputs/screenshots` of the work
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -137,6 +138,41 @@ def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, running, tm
     tab.wait_for_selector("#waiting img")
     assert ask(tab, turns[0]) == turns[1]
     assert "Traceback" not in running.log.read_text()
+
+
+def test_the_second_image_of_a_tab_is_checked_as_the_first(tab, chess, running, tmp_path):
+    """A format that is not opened, a bomb and a transparent image, one after the other in one tab."""
+    files, (first, _) = tab.locator("#waiting img"), chats(chess)[0]
+    show(tab, first)
+    sync_api.expect(files).to_have_count(1)
+    Image.new("1", (64, 64)).save(tmp_path / "fax.tiff", compression="group4")
+    bomb(tmp_path / "bomb.png", 13_000, 13_700)
+    for name in ("fax.tiff", "bomb.png"):
+        show(tab, tmp_path / name)
+        assert "can't be used as a picture" in toast(tab, f"second_{name}")
+        sync_api.expect(files).to_have_count(1)
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "transparent.png")
+    show(tab, tmp_path / "transparent.png")
+    sync_api.expect(files).to_have_count(2)
+    shown = tab.request.get(files.nth(1).get_attribute("src")).body()
+    assert Image.open(io.BytesIO(shown)).convert("RGB").getpixel((30, 30)) == (255, 255, 255)
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_a_refusal_is_words_and_leaves_the_chat(tab, chess):
+    status = tab.locator("#status")
+    tab.click("#send")
+    sync_api.expect(status).to_have_text("Type or say a question, or give a picture.")
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    tab.wait_for_selector("#waiting img")
+    assert ask(tab, turns[0]) == turns[1]
+    before = tab.locator("#chat").inner_text()
+    tab.click("#send")
+    sync_api.expect(status).to_have_text("Type or say a question, or give a picture.")
+    screenshot(tab, "refusal")
+    assert tab.locator("#chat").inner_text() == before and turns[1] in before
+    assert ask(tab, turns[2]) == turns[3]  # the control: the chat goes on
 
 
 def test_an_example_is_clicked_and_the_answer_retried(tab):

@@ -53,7 +53,7 @@ def client(tmp_path, monkeypatch):
         )
         assistant.new_visitor = lambda: None
         blocks = build_interface(assistant)
-        options = launch_options(assistant, tmp_path)
+        options = launch_options(assistant, tmp_path, ["testserver"])
         blocks.max_file_size = options["max_file_size"]
         blocks.config = blocks.get_config_file()
         blocks.auth, blocks.auth_message = login and [login], None  # as `launch` does
@@ -80,6 +80,74 @@ def test_only_the_pages_own_routes_answer(client, monkeypatch):
     assert page.get("/gradio_api/file=/etc/passwd").status_code == 403  # refused by Gradio
     with pytest.raises(OSError, match="fetched"):  # the control: what Gradio does by itself
         client(gate=False).get("/gradio_api/file=http://example.com/")
+
+
+def test_only_the_pages_own_names_are_answered(client):
+    page = client()
+    for host in (
+        "localhost",
+        "localhost:7860",
+        "127.0.0.1:7860",
+        "[::1]:7860",
+        "192.168.1.7",
+        "TestServer",
+        "testserver:80",
+    ):
+        assert page.get("/gradio_api/app_id", headers={"host": host}).status_code == 200, host
+    for host in (
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:7860",
+        "",
+        "[bad",
+        "testserver.evil",
+    ):
+        for method, path in (("GET", "/"), ("GET", "/gradio_api/app_id"), ("POST", "/gradio_api/upload")):
+            reply = page.request(method, path, headers={"host": host})
+            assert reply.status_code == 421 and "not served under that name" in reply.text, (host, path)
+    unguarded = client(gate=False)  # the control: what Gradio does by itself
+    assert unguarded.get("/gradio_api/app_id", headers={"host": "evil.example"}).status_code == 200
+
+
+CHANGING = ("run/predict", "queue/join", "cancel", "reset", "upload")
+
+
+def test_pages_of_other_sites_change_nothing(client):
+    page = client()
+    routes = [("POST", f"/gradio_api/{name}") for name in CHANGING] + [("POST", "/login"), ("GET", "/logout")]
+    for method, path in routes:
+        for foreign in ("http://evil.example", "https://testserver.evil", "null", "http://127.0.0.1:9999"):
+            reply = page.request(method, path, headers={"origin": foreign, "content-length": "0"})
+            assert (reply.status_code, reply.text) == (403, "Requests from other sites are not answered."), path
+        fetched = page.request(method, path, headers={"sec-fetch-site": "cross-site", "content-length": "0"})
+        assert fetched.status_code == 403
+        for own in ("http://testserver", "https://testserver"):  # the control; the second is that of a proxy with TLS
+            reply = page.request(method, path, headers={"origin": own}, follow_redirects=False)
+            assert reply.status_code not in (403, 421), path
+    assert page.get("/gradio_api/app_id", headers={"origin": "http://evil.example"}).status_code == 200  # only reads
+
+
+def routes_of(routes, prefix: str = ""):
+    """The paths and methods of all routes, those of included routers too."""
+    for route in routes:
+        inner = getattr(route, "original_router", None) or getattr(route, "app", None)
+        path = prefix + getattr(route, "path", "")
+        if getattr(route, "methods", None):
+            yield path, route.methods
+        elif inner is not None:
+            yield from routes_of(getattr(inner, "routes", ()), path)
+
+
+def test_every_route_of_the_page_is_guarded(client):
+    """Whatever routes Gradio has: a foreign name gets nothing, and a foreign page changes nothing."""
+    page = client()
+    routes = {(method, path) for path, methods in routes_of(page.app.routes) for method in methods}
+    assert len(routes) > 50
+    for method, path in sorted(routes):
+        assert page.request(method, path, headers={"host": "evil.example"}).status_code == 421, path
+        if method not in ("GET", "HEAD"):
+            headers = {"origin": "http://evil.example", "content-length": "0"}
+            assert page.request(method, path, headers=headers).status_code == 403, path
 
 
 def test_uploads_have_room_until_there_is_none(client, tmp_path):
@@ -157,7 +225,7 @@ def test_what_is_on_its_way_takes_room(tmp_path):
             if "status" in message:
                 said.append(message["status"])
 
-        headers = [(b"content-length", b"%d" % length)]
+        headers = [(b"host", b"localhost"), (b"content-length", b"%d" % length)]
         await gate({"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": headers}, None, send)
 
     async def all_at_once() -> None:
@@ -198,7 +266,8 @@ def test_a_path_in_front_is_no_way_around(tmp_path):
         async def send(message):
             sent.append(message)
 
-        scope = {"type": kind, "path": path, "root_path": root, "method": "GET", "headers": []}
+        headers = [(b"host", b"localhost")]
+        scope = {"type": kind, "path": path, "root_path": root, "method": "GET", "headers": headers}
         asyncio.run(gate(scope, None, send))
         return [message.get("status", message["type"]) for message in sent if message["type"] != "http.response.body"]
 

@@ -17,10 +17,11 @@ from tests.tiny import save_tiny_text, save_tiny_vision
 
 
 gradio = pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
+from gradio.state_holder import SessionState  # noqa: E402
 
 from jnana.chat.assistant import Assistant  # noqa: E402
 from jnana.chat.interface import EXAMPLES, build_interface, find_examples  # noqa: E402
-from jnana.chat.page import GENERAL_ERROR, Page, for_visitors  # noqa: E402
+from jnana.chat.page import GENERAL_ERROR, STILL_ANSWERING, Page, for_visitors, in_status_line  # noqa: E402
 
 
 class StandInTranscriber:
@@ -205,8 +206,8 @@ def test_speech_fills_the_question(page, assistant):
     try:
         assert "transcribing" in page.notice("how many.wav") and page.notice(None) == ""
         heard, status = page.transcribe("how many.wav")
-        assert (page.append_transcript(heard, "Tell me:"), status) == ("Tell me: how many", "")
-        assert page.append_transcript(page.transcribe(None)[0], "typed ") == "typed "  # the recording was removed
+        assert (page.append_transcript(heard, "Tell me:"), status) == (("Tell me: how many", ""), "")
+        assert page.append_transcript(page.transcribe(None)[0], "typed ")[0] == "typed "  # the recording was removed
         with pytest.raises(Refused, match="No speech was heard"):
             page.transcribe("silence.wav")
         with pytest.raises(Refused, match="holds no sound"):
@@ -264,6 +265,76 @@ def test_no_input_makes_the_server_fetch_an_address(assistant, monkeypatch):
     with pytest.raises(OSError, match="fetched"):  # the control: without the guard Gradio fetches for a text box
         asyncio.run(gradio.Blocks.preprocess_data(blocks, function, inputs, None))
     assert fetched == ["http://127.0.0.1:1/x.png"]
+
+
+def test_no_handler_takes_a_file_that_was_not_uploaded(assistant, tmp_path, monkeypatch):
+    """Every input of every handler, with and without the mark that Gradio goes by."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    blocks = build_interface(assistant)
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    checked = 0
+    for function in blocks.fns.values():
+        for position in range(len(function.inputs)):
+            for path in (str(tmp_path / "secret.png"), "/dev/zero", "/no/such/file", "http://127.0.0.1:1/x.png"):
+                for payload in ({"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}):
+                    inputs = [None] * len(function.inputs)
+                    inputs[position] = payload
+                    with pytest.raises(gradio.Error, match="not uploaded here|not fetched"):
+                        asyncio.run(blocks.preprocess_data(function, inputs, None))
+                    checked += 1
+    assert checked > 100
+    function = next(f for f in blocks.fns.values() if f.name == "add_image")
+    hostile = [{"path": str(tmp_path / "secret.png")}, None]
+    taken = asyncio.run(gradio.Blocks.preprocess_data(blocks, function, hostile, None))  # the control: Gradio takes it
+    assert Path(taken[0]).name == "secret.png"
+
+
+def test_the_second_image_of_a_tab_is_checked_as_the_first(assistant, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    blocks = build_interface(assistant)
+    state = SessionState(blocks)
+    function = next(f for f in blocks.fns.values() if f.name == "add_image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    inputs = [{"path": str(tmp_path / "a.png")}, None]
+
+    def received(data_of) -> object:
+        return asyncio.run(data_of(blocks, function, inputs, state))[0]
+
+    first = received(type(blocks).preprocess_data)
+    assert Path(first).name == "a.png"
+    image = function.inputs[0]
+    state[image._id] = type(image)()  # as Gradio does after an update
+    assert received(type(blocks).preprocess_data) == first  # a path, not a decoded image
+    state[image._id] = type(image)()
+    assert not isinstance(received(gradio.Blocks.preprocess_data), str)  # the control: Gradio's own opens the file
+
+
+def test_refusals_outside_the_queue_are_words_in_the_status_line(page, assistant):
+    visitor = assistant.new_visitor()
+    take = in_status_line(page.take, 6)
+    *others, status = take("  ", visitor)
+    assert status == "Type or say a question, or give a picture." and all(map(unchanged, others))
+    assert page.settle(visitor) == ([], status)  # the line stays after the handler that follows
+    *_, status = take("why?", visitor)
+    stream = page.answer(0.0, 6, visitor)
+    assert next(stream)[-1] == "reading ..."
+    *others, status = take("and?", visitor)
+    assert status == STILL_ANSWERING and all(map(unchanged, others))
+    assert STILL_ANSWERING in next(stream)[-1]  # while the answer is written
+    assert STILL_ANSWERING not in list(stream)[-1][-1] and visitor.chat.transcript[0]["content"] == "why?"
+
+    def fails(visitor):
+        raise OSError("/secret is broken")
+
+    assert in_status_line(fails, 1)(visitor) == GENERAL_ERROR
+
+
+def test_every_handler_outside_the_queue_can_speak(assistant):
+    """Its last output is the status line."""
+    blocks = build_interface(assistant)
+    unqueued = [f for f in blocks.fns.values() if not f.queue and f.outputs and f.name not in (None, "<lambda>")]
+    assert len(unqueued) >= 8
+    assert all(getattr(function.outputs[-1], "elem_id", None) == "status" for function in unqueued)
 
 
 def test_a_visitor_who_leaves_stops_the_answer(page, assistant):

@@ -1,13 +1,17 @@
 """Limits on requests: every refusal names its limit and contains no path."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
-from jnana.chat.limits import Limits, Refused, check_question, read_image, read_upload, refuse_addresses
+from jnana.chat.limits import Limits, Refused, check_files, check_question, read_image, read_upload
+from jnana.processing.data import load_image
 
 
 LIMITS = Limits(upload_megabytes=1, image_megapixels=1)
@@ -32,6 +36,15 @@ def test_a_picture_within_the_limits_is_read(tmp_path):
         read_image(tmp_path / "good.png", Limits(image_megapixels=0.5))
 
 
+def test_an_heic_upload_is_refused(tmp_path):
+    """Training reads such files; an upload never reaches their decoder, whatever its name."""
+    for name in ("photo.heic", "photo.jpg"):
+        pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / name)
+        assert load_image(tmp_path / name).size == (64, 64)  # negative control
+        with pytest.raises(Refused, match="can't be used as a picture. It must be a complete JPEG, PNG"):
+            read_image(tmp_path / name, LIMITS)
+
+
 def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty.png").write_bytes(b"")
@@ -53,7 +66,7 @@ def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
 
 def test_files_and_questions_have_a_size(tmp_path):
     (tmp_path / "large.bin").write_bytes(bytes(2_000_000))
-    with pytest.raises(Refused, match="has 2 MB; at most 1 MB"):
+    with pytest.raises(Refused, match="more than the 1 MB that are allowed"):
         read_upload(tmp_path / "large.bin", LIMITS)
     assert check_question(" why? ", LIMITS) == "why?"
     assert check_question("a \ud800 \U0001f600", LIMITS) == "a ? \U0001f600"  # a lone surrogate cannot be encoded
@@ -61,13 +74,94 @@ def test_files_and_questions_have_a_size(tmp_path):
         check_question("a" * 4001, LIMITS)
 
 
-def test_addresses_are_refused_wherever_a_request_hides_them():
+def test_addresses_are_refused_wherever_a_request_hides_them(tmp_path):
     hostile = {"path": "http://169.254.169.254/latest/meta-data", "meta": {"_type": "gradio.FileData"}}
     for payload in (hostile, [1, {"deep": [hostile]}], {"path": "file:///etc/passwd"}):
         with pytest.raises(Refused, match="not fetched"):
-            refuse_addresses(payload)
-    harmless = {"path": "/uploads/a.png", "url": "http://127.0.0.1:7860/file=/uploads/a.png"}
-    refuse_addresses([harmless, "see http://example.com", None, 3])
+            check_files(payload, tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    harmless = {"path": str(tmp_path / "a.png"), "url": "http://127.0.0.1:7860/file=/uploads/a.png"}
+    check_files([harmless, "see http://example.com", None, 3, {"path": None}], tmp_path)
+
+
+def test_only_uploaded_files_are_taken(tmp_path):
+    uploads = tmp_path / "uploads"
+    (uploads / "deep").mkdir(parents=True)
+    (uploads / "deep" / "a.png").write_bytes(b"")
+    (tmp_path / "secret.png").write_bytes(b"")
+    (uploads / "link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(uploads / "pipe")
+    foreign = ["/dev/zero", "/etc/passwd", "/no/such/file", "", "uploads", "a\0b", 3, ["x"], str(uploads)]
+    foreign += [str(tmp_path / "secret.png"), str(uploads / ".." / "secret.png"), str(uploads / "link.png")]
+    foreign += [str(uploads / "pipe"), str(tmp_path / "uploads2")]
+    said = set()
+    for path in foreign:
+        with pytest.raises(Refused) as refusal:
+            check_files([None, {"deep": {"path": path}}], uploads)
+        said.add(str(refusal.value))
+    assert len(said) == 1  # nothing tells whether a file exists
+    check_files([{"path": str(uploads / "deep" / "a.png")}], uploads)  # the control
+
+
+def test_a_file_that_is_none_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path, tmp_path / "missing.png"):
+        with pytest.raises(Refused, match="not uploaded here"):
+            read_upload(path, LIMITS)
+
+
+def test_formats_whose_decoders_crash_are_not_opened(tmp_path):
+    Image.new("1", (64, 64)).save(tmp_path / "fax.tiff", compression="group4")
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.tiff")
+    for name in ("fax.tiff", "plain.tiff"):
+        with pytest.raises(Refused, match="JPEG, PNG, WEBP, GIF, BMP, AVIF file"):
+            read_image(tmp_path / name, LIMITS)
+
+
+@pytest.mark.parametrize("accident", ["os.abort()", "bytearray(10**12)", "time.sleep(60)"])
+def test_a_decoder_that_crashes_ends_only_its_own_process(tmp_path, monkeypatch, accident):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "good.png")
+    crashing = tmp_path / "crashing.py"
+    crashing.write_text(
+        f"import os, resource, time; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); {accident}"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("jnana.chat.decode_upload.__file__", str(crashing))
+        patch.setattr("jnana.chat.limits.DECODE_SECONDS", 1)
+        with pytest.raises(Refused, match="can't be used as a picture"):
+            read_image(tmp_path / "good.png", LIMITS)
+    assert read_image(tmp_path / "good.png", LIMITS).getpixel((5, 5)) == (255, 0, 0)  # the control
+
+
+def test_pixels_are_those_of_the_file(tmp_path):
+    """Upright, on white where it is transparent, 16-bit greys scaled: what training decodes."""
+    turned = Image.new("RGB", (40, 20), "blue")
+    turned.paste("red", (0, 0, 10, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 255, 0)).save(tmp_path / "transparent.png")
+    Image.new("I;16", (8, 8), 32896).save(tmp_path / "grey.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    upright = read_image(tmp_path / "turned.png", LIMITS)
+    assert upright.size == (20, 40) and upright.getpixel((10, 2)) == (255, 0, 0)
+    assert read_image(tmp_path / "transparent.png", LIMITS).getpixel((1, 1)) == (255, 255, 255)
+    assert read_image(tmp_path / "grey.png", LIMITS).getpixel((1, 1)) == (128, 128, 128)
+    for file in tmp_path.iterdir():
+        assert list(read_image(file, LIMITS).getdata()) == list(load_image(file).getdata()), file.name
+
+
+def test_large_photographs_are_scaled_down(tmp_path):
+    photo = Image.radial_gradient("L").resize((2000, 1500)).convert("RGB")
+    photo.save(tmp_path / "photo.jpg")
+    found = read_image(tmp_path / "photo.jpg", LIMITS)
+    assert found.size == (1000, 750)
+    expected = photo.resize(found.size)
+    difference = np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int))
+    assert difference.mean() < 3
+    photo.save(tmp_path / "photo.png")  # the control: PNG can't be scaled while it is decoded
+    with pytest.raises(Refused, match="at most 1 megapixels"):
+        read_image(tmp_path / "photo.png", LIMITS)
 
 
 def test_limits_that_allow_nothing_are_refused():

@@ -10,8 +10,9 @@ from PIL import Image
 from jnana.chat import ChatSession, ContextFullError
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError
+from jnana.training.loading import load_model
 from tests.modeling.pairs import FAMILIES, join
-from tests.tiny import save_tiny_text, save_tiny_vision
+from tests.tiny import save_tiny_llava, save_tiny_text, save_tiny_vision
 
 
 QUESTIONS = ["what do you see?", "how many pieces are there?", "which piece is at the top?"]
@@ -111,6 +112,23 @@ def test_the_same_answers_and_values_as_without_a_cache(tmp_path, processor, fam
     assert talk(kept) == talk(anew)
     assert kept.messages == anew.messages
     assert kept.last_turn.cached_tokens > 100 and anew.last_turn.cached_tokens == 0
+    assert largest_difference(kept, reread(kept)) < TOLERANCE
+
+
+def test_images_in_tiles(tmp_path):
+    """LLaVA-1.6: each image has its own number of tokens and views."""
+    model, processor = load_model(str(save_tiny_llava(tmp_path, "llava_next")))
+    kept, anew = ChatSession(model, processor), ChatSession(model, processor, keep_cache=False)
+    images = [Image.new("RGB", size, "red") for size in ((60, 24), (30, 70), (24, 24))]
+    for session in (kept, anew):
+        list(session.ask(QUESTIONS[0], images[:1], max_new_tokens=4))
+        with Reading(model) as second:
+            list(session.ask(QUESTIONS[1], images[1:], max_new_tokens=4))
+        views = [processor.count_views(size) for size in ((24, 60), (70, 30), (24, 24))]
+        assert second.images == (sum(views[1:]) if session is kept else sum(views))
+        list(session.ask("why?", max_new_tokens=4))
+    assert kept.messages == anew.messages
+    assert kept.last_turn.prompt_tokens == anew.last_turn.prompt_tokens
     assert largest_difference(kept, reread(kept)) < TOLERANCE
 
 

@@ -10,7 +10,7 @@ SIZE = 4  # image tokens of the tiny tower
 NUM_IMAGES = 3
 
 
-def conversations(seed: int = 0) -> list[list[EncodedConversation]]:
+def conversations(seed: int = 0, size: int = SIZE) -> list[list[EncodedConversation]]:
     """Groups as a data set has them: five captions an image, two of them alike; questions; two images; no image."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -20,10 +20,10 @@ def conversations(seed: int = 0) -> list[list[EncodedConversation]]:
     def conversation(prompt: list[int], answer: list[int], *images: int) -> EncodedConversation:
         answer = [*answer, 0]
         mask = [0] * len(prompt) + [1] * len(answer)
-        return EncodedConversation(prompt + answer, mask, list(images), [SIZE] * len(images))
+        return EncodedConversation(prompt + answer, mask, list(images), [size] * len(images))
 
     separator, same = words(3), words(4)
-    image = [IMAGE] * SIZE
+    image = [IMAGE] * size
     answers = [words(2), same, words(9), same, [*same, *words(3)]]
     captions = [conversation([*image, *separator], answer, 0) for answer in answers]
     questions = [conversation([*image, *separator, *words(n)], words(11 - n), 1) for n in (2, 7, 4)]
@@ -52,14 +52,15 @@ def batch(
     return inputs
 
 
-def batches(how: str) -> list[dict[str, torch.Tensor]]:
+def batches(how: str, size: int = SIZE) -> list[dict[str, torch.Tensor]]:
     """All conversations, as micro-batches of one step.
 
     Args:
         how (`str`): `single` (a conversation a batch), `padded` (one batch), `rows` and `shared_image` (two rows of
             different lengths), `blocks` (the same, padded to whole blocks of 128), `one group per batch`.
+        size (`int`): Image tokens of an image.
     """
-    groups = conversations()
+    groups = conversations(size=size)
     if how == "single":
         return [batch([[[conversation]]], "none") for group in groups for conversation in group]
     if how == "padded":

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoConfig, AutoTokenizer
 
 from jnana.processing import JnanaProcessor, chat_template_names
+from tests.processing.chats import FORMAT_TOKENS, add_format_tokens
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 
@@ -17,12 +19,17 @@ def backbones(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def processors(backbones) -> dict[str, JnanaProcessor]:
+def processors(backbones, tmp_path_factory) -> dict[str, JnanaProcessor]:
     """A processor for every shipped template. Shared: tests must not change them."""
-    return {
-        name: JnanaProcessor.from_vision_text_pretrained(*backbones, chat_template=name)
-        for name in chat_template_names()
-    }
+    found = {}
+    for name in chat_template_names():
+        text = backbones[1]
+        if name in FORMAT_TOKENS:
+            text = tmp_path_factory.mktemp(name)
+            add_format_tokens(AutoTokenizer.from_pretrained(backbones[1]), name).save_pretrained(text)
+            AutoConfig.from_pretrained(backbones[1]).save_pretrained(text)
+        found[name] = JnanaProcessor.from_vision_text_pretrained(backbones[0], text, chat_template=name)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from transformers.utils import is_torchvision_available
 from jnana.modeling import configuration_jnana
 from jnana.processing import JnanaProcessor, chat_template_names, processing_jnana, read_chat_template
 from jnana.processing.chat_encoding_jnana import BREAK
+from jnana.processing.chat_formats_jnana import FORMATS
 from jnana.processing.data.packing import measure_conversation
 from tests.tiny import save_tiny_vision, tiny_image_processor, tiny_tokenizer, tiny_vision_config
 
@@ -45,6 +46,7 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
     saved = sorted(path.name for path in (tmp_path / "saved").iterdir())
     assert saved == [
         "chat_encoding_jnana.py",
+        "chat_formats_jnana.py",
         "chat_template.jinja",
         "processing_jnana.py",
         "processor_config.json",
@@ -76,7 +78,7 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
 def test_copied_code_imports_nothing_of_this_project():
     """Remote code is read as text: relative imports of neighbours, transformers and the standard library only."""
     folder = Path(__file__).parents[2] / "processing"
-    neighbours = ("chat_encoding_jnana",)
+    neighbours = ("chat_encoding_jnana", "chat_formats_jnana")
     allowed = {"collections", "re", "functools", "typing", "pathlib", "transformers"} | {f".{n}" for n in neighbours}
     for name in ("processing_jnana.py", *(f"{neighbour}.py" for neighbour in neighbours)):
         modules = {
@@ -93,8 +95,9 @@ def test_file_names_are_unique_over_the_packages_that_are_copied_flat():
     assert len(names) - names.count("__init__.py") == len(set(names) - {"__init__.py"})
 
 
-def test_all_five_templates_are_shipped(tmp_path):
-    assert chat_template_names() == ["era_capstone", "jnana", "llava_chess", "phi35_pooled", "visualize_this"]
+def test_all_templates_are_shipped(tmp_path):
+    systems = {"era_capstone", "jnana", "llava_chess", "phi35_pooled", "visualize_this"}
+    assert chat_template_names() == sorted(systems | set(FORMATS))
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert read_chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"
 

@@ -12,6 +12,7 @@ from jnana.training.loading import load_model
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import run_forked, succeed
 from tests.scripts.sharding import CONFIGURED, launch_environment, shard_on_cpu, use_deepspeed, watch_imageless
+from tests.tiny import save_tiny_llava
 
 
 SIZES = {
@@ -42,7 +43,7 @@ def start(tmp_path_factory, data, aligned):
         record["conversations"][0]["value"] = "what is the top?"
     (folder / "instruct.json").write_text(json.dumps(records))
 
-    def start(output, how: str, **changes) -> list[str]:
+    def start(output, how: str, environment: dict[str, str] | None = None, **changes) -> list[str]:
         processes = 1 if how == "one" else 2
         changes = {**SIZES, "lora_r": 0, "per_device_train_batch_size": 2 // processes, **changes}
         changes = {"train_data": folder / "instruct.json", "eval_data": folder / "instruct.json", **changes}
@@ -50,7 +51,8 @@ def start(tmp_path_factory, data, aligned):
         options = {"processes": processes, "prepare": watch_imageless}
         if how == "fsdp2":
             words.append(CONFIGURED)
-            options |= {"prepare": shard_on_cpu, "environment": launch_environment("fsdp2.yaml", processes)}
+            variables = launch_environment("fsdp2.yaml", processes) | (environment or {})
+            options |= {"prepare": shard_on_cpu, "environment": variables}
         if how.startswith("zero"):
             words.append("--ddp_backend=gloo")  # or accelerate counts one process where there is no GPU
             environment = launch_environment(f"{how}.yaml", processes) | {"ACCELERATE_USE_CPU": "false"}
@@ -176,6 +178,61 @@ def test_muon_under_fsdp2(start, tmp_path):
     assert f"resuming from {folder}/checkpoint-1 " in start(folder, "fsdp2", **changes)[0]
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder / "checkpoint-1" / "model.safetensors").read_bytes() != weights  # the control
+
+
+TOWER = {"freeze_vision_tower": "false", "vision_learning_rate": "1e-3", "max_steps": 2}
+BOTH = {**ADAPTER, "lora_vision_target_modules": "q_proj", "vision_learning_rate": "1e-3"}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [
+        (TOWER, "model.safetensors"),
+        ({**TOWER, **ADAPTER}, "adapter_model.safetensors"),
+        (BOTH, "adapter_model.safetensors"),
+    ],
+    ids=["whole", "whole, with an adapter", "by an adapter"],
+)
+def test_a_tower_that_trains(start, how, changes, weights, tmp_path):
+    """DDP need not search for unused parameters, and waits for none that a process without images lacks."""
+    for each in ("one", how):
+        start(tmp_path / each, each, **changes)
+    assert_same_run(tmp_path / how, tmp_path / "one", weights)
+    name = "vision_tower_learning_rate"
+    assert history(tmp_path / how, name).tolist() == history(tmp_path / "one", name).tolist() == [1e-3, 5e-4]
+    losses = history(tmp_path / "one", "loss")
+    assert (losses[0] - losses[1]).abs() > 1e-3  # the control: training did change something
+
+
+def test_fsdp2_reads_a_checkpoint_once(start, adapter, tmp_path):
+    """`fsdp_cpu_ram_efficient_loading: true`: the second process gets its shards from the first."""
+    start(tmp_path / "run", "fsdp2", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, **ADAPTER)
+    assert_same_run(tmp_path / "run", adapter, "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [("ddp", {**TOWER, **ADAPTER}), ("fsdp2", BOTH)],
+    ids=["ddp, whole tower", "fsdp2, adapters"],
+)
+def test_a_published_llava_checkpoint(start, how, changes, tmp_path):
+    """LLaVA-1.6's tiles and `image_newline`; under FSDP2 the first process reads transformers' checkpoint."""
+    start_from = {"model_name_or_path": save_tiny_llava(tmp_path / "llava"), "chat_template": "jnana"}
+    start(tmp_path / "one", "one", **{**changes, **start_from})
+    start(tmp_path / how, how, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, **{**changes, **start_from})
+    assert_same_run(tmp_path / how, tmp_path / "one", "adapter_model.safetensors")
+
+
+def test_a_bfloat16_base_under_fsdp2(start, tmp_path):
+    """FSDP2 wants one dtype of all that trains: float32, also where the frozen weights around it are bfloat16."""
+    for each in ("one", "fsdp2"):
+        start(tmp_path / each, each, **{**BOTH, "dtype": "bfloat16"})
+    torch.testing.assert_close(
+        history(tmp_path / "fsdp2", "loss"), history(tmp_path / "one", "loss"), rtol=1e-2, atol=0
+    )
+    tensors = load_file(tmp_path / "fsdp2" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 @needs_deepspeed

@@ -55,9 +55,17 @@ def test_a_misspelt_field_is_noticed(tmp_path):
     assert unknown_fields(tmp_path / "inner.yaml") == {"fsdp_versoin"}
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+WAYS = {
+    "no adapter": None,
+    "adapter": {"lora": LoraArguments(lora_r=2)},
+    "on the tower too": {"lora": LoraArguments(lora_r=2, lora_vision_target_modules=["all-linear"])},
+    "whole tower": {"lora": LoraArguments(lora_r=2), "freeze_vision_tower": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
-def test_fsdp2_wraps_our_layers(vision, adapter, monkeypatch):
+def test_fsdp2_wraps_our_layers(vision, way, monkeypatch):
     """From `_no_split_modules`: CLIP's own list also names its text half, which the tower does not hold."""
     for key, value in launch_environment("fsdp2.yaml", 2).items():
         monkeypatch.setenv(key, value)
@@ -66,8 +74,8 @@ def test_fsdp2_wraps_our_layers(vision, adapter, monkeypatch):
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     config = JnanaConfig.from_vision_text_configs(tiny_vision_config(vision), tiny_text_config("phi"))
     model = JnanaForConditionalGeneration(config)
-    if adapter:
-        model = apply_stage(model, "sft", LoraArguments(lora_r=2))
+    if WAYS[way] is not None:
+        model = apply_stage(model, "sft", **WAYS[way])
     plugin.set_auto_wrap_policy(model)
     wrapped = {cls.__name__ for cls in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}
     assert "PhiDecoderLayer" in wrapped

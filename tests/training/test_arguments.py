@@ -9,7 +9,7 @@ from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
-    RateArguments,
+    PartArguments,
     RunArguments,
     TextDataArguments,
     TextModelArguments,
@@ -19,7 +19,7 @@ from jnana.training.arguments import (
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-CLASSES = (ModelArguments, DataArguments, LoraArguments, RateArguments, RunArguments, TrainingArguments)
+CLASSES = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
 CLASSES_OF = {
     "pretrain": (TextModelArguments, TextDataArguments, RunArguments, TrainingArguments),
     "align": (ModelArguments, DataArguments, RunArguments, TrainingArguments),

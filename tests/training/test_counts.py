@@ -11,7 +11,7 @@ from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
-    RateArguments,
+    PartArguments,
     RunArguments,
     parse_arguments,
 )
@@ -20,7 +20,7 @@ from jnana.training.stages import apply_stage, count_parameters
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
-CLASSES = (ModelArguments, DataArguments, LoraArguments, RateArguments, RunArguments, TrainingArguments)
+CLASSES = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
 
 
 def hub_config(name: str):
@@ -30,7 +30,7 @@ def hub_config(name: str):
 
 def read(recipe: str):
     """The model and LoRA arguments of an align or sft recipe."""
-    classes = CLASSES if "sft" in recipe else tuple(c for c in CLASSES if c not in (LoraArguments, RateArguments))
+    classes = CLASSES if "sft" in recipe else tuple(c for c in CLASSES if c not in (LoraArguments, PartArguments))
     arguments = parse_arguments(classes, [str(ROOT / "recipes" / recipe), "--bf16", "false", "--output_dir", "unused"])
     lora = next((a for a in arguments if isinstance(a, LoraArguments)), LoraArguments())
     return arguments[0], lora

@@ -6,10 +6,12 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import threading
 import time
 from multiprocessing import get_context
 
+import pillow_heif
 import pytest
 import torch
 from filelock import FileLock
@@ -125,6 +127,20 @@ class TestContents:
         cache = build(pair, rows, tmp_path / "cache", evaluation=rows_in(pictures))
         assert sum(counts) == len(cache) == 6
         assert torch.equal(cache.load(embedded).features[0], features(cache, pictures / "red.png"))
+
+    def test_heic(self, pair, pictures, tmp_path, monkeypatch):
+        """Decoded once; stored features need no decoder."""
+        heic = pictures / "photo.heic"
+        pillow_heif.from_pillow(Image.open(pictures / "red.png")).save(heic)
+        rows = rows_of([reference(heic), reference(pictures / "red.png")])
+        cache = build(pair, rows, tmp_path / "cache")
+        expected = towers_own(pair, heic)
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+        torch.testing.assert_close(features(cache, heic), expected, rtol=1e-6, atol=1e-6)
+        with pytest.raises(
+            ImportError, match="record 0: image '.*photo.heic' is an HEIC image, which needs pillow-heif"
+        ):
+            build(pair, rows, tmp_path / "another")
 
     def test_dtype(self, pair, pictures, tmp_path):
         cache = build(pair, rows_in(pictures), tmp_path / "cache", feature_cache_dtype="bfloat16")

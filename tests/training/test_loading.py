@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Config
 
 from jnana.modeling import JnanaForConditionalGeneration
-from jnana.processing import JnanaProcessor
+from jnana.processing import JnanaProcessor, read_chat_template
 from jnana.processing.data import tokenizer_fingerprint
 from jnana.training.adapters import adapter_reference, write_base_reference
 from jnana.training.arguments import LoraArguments, ModelArguments
@@ -15,10 +15,13 @@ from jnana.training.loading import (
     check_text_tokenizer,
     load_model,
     load_processor,
+    prepare_model,
     prepare_processor,
 )
 from jnana.training.stages import apply_stage
+from tests.processing.chats import instruct_tokenizer
 from tests.tiny import (
+    save_tiny_llava,
     save_tiny_text,
     save_tiny_vision,
     tiny_image_processor,
@@ -230,3 +233,63 @@ def test_trust_reaches_the_backbones_own_classes(vision, tmp_path, monkeypatch, 
     processor.save_pretrained(tmp_path / "pair")
     load_processor(str(tmp_path / "pair"), trust)
     assert len(asked) >= 8 and set(asked) == {trust}
+
+
+# ---------------------------------------------------------------------- chat templates
+
+
+def save_instruct_text(folder, name: str, **changes):
+    """A language model checkpoint whose tokenizer ships a chat template of a known format; its folder."""
+    text = save_tiny_text(folder, **{"vocab_size": 512, **changes})
+    tokenizer = instruct_tokenizer(name)
+    tokenizer.chat_template = read_chat_template(name)
+    tokenizer.save_pretrained(text)
+    return str(text)
+
+
+def test_an_instruct_model_keeps_its_chat_format(vision, tmp_path):
+    text = save_instruct_text(tmp_path / "smollm2", "smollm2")
+    arguments = {"vision_model": vision, "text_model": text}
+    assert prepare_processor(ModelArguments(**arguments)).chat_template == read_chat_template("smollm2")
+    named = prepare_processor(ModelArguments(**arguments, chat_template="jnana"))
+    assert named.chat_template == read_chat_template("jnana")
+    base = ModelArguments(vision_model=vision, text_model=str(save_tiny_text(tmp_path / "base")))
+    assert prepare_processor(base).chat_template == read_chat_template("jnana")
+
+
+def test_generate_stops_at_the_templates_end_token(vision, tmp_path):
+    """Phi-3.5's answers end in `<|end|>`; its tokenizer's end token is another one."""
+    text = save_instruct_text(tmp_path, "phi3", vocab_size=576)
+    processor = prepare_processor(ModelArguments(vision_model=vision, text_model=text))
+    tokenizer = processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    model = build_pair(vision, text, processor)
+    assert set(model.generation_config.eos_token_id) >= {tokenizer.eos_token_id, end}
+    assert tokenizer.eos_token == "<|endoftext|>" and end != tokenizer.eos_token_id
+    processor.chat_template = read_chat_template("jnana")
+    ends = build_pair(vision, text, processor).generation_config.eos_token_id
+    assert end not in ([ends] if isinstance(ends, int) else ends)
+
+
+def test_a_checkpoint_goes_on_with_another_template(vision, tmp_path):
+    text = save_instruct_text(tmp_path / "text", "phi3", vocab_size=576)
+    processor = prepare_processor(ModelArguments(vision_model=vision, text_model=text, chat_template="jnana"))
+    build_pair(vision, text, processor).save_pretrained(tmp_path / "pair")
+    processor.save_pretrained(tmp_path / "pair")
+    args = ModelArguments(model_name_or_path=str(tmp_path / "pair"), chat_template="phi3")
+    model = prepare_model(args, prepare_processor(args))
+    assert processor.tokenizer.convert_tokens_to_ids("<|end|>") in model.generation_config.eos_token_id
+    args = ModelArguments(model_name_or_path=str(tmp_path / "pair"), chat_template="llama3")
+    with pytest.raises(ValueError, match=r"chat_template 'llama3' writes '<\|eot_id\|>' between an answer"):
+        prepare_processor(args)
+
+
+def test_a_published_checkpoint_of_another_chat_format_is_refused(tmp_path):
+    folder = save_tiny_llava(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
+    with pytest.raises(ValueError, match="marks no answers, so put"):
+        prepare_processor(ModelArguments(model_name_or_path=str(folder)))
+    args = ModelArguments(model_name_or_path=str(folder), chat_template="vicuna")
+    processor = prepare_processor(args)
+    assert processor.chat_template == read_chat_template("vicuna")
+    assert prepare_model(args, processor).generation_config.eos_token_id == processor.tokenizer.eos_token_id

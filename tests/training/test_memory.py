@@ -1,4 +1,4 @@
-"""The memory that a run logs equals the size of its tensors and the table in the recipe's README."""
+"""The memory that a run logs equals the size of its tensors and the tables in the docs."""
 
 import logging
 import re
@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from jnana.training.arguments import TextModelArguments, as_command_line, parse_arguments, read_recipe
+from jnana.modeling import JnanaForConditionalGeneration, jnana_config_from_llava
+from jnana.training.arguments import (
+    LoraArguments,
+    TextModelArguments,
+    as_command_line,
+    parse_arguments,
+    read_recipe,
+)
 from jnana.training.loading import text_model_config
 from jnana.training.run import check_memory, training_memory
-from jnana.training.stages import apply_stage
+from jnana.training.stages import apply_stage, describe_parameters
 from tests.tiny import tiny_text_config, tiny_tokenizer
 from tests.training.test_disk_space import model_of
 
@@ -54,6 +61,40 @@ def test_the_table_of_stage_0():
         assert row == tuple(f"{num_bytes / 1e9:.1f}" for num_bytes in (*parts, sum(parts)))
     whole, sharded = (sum(training_memory(model, shards).values()) for shards in (1, 4))
     assert sharded < 24e9 / 2 < 24e9 < whole  # FSDP2 leaves half of a GPU of 24 GB for activations; DDP does not fit
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "configs"
+LORA = {
+    "lora_r": 64,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+ON_TOWER = {**LORA, "lora_vision_target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
+
+
+def test_the_table_of_llava():
+    """docs/what_trains.md: the published checkpoints in bfloat16, on the meta device."""
+    text = (Path(__file__).parents[2] / "docs" / "what_trains.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    ways = [
+        ("llava-v1.6-mistral-7b-hf", LoraArguments(**LORA), True),
+        ("llava-v1.6-mistral-7b-hf", LoraArguments(**ON_TOWER), True),
+        ("llava-v1.6-mistral-7b-hf", LoraArguments(**LORA), False),
+        ("llava-v1.6-mistral-7b-hf", None, False),
+        ("llava-v1.6-34b-hf", LoraArguments(**ON_TOWER), True),
+    ]
+    for row, (name, lora, freeze) in zip(rows, ways, strict=True):
+        config = jnana_config_from_llava(AutoConfig.from_pretrained(FIXTURES / f"llava-hf--{name}"))
+        with torch.device("meta"):
+            model = JnanaForConditionalGeneration(config).to(torch.bfloat16)
+            model = apply_stage(model, "sft", lora, freeze_vision_tower=freeze)
+        parts = list(training_memory(model).values())
+        assert row == tuple(f"{num_bytes / 1e9:.1f}" for num_bytes in (*parts, sum(parts)))
+        if lora is not None and not freeze:
+            assert describe_parameters(model, "sft") in text
+    shards = training_memory(model, 8)
+    assert (
+        f"| FSDP2 | {sum(shards.values()) / 1e9:.1f} GB |" in (RECIPES.parent / "docs" / "distributed.md").read_text()
+    )
 
 
 def known(recipe: Path, key: str) -> list[str]:

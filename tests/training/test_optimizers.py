@@ -9,7 +9,7 @@ import torch
 from torch.optim import AdamW, Muon
 from transformers import AutoModelForCausalLM, SchedulerType, Trainer, TrainingArguments, get_scheduler
 
-from jnana.training.arguments import LoraArguments, RateArguments
+from jnana.training.arguments import LoraArguments, PartArguments
 from jnana.training.optimizers import (
     SCHEDULES_OF_THE_LOSS,
     MuonWithAdamW,
@@ -26,7 +26,7 @@ from tests.tiny import tiny_text_config
 from tests.training.test_stages import LORA, batch, pair
 
 
-RATES = RateArguments(projector_learning_rate=2e-3, projector_lr_scheduler_type="cosine")
+RATES = PartArguments(projector_learning_rate=2e-3, projector_lr_scheduler_type="cosine")
 
 
 def tiny_model():
@@ -125,14 +125,31 @@ def rows(count: int = 16) -> list[dict]:
     return [{"input_ids": inputs["input_ids"][0], "labels": inputs["labels"][0]} for _ in range(count)]
 
 
+# Ways to train: the stage, LoRA, and whether the tower is frozen.
+ON_BOTH = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_vision_target_modules=["q_proj"])
+WAYS = {
+    "adapters on both": ("sft", ON_BOTH, True),
+    "adapter and whole tower": ("sft", LORA, False),
+    "all": ("sft", None, False),
+    "align and tower": ("align", None, False),
+}
+
+
+def build_model(how: str | None):
+    if how is None:
+        return apply_stage(pair(), "sft", LORA)
+    stage, lora, freeze = WAYS[how]
+    return apply_stage(pair(layer=-2), stage, lora, freeze_vision_tower=freeze)
+
+
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     stacked = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
     images = torch.randn(len(examples), 3, 24, 24, generator=torch.Generator().manual_seed(0))
     return {**stacked, "pixel_values": images}
 
 
-def train(folder, rates: RateArguments | None, resume: str | None = None, **changes) -> Trainer:
-    model, args = apply_stage(pair(), "sft", LORA), arguments(folder, **changes)
+def train(folder, rates: PartArguments | None, resume: str | None = None, how=None, **changes) -> Trainer:
+    model, args = build_model(how), arguments(folder, **changes)
     trainer = Trainer(
         model=model,
         args=args,
@@ -183,7 +200,7 @@ def test_a_run_follows_both_schedules_and_resumes(tmp_path):
 
 
 def test_equal_rates_change_nothing(tmp_path):
-    same = RateArguments(projector_learning_rate=1e-3)
+    same = PartArguments(projector_learning_rate=1e-3)
     ours, stock = train(tmp_path / "ours", same), train(tmp_path / "stock", None)
     for name, tensor in stock.model.state_dict().items():
         torch.testing.assert_close(ours.model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
@@ -200,7 +217,7 @@ def test_muon_takes_rates_too(tmp_path):
 
 
 def test_the_vision_towers_rate(tmp_path):
-    rates = RateArguments(vision_learning_rate=5e-5)
+    rates = PartArguments(vision_learning_rate=5e-5)
     lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_vision_target_modules=["q_proj"])
     _, kwargs = trainer_optimizer("stock", apply_stage(pair(), "sft", lora), arguments(tmp_path), rates)
     assert {group["part"]: group["lr"] for group in kwargs["params"]}["vision_tower"] == 5e-5
@@ -208,11 +225,79 @@ def test_the_vision_towers_rate(tmp_path):
         trainer_optimizer("stock", apply_stage(pair(), "sft", LORA), arguments(tmp_path), rates)
 
 
+THREE = PartArguments(projector_learning_rate=2e-3, vision_learning_rate=5e-4)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_three_rates(how):
+    """Each trained parameter is in one group of its part; the rate that the Trainer logs is not the tower's."""
+    model = build_model(how)
+    groups = split_by_part(stock_groups(model, 0.1), model, THREE, 1e-3)
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sorted(id(parameter) for group in groups for parameter in group["params"]) == sorted(names)
+    rates = {"language_model": 1e-3, "lm_head": 1e-3, "multi_modal_projector": 2e-3, "vision_tower": 5e-4}
+    for group in groups:
+        assert {rates[part_of(names[id(parameter)])] for parameter in group["params"]} == {group["lr"]}
+    parts = list(dict.fromkeys(group["part"] for group in groups))
+    expected = ["language_model", "multi_modal_projector", "vision_tower"]
+    assert parts == (expected[1:] if how == "align and tower" else expected)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_three_rates_follow_one_schedule_and_resume(how, tmp_path):
+    """With gradient checkpointing; the unused end of the tower stays frozen after a resume."""
+    options = {"how": how, "save_steps": 2, "save_strategy": "steps", "gradient_checkpointing": True}
+    trainer = train(tmp_path / "whole", THREE, **options)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    schedule = [1, 0.75, 0.5, 0.25]
+    first = 2e-3 if how == "align and tower" else 1e-3
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([first * factor for factor in schedule])
+    for part, rate in (("multi_modal_projector", 2e-3), ("vision_tower", 5e-4)):
+        logged = [entry[f"{part}_learning_rate"] for entry in log]
+        assert logged == pytest.approx([rate * factor for factor in schedule])
+    resumed = train(tmp_path / "again", THREE, resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
+    trained = [{n for n, p in each.model.named_parameters() if p.requires_grad} for each in (trainer, resumed)]
+    assert trained[0] == trained[1] and any("vision_tower" in name for name in trained[0])
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+    # the control: with one rate for all parts the tower ends elsewhere
+    alone = train(tmp_path / "alone", None, **{**options, "save_strategy": "no"}).model.state_dict()
+    tower = [name for name in trained[0] if "vision_tower" in name and not name.endswith("k_proj.bias")]
+    assert all(not torch.equal(alone[name], trainer.model.state_dict()[name]) for name in tower)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd", "adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_other_optimizers_take_the_groups(optim, tmp_path):
+    """Those of bitsandbytes step on GPUs only; here they are built and their groups looked at."""
+    model, args = build_model("adapter and whole tower"), arguments(tmp_path, optim=optim)
+    chosen, kwargs = trainer_optimizer("stock", model, args, THREE)
+    optimizer = chosen(**kwargs)
+    assert {group["part"]: group["lr"] for group in optimizer.param_groups} == {
+        "language_model": 1e-3,
+        "multi_modal_projector": 2e-3,
+        "vision_tower": 5e-4,
+    }
+
+
+def test_muon_trains_a_tower(tmp_path):
+    model = build_model("all")
+    _, kwargs = trainer_optimizer("muon", model, arguments(tmp_path), THREE)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon = {names[id(p)] for group in kwargs["params"] if group["muon"] for p in group["params"]}
+    assert {(group["part"], group["lr"]) for group in kwargs["params"] if group["muon"]} == {
+        ("language_model", 1e-3),
+        ("multi_modal_projector", 2e-3),
+        ("vision_tower", 5e-4),
+    }
+    assert any("vision_tower.encoder.layers.0.mlp.fc1" in name for name in muon)
+    assert not any("embed" in name for name in muon)
+
+
 def test_refused(tmp_path):
     with pytest.raises(ValueError, match="projector_learning_rate is -1; it must be at least 0"):
-        check_rates(RateArguments(projector_learning_rate=-1), arguments(tmp_path))
+        check_rates(PartArguments(projector_learning_rate=-1), arguments(tmp_path))
     plateau = arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1)
-    check_rates(RateArguments(), plateau)  # the control
+    check_rates(PartArguments(), plateau)  # the control
     with pytest.raises(ValueError, match="lr_scheduler_type 'reduce_lr_on_plateau' follows the loss"):
         check_rates(RATES, plateau)
 

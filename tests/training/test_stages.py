@@ -24,10 +24,10 @@ from tests.tiny import tiny_text_config, tiny_vision_config
 LORA = LoraArguments(lora_r=2, lora_target_modules=["q_proj", "fc1"])
 
 
-def pair(kind: str = "phi") -> JnanaForConditionalGeneration:
+def pair(kind: str = "phi", vision: str = "clip", layer: int = -1) -> JnanaForConditionalGeneration:
     torch.manual_seed(0)
     config = JnanaConfig.from_vision_text_configs(
-        tiny_vision_config(), tiny_text_config(kind), image_token_id=300, vision_feature_layer=-1
+        tiny_vision_config(vision), tiny_text_config(kind), image_token_id=300, vision_feature_layer=layer
     )
     return JnanaForConditionalGeneration(config)
 
@@ -91,6 +91,57 @@ def test_a_bare_suffix_would_have_adapted_the_tower():
     assert any("vision_tower" in name for name, _ in model.named_parameters() if "lora_" in name)
 
 
+# Softmax ignores what is added to every key alike, so the gradient of a key bias is rounding noise or nothing.
+NO_GRADIENT = ("k_proj.bias", "key.bias")
+
+
+def used_in_tower(model, unused: tuple[str, ...]) -> set[str]:
+    """The tower's parameters that must change when it trains whole."""
+    names = {name for name, _ in model.named_parameters() if part_of(name) == "vision_tower"}
+    return {name for name in names if "original_module" not in name and not any(part in name for part in unused)}
+
+
+@pytest.mark.parametrize(
+    ("vision", "layer", "unused"),
+    [
+        ("clip", -1, ("post_layernorm",)),
+        ("clip", -2, ("post_layernorm", "layers.2.")),  # as LLaVA; the last of three layers
+        ("siglip", -2, ("post_layernorm", "layers.2.", ".head.")),
+        ("dinov2", -1, ("mask_token", ".layernorm.")),
+    ],
+)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+def test_a_tower_that_trains_changes_where_its_features_depend_on_it(vision, layer, unused, lora):
+    model = apply_stage(pair(vision=vision, layer=layer), "sft", lora, freeze_vision_tower=False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    tower = used_in_tower(model, unused)
+    held = ".modules_to_save.default." if lora else ".vision_tower."
+    assert tower and all(held in name for name in tower) and not tower & frozen
+    changed = {name for name in changed_by_training(model, batch()) if part_of(name) == "vision_tower"}
+    optional = {name for name in tower if name.endswith(NO_GRADIENT)}
+    assert changed - optional == tower - optional and changed <= tower
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name in frozen)
+
+
+def test_align_with_the_tower_changes_projector_and_tower():
+    model = apply_stage(pair(layer=-2), "align", freeze_vision_tower=False)
+    tower = used_in_tower(model, ("post_layernorm", "layers.2."))
+    changed = changed_by_training(model, batch())
+    optional = {name for name in tower if name.endswith(NO_GRADIENT)}
+    assert changed - optional == (tower | names_of(model, "multi_modal_projector")) - optional
+
+
+def test_lora_on_tower_and_language_model_changes_both_adapters_and_the_projector():
+    lora = LoraArguments(lora_r=2, lora_target_modules=["q_proj"], lora_vision_target_modules=["q_proj", "fc1"])
+    model = apply_stage(pair(layer=-2), "sft", lora)
+    changed = changed_by_training(model, batch())
+    assert changed == {name for name in model.state_dict() if "lora_" in name or "modules_to_save.default" in name}
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.model.") for name in changed if "lora_" in name}
+    layers = "vision_tower.encoder.layers.{}.{}"
+    tower = {layers.format(layer, name) for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.fc1")}
+    assert adapted == tower | {f"language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
+
+
 def test_pretrain_changes_everything():
     torch.manual_seed(0)
     model = apply_stage(AutoModelForCausalLM.from_config(tiny_text_config()), "pretrain")
@@ -117,6 +168,37 @@ def test_what_trains_is_float32():
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
     adapted = apply_stage(pair().to(torch.bfloat16), "sft", LORA)
     assert {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+def test_a_tower_that_trains_is_float32(lora):
+    """All of it: without autocast its unused last layer would else get float32 inputs for its bfloat16 weights."""
+    model = apply_stage(pair(layer=-2).to(torch.bfloat16), "sft", lora, freeze_vision_tower=False)
+    held = {name: p.dtype for name, p in model.named_parameters() if "original_module" not in name}
+    assert {dtype for name, dtype in held.items() if part_of(name) == "vision_tower"} == {torch.float32}
+    frozen = {dtype for name, dtype in held.items() if part_of(name) == "lm_head"}
+    assert frozen == ({torch.bfloat16} if lora else {torch.float32})
+    model(**batch()).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch()).loss.backward()
+
+
+def test_the_table_names_dtypes():
+    model = apply_stage(pair(layer=-2).to(torch.bfloat16), "sft", LORA, freeze_vision_tower=False)
+    lines = {line.split()[0]: line.split()[1:] for line in describe_parameters(model, "sft").splitlines()[2:-1]}
+    counts = count_parameters(model)
+    tower = counts["vision_tower"]
+    assert lines["vision_tower"] == [
+        f"{tower.trainable:,}",
+        "float32",
+        f"{tower.total - tower.trainable:,}",
+        "float32",
+    ]
+    assert lines["multi_modal_projector"] == [f"{counts['multi_modal_projector'].total:,}", "float32", "0"]
+    assert lines["language_model"][1::2] == ["float32", "bfloat16"]
+    assert lines["lm_head"] == ["0", f"{counts['lm_head'].total:,}", "bfloat16"]
+    model.get_base_model().lm_head.half()  # the control
+    assert "float16" in describe_parameters(model, "sft").replace("bfloat16", "")
 
 
 def test_adapter_config_names_no_temporary_module():

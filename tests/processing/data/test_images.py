@@ -3,24 +3,35 @@
 import base64
 import io
 import struct
+import sys
 import zipfile
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image, thumbnail
+from jnana.processing.data import (
+    BadSampleError,
+    PixelImages,
+    check_image,
+    check_rows,
+    load_image,
+    load_rows,
+    thumbnail,
+)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels: what a decompression bomb looks like from outside."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(b"\0")), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> dict:
@@ -84,6 +95,182 @@ def test_16_bit_png_and_cmyk_jpeg_files():
     assert half.getpixel((0, 0)) == (1, 1, 1)  # dark, not clipped to 200
     cmyk = load_image(encoded(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "JPEG"))
     assert min(cmyk.getpixel((0, 0))) > 250
+
+
+def ramp() -> np.ndarray:
+    """16-bit greys, dark on the left and bright on the right, all but one above 255."""
+    return np.tile(np.arange(0, 65536, 257 * 15, dtype=np.uint16), (4, 1))
+
+
+@pytest.mark.parametrize("format, dtype", [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
+def test_16_bit_greys_are_scaled(format, dtype):
+    """Their bright half stays apart; clipping makes all of it white."""
+    image = Image.fromarray(ramp().astype(dtype))
+    loaded = load_image(encoded(image, format))
+    values = np.asarray(loaded)[0, :, 0]
+    assert values.tolist() == [15 * step for step in range(18)]
+    clipped = np.asarray(image.convert("I").convert("L"))[0]  # negative control: PIL's own conversion
+    assert clipped.tolist() == [0] + [255] * 17
+
+
+def test_16_bit_greys_are_turned_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for format in ("PNG", "TIFF"):
+        reference = encoded(Image.fromarray(ramp()), format, exif=exif)
+        loaded = load_image(reference)
+        assert loaded.size == (4, 18) and check_image(reference) == (18, 4)
+        assert np.asarray(loaded)[:, 0, 0].tolist() == [15 * step for step in range(18)]
+
+
+def rgb_tiff_of_16_bits(colour: tuple[int, int, int]) -> dict:
+    """PIL writes no such file: 2 x 2 pixels, uncompressed, little-endian."""
+    pixels = struct.pack("<3H", *colour) * 4
+    entries = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 1, 14), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, len(pixels))]
+    header = b"II*\0" + struct.pack("<I", 14 + len(pixels)) + struct.pack("<3H", 16, 16, 16)
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return {"path": None, "bytes": header + pixels + struct.pack("<H", len(entries)) + table + b"\0" * 4}
+
+
+def rgb_png_of_16_bits(colour: tuple[int, int, int]) -> dict:
+    """Nor this: 2 x 2 pixels; each line starts with the number of its filter."""
+    header, pixels = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0), (b"\0" + struct.pack(">3H", *colour) * 2) * 2
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(pixels)), png_chunk(b"IEND", b"")]
+    return {"path": None, "bytes": b"\x89PNG\r\n\x1a\n" + b"".join(chunks)}
+
+
+@pytest.mark.parametrize("write", [rgb_tiff_of_16_bits, rgb_png_of_16_bits])
+def test_16_bit_colours(write):
+    assert load_image(write((0x0102, 0x80FF, 0xFF00))).getpixel((1, 1)) == (0x01, 0x80, 0xFF)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_cmyk(format):
+    """Known inks: the colours are their complements, darkened by black."""
+    inks = {(0, 0, 0, 0): (255, 255, 255), (0, 255, 255, 0): (255, 0, 0), (255, 0, 0, 128): (0, 127, 127)}
+    for ink, colour in inks.items():
+        options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+        reference = encoded(Image.new("CMYK", (16, 16), ink), format, **options)
+        loaded = load_image(reference)
+        assert loaded.mode == "RGB" and np.abs(np.subtract(loaded.getpixel((8, 8)), colour)).max() <= 2
+        as_stored = Image.open(io.BytesIO(reference["bytes"])).getpixel((8, 8))[
+            :3
+        ]  # negative control: inks as colours
+        assert np.abs(np.subtract(as_stored, colour)).max() > 100
+
+
+def test_avif_is_turned_and_keeps_its_colours():
+    image = Image.new("RGB", (64, 32), (200, 30, 60))
+    image.paste((20, 120, 220), (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned by 90 degrees anticlockwise
+    reference = encoded(image, "AVIF", quality=95, exif=exif)
+    loaded = load_image(reference)
+    assert loaded.size == (32, 64) and check_image(reference) == (64, 32)
+    assert np.abs(np.subtract(loaded.getpixel((16, 50)), (20, 120, 220))).max() <= 6
+    assert np.abs(np.subtract(loaded.getpixel((16, 10)), (200, 30, 60))).max() <= 6
+    assert load_image(encoded(image, "AVIF")).size == (64, 32)  # negative control
+
+
+def heic(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, **{"quality": 95, **options})
+    return buffer.getvalue()
+
+
+class TestHeic:
+    """Photographs of iPhones. They are read from files with a name, whatever the name."""
+
+    @pytest.fixture
+    def photo(self, tmp_path):
+        """(64, 32) as stored, to be turned by 90 degrees clockwise: blue at the top, red below."""
+        image = Image.new("RGB", (64, 32), (200, 30, 60))
+        image.paste((20, 120, 220), (0, 0, 32, 32))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        path = tmp_path / "IMG_1.HEIC"
+        path.write_bytes(heic(image, exif=exif.tobytes()))
+        return path
+
+    def test_colours_and_rotation(self, photo):
+        for reference in (photo, str(photo), {"path": "IMG_1.HEIC", "bytes": photo.read_bytes()}):
+            loaded = load_image(reference)
+            assert loaded.mode == "RGB" and loaded.size == (32, 64) and check_image(reference) == (64, 32)
+            assert np.abs(np.subtract(loaded.getpixel((16, 10)), (20, 120, 220))).max() <= 6
+            assert np.abs(np.subtract(loaded.getpixel((16, 50)), (200, 30, 60))).max() <= 6
+
+    def test_the_rotation_is_needed_and_applied_once(self, photo, tmp_path):
+        plain = tmp_path / "plain.heic"
+        plain.write_bytes(heic(Image.new("RGB", (64, 32), "red")))
+        assert load_image(plain).size == (64, 32)  # negative control
+        turned = pillow_heif.HeifImageFile(photo)
+        assert turned.info["original_orientation"] == 6 and turned.getexif()[0x0112] == 1
+
+    def test_other_names_and_brands(self, photo):
+        """A phone may name HEIC data .jpg; some files name the container first, which AVIF files do too."""
+        data = photo.read_bytes()
+        assert load_image({"path": "IMG_1.jpg", "bytes": data}).size == (32, 64)
+        assert data[8:12] == b"heic" and b"heic" in data[16:28]
+        assert load_image({"path": "a.heif", "bytes": data[:8] + b"mif1" + data[12:]}).size == (32, 64)
+
+    def test_greys_of_10_bits_and_transparency(self, tmp_path):
+        path = tmp_path / "a.heic"
+        path.write_bytes(heic(Image.fromarray(ramp().repeat(8, 0).repeat(8, 1))))
+        assert np.abs(np.asarray(load_image(path))[0, 4::8, 0] - np.arange(18) * 15.0).max() <= 3
+        path.write_bytes(heic(Image.new("RGBA", (32, 32), (255, 0, 0, 0))))
+        assert min(load_image(path).getpixel((16, 16))) > 250
+
+    def test_a_header_that_lies(self, photo, tmp_path):
+        """A larger size is refused before anything is decoded. A smaller one doesn't let more pixels in."""
+        noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
+        data = heic(Image.fromarray(noise))
+        place = data.index(b"ispe") + 8
+        path = tmp_path / "bomb.heic"
+        for side, message in ((30_000, "= 900,000,000 pixels, more than max_image_pixels"), (32, "corrupt")):
+            path.write_bytes(data[:place] + struct.pack(">II", side, side) + data[place + 8 :])
+            with pytest.raises(BadSampleError, match=f"r1: image '.*bomb.heic' .*{message}"):
+                load_image(path, source="r1")
+        path.write_bytes(data)
+        assert load_image(path, max_image_pixels=360_000).size == (600, 600)  # negative control
+        with pytest.raises(BadSampleError, match="600x600 = 360,000 pixels, more than max_image_pixels=359,999"):
+            check_image(path, max_image_pixels=359_999)
+
+    def test_a_broken_file(self, photo, tmp_path):
+        data = photo.read_bytes()
+        for length in (40, len(data) // 2, len(data) - 20):
+            (tmp_path / "cut.heic").write_bytes(data[:length])
+            with pytest.raises(
+                BadSampleError, match=r"r1: image '.*cut.heic' (can't be opened|is truncated).* Replace"
+            ):
+                load_image(tmp_path / "cut.heic", source="r1")
+
+    def test_without_the_package(self, photo, pictures, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+        message = (
+            r"r1: image '.*IMG_1.HEIC' is an HEIC image, which needs pillow-heif, .* pip install 'jnana\[photos\]'"
+        )
+        for opener in (load_image, check_image):
+            with pytest.raises(ImportError, match=message):
+                opener(photo, source="r1")
+        assert load_image(pictures / "0.png").size == (40, 30)
+
+    def test_rows(self, photo, processor, monkeypatch):
+        """An image folder may name them. `skip` does not leave them out silently where the package is missing."""
+        photo.with_name("metadata.csv").write_text("file_name,text\nIMG_1.HEIC,a photograph\n")
+        rows = load_rows(photo.parent)
+        assert check_rows(rows, processor, progress=False).problems == []
+        assert PixelImages(processor).load(rows[0]["images"][0], "r1").size == (32, 64)
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(ImportError, match="metadata.csv, record 0 .*: image '.*IMG_1.HEIC' is an HEIC image"):
+            check_rows(rows, processor, on_bad_sample="skip", progress=False)
+
+    def test_uploads_never_reach_its_decoder(self, photo):
+        """They come without a name."""
+        with pytest.raises(BadSampleError, match="embedded image is not an image of a known format"):
+            load_image({"path": None, "bytes": photo.read_bytes()})
+        with pytest.raises(OSError):  # nor does anything else that PIL opens in this process
+            Image.open(photo)
 
 
 def test_a_palette_with_a_transparent_entry():

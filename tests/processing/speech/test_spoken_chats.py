@@ -134,9 +134,9 @@ def test_saved_processors_hear_as_well(processor, tmp_path):
     if encoding.is_file():
         assert "def transcribe_chat" in encoding.read_text()
     folder = Path(run_transcribe.__file__).parent / "processing"
-    sources = [(folder / name).read_text() for name in ("processing_jnana.py", "chat_encoding_jnana.py")]
+    sources = [path.read_text() for path in folder.glob("*_jnana.py")]
     imports = {name for source in sources for name in re.findall(r"^from \.(\w+) import", source, re.MULTILINE)}
-    assert imports == {"chat_encoding_jnana"}
+    assert imports == {"chat_encoding_jnana", "chat_formats_jnana"}
 
 
 # ---------------------------------------------------------------------- training data

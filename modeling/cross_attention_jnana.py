@@ -290,7 +290,7 @@ def find_positions(token_mask: torch.Tensor, start: int | torch.Tensor, most: in
     columns = torch.arange(token_mask.shape[1], device=token_mask.device) + start
     positions = torch.where(token_mask, columns, NOWHERE).sort(dim=1).values
     slots = most if torch.compiler.is_compiling() else int(token_mask.sum(1).max())
-    return positions[:, :slots]
+    return positions[:, :slots].contiguous()
 
 
 def find_visible_images(

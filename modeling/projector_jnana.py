@@ -134,7 +134,7 @@ class JnanaProjector(nn.Module):
         tiles = views[1:].view(tile_rows, tile_columns, rows, columns, -1)
         tiles = tiles.transpose(1, 2).reshape(tile_rows * rows, tile_columns * columns, -1)  # => one map
         kept = tiles[unpadded_region(image_size, tile_rows * rows, tile_columns * columns)]
-        newlines = self.image_newline.to(kept.dtype).expand(len(kept), 1, -1)
+        newlines = self.image_newline.to(kept).expand(len(kept), 1, -1)
         return torch.cat([views[0], torch.cat([kept, newlines], dim=1).flatten(0, 1)])
 
     def init_weights(self) -> None:

@@ -9,7 +9,8 @@ if __name__ != "jnana.processing":  # a second copy of every class would be regi
 
 from .chat_encoding_jnana import transcribe_chat
 from .chat_formats_jnana import adopt_chat_template, chat_template_names, read_chat_template
-from .processing_jnana import JnanaProcessor, add_jnana_tokens, set_image_geometry
+from .image_geometry_jnana import set_image_geometry
+from .processing_jnana import JnanaProcessor, add_jnana_tokens
 
 
 __all__ = [

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -20,20 +21,16 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BatchFeature,
-    CLIPImageProcessor,
-    LlavaImageProcessor,
-    LlavaNextImageProcessor,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, transcribe_chat
 from .chat_formats_jnana import GENERATION_BLOCK, adopt_chat_template, check_answer_end, read_chat_template
+from .image_geometry_jnana import JnanaImageCountMixin, count_prefix_tokens, set_image_geometry
 
 
 # Keyword arguments for the tokenizer and the image processor. `apply_chat_template` also takes them outside
@@ -309,10 +306,6 @@ def _images_of(chat: list[dict]) -> list:
     return [image for images in found for image in images]
 
 
-IMAGE_GEOMETRIES = ("crop", "pad", "anyres")
-# Rows and columns of the tiles that LLaVA-1.6 chooses from
-ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-
 # The published models that a processor can be made from
 LLAVA_MODEL_TYPES = ("llava", "llava_next")
 
@@ -320,19 +313,8 @@ IDEFICS_IMAGE_TOKEN = "<image>"
 
 FEATURE_SELECT_STRATEGIES = ("default", "full", "pooled")
 
-# Vectors a tower puts before its patches, registers not counted: the same table as the model's config has, which this
-# file must not import (a test keeps the two equal)
-TOWER_CLS_TOKENS = {
-    "clip_vision_model": 1,
-    "dinov2": 1,
-    "dinov2_with_registers": 1,
-    "dinov3_vit": 1,
-    "siglip_vision_model": 0,
-    "vit": 1,
-}
 
-
-class JnanaProcessor(JnanaChatMixin):
+class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
     """
     Turns chats about images into model inputs.
 
@@ -439,7 +421,7 @@ class JnanaProcessor(JnanaChatMixin):
         vision_config = getattr(vision_config, "vision_config", vision_config)
         patch_size = getattr(vision_config, "patch_size", None) if patch_size is None else patch_size
         if num_additional_image_tokens is None:
-            num_additional_image_tokens = _prefix_tokens(vision_config)
+            num_additional_image_tokens = count_prefix_tokens(vision_config)
         # given here, because a side set afterwards is not saved
         tokenizer = AutoTokenizer.from_pretrained(text, **{"padding_side": "left", **kwargs})
         add_jnana_tokens(tokenizer, image_token)
@@ -498,7 +480,7 @@ class JnanaProcessor(JnanaChatMixin):
             stock.image_processor,
             tokenizer,
             patch_size=config.vision_config.patch_size,
-            num_additional_image_tokens=_prefix_tokens(config.vision_config),
+            num_additional_image_tokens=count_prefix_tokens(config.vision_config),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=template,
             image_token=image_token,
@@ -527,7 +509,7 @@ class JnanaProcessor(JnanaChatMixin):
             tokenizer.pad_token = tokenizer.unk_token
         stock = AutoImageProcessor.from_pretrained(path, **kwargs)
         # IDEFICS's own image processor returns a tensor and no `pixel_values`.
-        image_processor = CLIPImageProcessor(
+        image_processor = transformers.CLIPImageProcessor(  # an import at the top would warn without torchvision
             size=dict(stock.size),
             resample=stock.resample,
             do_center_crop=False,
@@ -549,70 +531,6 @@ class JnanaProcessor(JnanaChatMixin):
     def unused_input_names(self) -> list[str]:
         """Names a tokenizer may return that the model does not take."""
         return ["token_type_ids"]
-
-    @property
-    def image_grid_pinpoints(self) -> list[list[int]] | None:
-        """`list[list[int]]` or `None`: resolutions (height, width) that images are cut into tiles at."""
-        return getattr(self.image_processor, "image_grid_pinpoints", None)
-
-    def num_image_tokens(self, height: int, width: int) -> int:
-        """Image tokens of a view that enters the tower with `height` x `width` pixels."""
-        if self.tokens_per_view is not None:
-            return self.tokens_per_view
-        if self.vision_feature_select_strategy == "pooled":
-            return 1
-        rows, columns = self._token_grid(height, width)
-        return rows * columns + (
-            self.num_additional_image_tokens if self.vision_feature_select_strategy == "full" else 0
-        )
-
-    def count_image_tokens(self, image_size: tuple[int, int] | None = None, **kwargs) -> int:
-        """
-        The number of image tokens of one image.
-
-        Args:
-            image_size (`tuple[int, int]`, *optional*): (height, width) of the image in pixels, before it is processed.
-                Needed where images are cut into tiles; otherwise all images are resized to one size.
-            crop_size, size (`dict`, *optional*): instead of the image processor's own.
-
-        Raises:
-            ValueError: if the number depends on the size, and the size is not given.
-        """
-        height, width = self.image_height_and_width(**kwargs)
-        of_a_view = self.num_image_tokens(height, width)
-        if self.image_grid_pinpoints is None:
-            return of_a_view
-        if self.tokens_per_view is not None:
-            return self.count_views(image_size) * of_a_view
-        rows, columns = self._token_grid(height, width)
-        tile_rows, tile_columns = self._tile_grid(image_size, height)
-        kept_rows, kept_columns = _unpadded_size(image_size, tile_rows * rows, tile_columns * columns)
-        return of_a_view + kept_rows * (kept_columns + 1)  # each row ends with a newline vector
-
-    def count_views(self, image_size: tuple[int, int] | None = None) -> int:
-        """
-        The number of views of one image, which enter the tower: the whole image, and its tiles if it is cut into such.
-
-        Args:
-            image_size (`tuple[int, int]`, *optional*): as in [`~JnanaProcessor.count_image_tokens`].
-        """
-        if self.image_grid_pinpoints is None:
-            return 1
-        tile_rows, tile_columns = self._tile_grid(image_size, self.image_height_and_width()[0])
-        return 1 + tile_rows * tile_columns
-
-    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
-        side = self.patch_size * self.downsample_factor
-        return height // side, width // side
-
-    def _tile_grid(self, image_size: tuple[int, int] | None, view_size: int) -> tuple[int, int]:
-        if image_size is None:
-            raise ValueError(
-                "image_size is missing: this processor cuts images into tiles (image_grid_pinpoints), so the number "
-                "of image tokens depends on an image's size. Give its (height, width) in pixels."
-            )
-        height, width = select_best_resolution(image_size, self.image_grid_pinpoints)
-        return height // view_size, width // view_size
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders of one image: as many image tokens as the model will give vectors."""
@@ -656,27 +574,6 @@ class JnanaProcessor(JnanaChatMixin):
             texts = [bos_token + sample for sample in texts]
         return self._tokenize_chats(list(texts), self._flatten_images(images), kwargs)[0]
 
-    def image_height_and_width(
-        self, crop_size: dict | None = None, size: dict | None = None, **kwargs
-    ) -> tuple[int, int]:
-        """
-        The size that the image processor gives every image.
-
-        Args:
-            crop_size, size (`dict`, *optional*): instead of the image processor's own.
-
-        Raises:
-            ValueError: if its images differ in size.
-        """
-        crops = getattr(self.image_processor, "do_center_crop", False) or self.image_grid_pinpoints is not None
-        target = crop_size or size or (self.image_processor.crop_size if crops else self.image_processor.size)
-        if "height" not in target or "width" not in target:
-            raise ValueError(
-                f"image_processor.size={dict(target)} gives images of different sizes. Use an image processor that "
-                "crops or resizes to a fixed height and width."
-            )
-        return target["height"], target["width"]
-
 
 def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> None:
     """
@@ -689,59 +586,6 @@ def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<im
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": AddedToken("<|pad|>", special=True, normalized=False)})
-
-
-def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
-    """
-    An image processor with the mean, standard deviation and output size of another, and a given geometry.
-
-    Args:
-        image_processor (`BaseImageProcessor`): the vision checkpoint's, with square output.
-        image_geometry (`str`):
-            `crop` (the shortest side is resized, the middle is cut out: CLIP), `pad` (padded to a square in the mean
-            colour: stage 2 of LLaVA-1.5) or `anyres` (the whole image squashed to a square, and up to four tiles:
-            LLaVA-1.6).
-
-    Returns:
-        `BaseImageProcessor`: transformers' processor of that geometry.
-
-    Raises:
-        ValueError: if the geometry is unknown.
-    """
-    if image_geometry not in IMAGE_GEOMETRIES:
-        raise ValueError(f"image_geometry={image_geometry!r} must be one of {', '.join(IMAGE_GEOMETRIES)}.")
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
-    side = size["height"]
-    fields: dict[str, Any] = {name: getattr(image_processor, name) for name in ("image_mean", "image_std", "resample")}
-    fields |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    if image_geometry == "anyres":
-        pinpoints = [[side * rows, side * columns] for rows, columns in ANYRES_GRIDS]
-        return LlavaNextImageProcessor(**fields, image_grid_pinpoints=pinpoints)
-    if image_geometry == "pad":
-        return LlavaImageProcessor(**fields, do_pad=True)
-    return CLIPImageProcessor(**fields)
-
-
-def _unpadded_size(image_size: tuple[int, int] | None, rows: int, columns: int) -> tuple[int, int]:
-    """
-    Rows and columns of the tiles' map that are left when the padding around the image is cut off.
-
-    The same rule as in the model's projector, which this file must not import (a test keeps the two equal).
-    """
-    height, width = image_size  # type: ignore[misc]  # `_tile_grid` raised where it is missing
-    if width / height > columns / rows:
-        return rows - (rows - int(round(height * (columns / width), 7))) // 2 * 2, columns
-    return rows, columns - (columns - int(round(width * (rows / height), 7))) // 2 * 2
-
-
-def _prefix_tokens(vision_config: PreTrainedConfig) -> int:
-    if vision_config.model_type not in TOWER_CLS_TOKENS:
-        raise ValueError(
-            f"vision tower of model_type={vision_config.model_type!r}: how many vectors it puts before its patches is "
-            f"not known here. Give num_additional_image_tokens (1 for a CLS vector), or choose one of "
-            f"{', '.join(TOWER_CLS_TOKENS)}."
-        )
-    return TOWER_CLS_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
 
 
 JnanaProcessor.register_for_auto_class()

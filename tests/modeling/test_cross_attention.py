@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, PhiConfig
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids
 
 from jnana.modeling import CACHE_NAME, JnanaConfig, JnanaForConditionalGeneration, cross_attention_jnana
@@ -149,6 +149,19 @@ def test_fresh_gates_are_closed_and_norms_are_one(tmp_path, how):
             assert (parameter == 1).all(), name
         else:
             assert 0.1 < parameter.std() < 0.3, name  # the text config's `initializer_range`, 0.2
+
+
+@pytest.mark.parametrize(("inner", "millions"), [(None, 776), (2560, 304)])
+def test_what_the_blocks_add_to_phi_2(inner, millions):
+    """On the meta device; the figures are in docs/cross_attention.md."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
+    clip = CLIPVisionConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    fields = {"fusion": "cross_attention", "projector_type": "perceiver", "cross_attention_intermediate_size": inner}
+    config = JnanaConfig.from_vision_text_configs(clip, PhiConfig(**sizes, vocab_size=51200), **fields)
+    with torch.device("meta"):
+        blocks = cross_attention_jnana.JnanaCrossAttention(config)
+    assert len(blocks.layers) == 8
+    assert round(sum(parameter.numel() for parameter in blocks.parameters()) / 1e6) == millions
 
 
 # ---------------------------------------------------------------------- which image a token attends to

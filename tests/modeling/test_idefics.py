@@ -148,7 +148,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(("name", "count"), [("idefics-9b", 8_929_679_632)])
 def test_full_size_models_have_as_many_parameters_as_stock(name, count):
     """On the meta device, from the fields of the published config."""
-    fixture = Path(__file__).parents[1] / "fixtures" / "published_configs" / f"{name}.json"
+    fixture = Path(__file__).parents[1] / "fixtures" / "configs" / f"HuggingFaceM4--{name}" / "config.json"
     config = IdeficsConfig(**json.loads(fixture.read_text()))
     with torch.device("meta"):
         stock = IdeficsForVisionText2Text(copy.deepcopy(config))

@@ -22,7 +22,7 @@ from tests.tiny import tiny_image_processor, tiny_tokenizer
 
 TEMPLATES = chat_template_names()
 # Templates whose answers start with the space that follows their last separator
-SPACED = {"jnana", "visualize_this", "llava_chess", "vicuna", "mistral"}
+SPACED = {"idefics", "jnana", "visualize_this", "llava_chess", "vicuna", "mistral"}
 # Templates that leave the white space around a message as it is, as the published ones of their formats do
 UNTRIMMED = {"chatml", "chatml_direct", "smollm2", "qwen2", "qwen2_5", "vicuna", "mistral", "phi3"}
 IMAGE = {"type": "image", "image": Image.new("RGB", (30, 24), "red")}

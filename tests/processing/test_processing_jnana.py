@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, LlavaProcessor, SiglipIm
 from transformers.utils import is_torchvision_available
 
 from jnana.modeling import configuration_jnana
-from jnana.processing import JnanaProcessor, chat_template_names, processing_jnana, read_chat_template
+from jnana.processing import JnanaProcessor, chat_template_names, image_geometry_jnana, read_chat_template
 from jnana.processing.chat_encoding_jnana import BREAK
 from jnana.processing.chat_formats_jnana import FORMATS
 from jnana.processing.data.packing import measure_conversation
@@ -48,6 +48,7 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
         "chat_encoding_jnana.py",
         "chat_formats_jnana.py",
         "chat_template.jinja",
+        "image_geometry_jnana.py",
         "processing_jnana.py",
         "processor_config.json",
         "tokenizer.json",
@@ -78,7 +79,7 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
 def test_copied_code_imports_nothing_of_this_project():
     """Remote code is read as text: relative imports of neighbours, transformers and the standard library only."""
     folder = Path(__file__).parents[2] / "processing"
-    neighbours = ("chat_encoding_jnana", "chat_formats_jnana")
+    neighbours = ("chat_encoding_jnana", "chat_formats_jnana", "image_geometry_jnana")
     allowed = {"collections", "re", "functools", "typing", "pathlib", "transformers"} | {f".{n}" for n in neighbours}
     for name in ("processing_jnana.py", *(f"{neighbour}.py" for neighbour in neighbours)):
         modules = {
@@ -96,7 +97,7 @@ def test_file_names_are_unique_over_the_packages_that_are_copied_flat():
 
 
 def test_all_templates_are_shipped(tmp_path):
-    systems = {"era_capstone", "jnana", "llava_chess", "phi35_pooled", "visualize_this"}
+    systems = {"era_capstone", "idefics", "jnana", "llava_chess", "phi35_pooled", "visualize_this"}
     assert chat_template_names() == sorted(systems | set(FORMATS))
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert read_chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"
@@ -157,13 +158,13 @@ def test_the_towers_prefix_and_patches_are_known(backbones, tmp_path, kind, addi
 
 def test_model_and_processor_know_the_same_towers():
     """Neither may import the other, so each has the table."""
-    assert processing_jnana.TOWER_CLS_TOKENS == configuration_jnana.TOWER_CLS_TOKENS
-    for model_type in processing_jnana.TOWER_CLS_TOKENS:
+    assert image_geometry_jnana.TOWER_CLS_TOKENS == configuration_jnana.TOWER_CLS_TOKENS
+    for model_type in image_geometry_jnana.TOWER_CLS_TOKENS:
         vision_config = CONFIG_MAPPING[model_type]()
         config = configuration_jnana.JnanaConfig(vision_config=vision_config)
-        assert config.num_prefix_tokens == processing_jnana._prefix_tokens(vision_config)
+        assert config.num_prefix_tokens == image_geometry_jnana.count_prefix_tokens(vision_config)
     with pytest.raises(ValueError, match="'swin'.*num_additional_image_tokens.*or choose one of clip_vision_model"):
-        processing_jnana._prefix_tokens(CONFIG_MAPPING["swin"]())
+        image_geometry_jnana.count_prefix_tokens(CONFIG_MAPPING["swin"]())
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])

@@ -96,3 +96,23 @@ def tuned(aligned, data) -> Path:
     samples = {"sample_steps": 3, "sample_count": 2, "sample_max_new_tokens": 6}
     run_sft.main(sft_options(data, aligned, output_dir=folder, merge_adapter="true", **samples))
     return folder
+
+
+CROSS = {
+    "fusion": "cross_attention",
+    "cross_layer_interval": 1,
+    "cross_attention_intermediate_size": 64,
+    "projector_type": "perceiver",
+    "projector_num_latents": 4,
+    "projector_depth": 1,
+    "projector_num_heads": 2,
+    "projector_head_dim": 8,
+    "learning_rate": "1e-2",
+}
+
+
+@pytest.fixture(scope="session")
+def crossed(tmp_path_factory, data, vision, pretrained):
+    folder = tmp_path_factory.mktemp("crossed") / "align"
+    run_align.main(align_options(data, vision, pretrained, output_dir=folder, **CROSS))
+    return folder

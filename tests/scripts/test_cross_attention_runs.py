@@ -13,30 +13,12 @@ from jnana.chat import ChatSession
 from jnana.training.loading import load_model
 from jnana.training.stages import part_of
 from tests.modeling.tiny_idefics import save_tiny_idefics
-from tests.scripts.conftest import align_options, sft_options
+from tests.scripts.conftest import CROSS, align_options, sft_options
 from tests.scripts.test_chain import logits
 from tests.scripts.test_resume import assert_same_weights, cut
 
 
-CROSS = {
-    "fusion": "cross_attention",
-    "cross_layer_interval": 1,
-    "cross_attention_intermediate_size": 64,
-    "projector_type": "perceiver",
-    "projector_num_latents": 4,
-    "projector_depth": 1,
-    "projector_num_heads": 2,
-    "projector_head_dim": 8,
-    "learning_rate": "1e-2",
-}
 JOINING = {"multi_modal_projector", "cross_attention"}
-
-
-@pytest.fixture(scope="module")
-def crossed(tmp_path_factory, data, vision, pretrained):
-    folder = tmp_path_factory.mktemp("crossed") / "align"
-    run_align.main(align_options(data, vision, pretrained, output_dir=folder, **CROSS))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +117,19 @@ def test_packed_rows_with_and_without_checkpointing(data, crossed, tmp_path):
     assert_same_weights(tmp_path / "checkpointed", tmp_path / "plain")
     with pytest.raises(AssertionError):  # the control: rows in another order
         assert_same_weights(tmp_path / "other", tmp_path / "plain")
+
+
+def test_an_adapter_on_four_bits(data, crossed, tmp_path):
+    """Only the language model is quantised; blocks and resampler train in float32."""
+    changes = {"quantization": "nf4", "max_steps": 2, "save_strategy": "no", "merge_adapter": "true"}
+    run_sft.main(sft_options(data, crossed, output_dir=tmp_path / "sft", **changes))
+    model, processor = load_model(str(tmp_path / "sft"))
+    quantised = {part_of(name) for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert quantised == {"language_model"}
+    joining = {weight.dtype for name, weight in model.named_parameters() if part_of(name) in JOINING}
+    assert joining == {torch.float32}
+    logits(model, processor, data)
+    load_model(str(tmp_path / "sft" / "merged"))
 
 
 def test_the_projectors_rate_is_the_blocks_too(data, crossed, tmp_path, capsys):

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from jnana import run_align, run_pretrain, run_sft
+from jnana import ChatSession, run_align, run_pretrain, run_sft
 from jnana.training.adapters import adapter_reference
 from jnana.training.arguments import read_recipe
 from jnana.training.loading import load_model
+from tests.modeling.tiny_idefics import save_tiny_idefics
 from tests.scripts.conftest import options
-from tests.tiny import save_tiny_text, save_tiny_vision
+from tests.tiny import save_tiny_llava, save_tiny_text, save_tiny_vision
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -78,6 +79,36 @@ def test_align_and_sft(system, data, tiny, tmp_path):
     assert reference["quantization"]["quantization"] == ("none" if system == "llava_chess" else "nf4")
     tower = [name for name, _ in model.named_parameters() if "vision_tower" in name and "lora_" in name]
     assert (len(tower) > 0) == (system == "llava_chess")
+
+
+PUBLISHED = {
+    "llava_1_5_7b": lambda folder: save_tiny_llava(folder, "llava"),
+    "llava_1_6_mistral_7b": lambda folder: save_tiny_llava(folder, "llava_next", "mistral"),
+    "llava_1_6_34b": lambda folder: save_tiny_llava(folder, "llava_next", "llama"),
+    "idefics_9b": save_tiny_idefics,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_from_a_published_assistant(name, data, tmp_path):
+    """From a tiny checkpoint that transformers saved to a merged model, its photographs described before and after."""
+    PUBLISHED[name](tmp_path / "published")
+    path, output = RECIPES / "llava_chess" / f"{name}.yaml", tmp_path / "sft"
+    recipe = read_recipe(path)
+    values = overrides(recipe, data, tmp_path, tmp_path / "published")
+    # The photographs to test on are described before training and after it.
+    run_sft.main([str(path), *options(**values, output_dir=output)])
+    page = (output / "samples.html").read_text(encoding="utf-8")
+    assert page.count("<tr><td>0</td>") == page.count("<tr><td>1</td>") == 2
+    model, processor = load_model(str(output / "merged"))
+    assert (processor.image_grid_pinpoints is not None) == ("1_6" in name)
+    assert model.config.fusion == ("cross_attention" if "idefics" in name else "tokens")
+    adapted, _ = load_model(str(output))
+    tower = [weight for weight, _ in adapted.named_parameters() if "vision_tower" in weight and "lora_" in weight]
+    assert (len(tower) > 0) == ("llava" in name)
+    session = ChatSession(model, processor)
+    photo = next((data / "photos").glob("*.png"))
+    assert isinstance(list(session.ask(recipe["prompt"], [photo], max_new_tokens=3))[-1], str)
 
 
 @pytest.mark.parametrize("system", ["jnana", "era_capstone"])

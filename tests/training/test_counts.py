@@ -6,7 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, TrainingArguments
 
-from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
+from jnana.modeling import (
+    JnanaConfig,
+    JnanaForConditionalGeneration,
+    jnana_config_from_idefics,
+    jnana_config_from_llava,
+)
 from jnana.training.arguments import (
     DataArguments,
     LoraArguments,
@@ -30,7 +35,8 @@ def hub_config(name: str):
 
 def read(recipe: str):
     """The model and LoRA arguments of an align or sft recipe."""
-    classes = CLASSES if "sft" in recipe else tuple(c for c in CLASSES if c not in (LoraArguments, PartArguments))
+    is_align = recipe.endswith(("align.yaml", "pretrain.yaml"))
+    classes = tuple(c for c in CLASSES if c not in (LoraArguments, PartArguments)) if is_align else CLASSES
     arguments = parse_arguments(classes, [str(ROOT / "recipes" / recipe), "--bf16", "false", "--output_dir", "unused"])
     lora = next((a for a in arguments if isinstance(a, LoraArguments)), LoraArguments())
     return arguments[0], lora
@@ -108,6 +114,29 @@ def test_llava_chess_adapts_the_tower_too(feature_layer, tower_layers):
     assert part["multi_modal_projector"].trainable == 20_979_712 and part["lm_head"].trainable == 0
     share = sum(count.trainable for count in part.values()) / sum(count.total for count in part.values())
     assert 0.028 < share < 0.03  # the builder's "about 4 %" names neither rank nor language model
+
+
+PUBLISHED = {  # trainable, total: the table of recipes/llava_chess/README.md
+    "llava_1_5_7b": (208_019_456, 7_250_466_816),
+    "llava_1_6_mistral_7b": (215_887_872, 7_761_651_712),
+    "llava_1_6_34b": (577_393_664, 35_270_735_872),
+    "idefics_9b": (1_720_389_392, 9_089_587_472),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_llava_chess_from_published_assistants(name):
+    args, lora = read(f"llava_chess/{name}.yaml")
+    if name == "idefics_9b":
+        config = jnana_config_from_idefics(hub_config(args.model_name_or_path), 32_001)
+    else:
+        config = jnana_config_from_llava(hub_config(args.model_name_or_path))
+    with torch.device("meta"):
+        part = count_parameters(apply_stage(JnanaForConditionalGeneration(config), "sft", lora))
+    found = sum(count.trainable for count in part.values()), sum(count.total for count in part.values())
+    assert found == PUBLISHED[name]
+    text = (ROOT / "recipes" / "llava_chess" / "README.md").read_text(encoding="utf-8")
+    assert all(f"{number:,}" in text for number in found)
 
 
 @pytest.mark.parametrize(

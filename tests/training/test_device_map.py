@@ -13,11 +13,11 @@ from accelerate import dispatch_model, infer_auto_device_map
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
-from jnana.modeling import modeling_jnana
+from jnana.modeling import cross_attention_jnana, modeling_jnana
 from jnana.training.arguments import LoraArguments, ModelArguments
 from jnana.training.device_map import check_device_map, check_spread, spread_over_devices
 from jnana.training.stages import apply_stage
-from tests.training.test_stages import LORA, pair
+from tests.training.test_stages import LORA, batch, pair
 
 
 SPLIT = {
@@ -75,12 +75,14 @@ def fake(monkeypatch):
     monkeypatch.setattr(modeling_jnana, "torch_compilable_check", lambda *args: None)
 
 
-def train_once(device_map: dict[str, str], packed: bool = False, layer=-2, lora: LoraArguments | None = None):
+def train_once(
+    device_map: dict[str, str], packed: bool = False, layer=-2, lora: LoraArguments | None = None, **fields
+):
     """One forward and backward pass of a spread model; the devices of the trained weights.
 
     In a real run an adapter is added to the model after it is spread, and PEFT moves it; fake tensors can't be moved.
     """
-    model = apply_stage(pair(layer=layer), "sft", lora, freeze_vision_tower=False)
+    model = apply_stage(pair(layer=layer, **fields), "sft", lora, freeze_vision_tower=False)
     model.train()
     inner = model if lora is None else model.get_base_model()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -102,6 +104,60 @@ def test_a_step_on_three_devices(fake, packed, lora):
 
 def test_a_tower_on_two_devices_with_several_selected_layers(fake):
     assert train_once(SPLIT_TOWER, layer=[-1, -3]) == {"cpu:0", "cpu:1", "cpu:2"}
+
+
+CROSS_ATTENTION = {
+    "fusion": "cross_attention",
+    "cross_layer_interval": 1,
+    "projector_type": "perceiver",
+    "projector_num_latents": 3,
+    "projector_depth": 1,
+}
+
+
+@pytest.mark.parametrize("blocks", ["cpu:0", "cpu:2"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+def test_cross_attention_on_three_devices(fake, monkeypatch, blocks, lora):
+    """Its blocks get the text from the device of one layer, and hand it on to that of the next."""
+    # The number of images in a row is read from the tensor, which here has no values.
+    monkeypatch.setattr(cross_attention_jnana, "find_positions", lambda mask, start, most: mask[:, :most].long())
+    first = "model.cross_attention" if lora else "model.cross_attention.layers.0"
+    split = {**SPLIT, first: blocks, "model.cross_attention.layers.1": "cpu:1"}
+    assert train_once(split, lora=lora, **CROSS_ATTENTION) == {"cpu:0", "cpu:1", "cpu:2"}
+
+
+@pytest.mark.parametrize("fields", [{}, CROSS_ATTENTION], ids=["tokens", "cross_attention"])
+def test_an_adapter_on_a_spread_model(fields):
+    """PEFT copies the parts that train whole, accelerate's hooks in them too; each copy must compute with its own."""
+
+    def gradients(spread: bool, seed: int = 2) -> dict[str, torch.Tensor]:
+        model = pair(layer=-2, **fields)
+        if spread:
+            parts = [name for name, _ in model.model.named_children()]
+            layers = {
+                f"model.{name}.{child}": "cpu"
+                for name in parts
+                for child, _ in getattr(model.model, name).named_children()
+            }
+            dispatch_model(model, {**layers, "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+            assert hasattr(model.model.vision_tower.encoder, "_hf_hook")
+        torch.manual_seed(1)
+        model = apply_stage(model, "sft", LORA, freeze_vision_tower=False)
+        model.train()
+        torch.manual_seed(seed)
+        inputs = batch()
+        if fields:
+            inputs["input_ids"][:, 2:5] = 7  # an image takes one token
+        model(**inputs, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    spread, whole = gradients(True), gradients(False)
+    assert spread.keys() == whole.keys() and any("modules_to_save" in name for name in whole)
+    assert any("vision_tower" in name for name in whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(spread[name], gradient, rtol=0, atol=0, msg=name)
+    other = gradients(True, seed=3)  # the control: other images
+    assert not all(torch.equal(other[name], gradient) for name, gradient in whole.items())
 
 
 def test_without_moving_a_mask_it_fails(fake, monkeypatch):

@@ -24,11 +24,10 @@ from tests.tiny import tiny_text_config, tiny_vision_config
 LORA = LoraArguments(lora_r=2, lora_target_modules=["q_proj", "fc1"])
 
 
-def pair(kind: str = "phi", vision: str = "clip", layer: int = -1) -> JnanaForConditionalGeneration:
+def pair(kind: str = "phi", vision: str = "clip", layer: int = -1, **fields) -> JnanaForConditionalGeneration:
     torch.manual_seed(0)
-    config = JnanaConfig.from_vision_text_configs(
-        tiny_vision_config(vision), tiny_text_config(kind), image_token_id=300, vision_feature_layer=layer
-    )
+    fields |= {"image_token_id": 300, "vision_feature_layer": layer}
+    config = JnanaConfig.from_vision_text_configs(tiny_vision_config(vision), tiny_text_config(kind), **fields)
     return JnanaForConditionalGeneration(config)
 
 

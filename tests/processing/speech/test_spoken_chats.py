@@ -136,7 +136,7 @@ def test_saved_processors_hear_as_well(processor, tmp_path):
     folder = Path(run_transcribe.__file__).parent / "processing"
     sources = [path.read_text() for path in folder.glob("*_jnana.py")]
     imports = {name for source in sources for name in re.findall(r"^from \.(\w+) import", source, re.MULTILINE)}
-    assert imports == {"chat_encoding_jnana", "chat_formats_jnana"}
+    assert imports == {"chat_encoding_jnana", "chat_formats_jnana", "image_geometry_jnana"}
 
 
 # ---------------------------------------------------------------------- training data

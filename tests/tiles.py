@@ -19,7 +19,9 @@ from tests.tiny import (
 )
 
 
-KINDS = ["llava_next", "pixel_shuffle", "avg_pool"]
+KINDS = ["llava_next", "pixel_shuffle", "avg_pool", "perceiver"]
+
+LATENTS = 3  # of the perceiver, so many tokens a view
 
 # (height, width): one view apart from the whole image, tiles in a row, a column and a square, with and without padding
 SIZES = [(24, 24), (31, 77), (90, 20), (48, 48), (61, 60), (40, 24)]
@@ -55,6 +57,7 @@ def tile_pair(
         num_additional_image_tokens=1,
         chat_template=read_chat_template("jnana"),
         downsample_factor=factor,
+        tokens_per_view=LATENTS if kind == "perceiver" else None,
     )
     vision, text = tiny_vision_config("clip"), tiny_text_config("llama", initializer_range=0.2)
     vision.image_size = side
@@ -63,6 +66,7 @@ def tile_pair(
         text_config=text,
         image_token_id=processor.image_token_id,
         projector_type=kind,
+        projector_num_latents=LATENTS,
         image_grid_pinpoints=image_processor.image_grid_pinpoints,
         vision_feature_layer=-2,
     )

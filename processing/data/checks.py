@@ -167,8 +167,7 @@ class ImageChecker:
     """
 
     def __init__(self, processor: JnanaProcessor, how: str, max_image_pixels: int):
-        tiles = processor.image_grid_pinpoints is not None
-        self.how = "header" if how == "none" and tiles else how
+        self.how = "header" if how == "none" and processor.image_grid_pinpoints is not None else how
         self.max_image_pixels = max_image_pixels
         self.passed: dict[str, ImageSize] = {}
 

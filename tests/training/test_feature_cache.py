@@ -136,7 +136,7 @@ class TestContents:
         cache = build(pair, rows, tmp_path / "cache")
         expected = towers_own(pair, heic)
         monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
-        torch.testing.assert_close(cache.load(reference(heic)), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(features(cache, heic), expected, rtol=1e-6, atol=1e-6)
         with pytest.raises(
             ImportError, match="record 0: image '.*photo.heic' is an HEIC image, which needs pillow-heif"
         ):

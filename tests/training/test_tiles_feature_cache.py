@@ -106,6 +106,16 @@ def test_skipped_rows_and_the_blank_image(pairs, paths, rows, tmp_path):
     assert batch["image_sizes"].tolist() == [list(SIZES[1])]
 
 
+def test_text_alone_trains_as_without_a_cache(pairs, rows, tmp_path):
+    model, processor = pairs["llava_next"]
+    cache = build(pairs["llava_next"], rows, tmp_path / "cache")
+    text = [row([], ["a photograph"])]
+    batches = [JnanaCollator(processor, images=images)(text) for images in (None, cache)]
+    assert len(batches[1]["image_features"]) == 0 and "image_sizes" not in batches[1]
+    expected, found = (loss_and_gradients(model, [batch]) for batch in batches)
+    assert found[0] == expected[0] and difference(found, expected) == 0
+
+
 def test_few_views_enter_the_tower_at_once(pairs, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "BATCH_SIZE", 10)
     counts = computed(monkeypatch, pairs["llava_next"])

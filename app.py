@@ -14,8 +14,10 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ import torch
 
 from jnana.chat.assistant import Assistant
 from jnana.chat.interface import EXAMPLES, build_interface, launch_options
-from jnana.chat.limits import Limits
+from jnana.chat.limits import Limits, check_decoder
 from jnana.modeling import available_device
 from jnana.processing.speech import Transcriber
 from jnana.training.loading import load_model
@@ -66,9 +68,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, else 7860 or the next free one")
     parser.add_argument(
         "--host_names",
-        default="",
         help="names under which the page may be opened, separated by commas, besides localhost, addresses in numbers, "
-        "the name given as --host and that of a Space",
+        "this machine's name, the name given as --host and that of a Space; default: JNANA_HOST_NAMES",
     )
     parser.add_argument("--login", help="name:password; JNANA_LOGIN is safer, because process lists show options")
     for limit in dataclasses.fields(Limits):
@@ -90,10 +91,17 @@ def find_model(given: str | None) -> str:
     return str(DEMO)
 
 
-def find_host_names(host: str | None, given: str) -> set[str]:
+def find_host_names(host: str | None, given: str | None) -> set[str]:
     """The names in a request's Host header that are answered."""
-    names = {host or os.environ.get("GRADIO_SERVER_NAME", ""), os.environ.get("SPACE_HOST", ""), *given.split(",")}
-    return {name.strip() for name in names if name.strip()}
+    given = os.environ.get("JNANA_HOST_NAMES", "") if given is None else given
+    chosen = {name.strip() for name in given.split(",") if name.strip()}
+    for name in chosen:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise SystemExit(
+                f"--host_names has {name!r}; give names alone, without http:// and port: chat.example.org"
+            )
+    others = {host or os.environ.get("GRADIO_SERVER_NAME", ""), os.environ.get("SPACE_HOST", ""), socket.gethostname()}
+    return chosen | (others - {""})
 
 
 def find_login(given: str | None) -> tuple[str, str] | None:
@@ -144,13 +152,17 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     login = find_login(arguments.login)
+    host_names = find_host_names(arguments.host, arguments.host_names)
+    try:
+        check_decoder()
+    except RuntimeError as error:
+        raise SystemExit(f"The app can't start: {error}") from None
     assistant = load_assistant(arguments)
     logger.info(assistant.describe())
     handle_signals()
     with upload_directory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:
-            host_names = find_host_names(arguments.host, arguments.host_names)
             options: dict[str, Any] = launch_options(assistant, uploads, host_names)
             build_interface(assistant, arguments.examples_folder).launch(
                 server_name=arguments.host, server_port=arguments.port, auth=login, **options

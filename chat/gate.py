@@ -60,7 +60,7 @@ class Gate:
         question_characters: int = Limits.question_characters,
     ):
         self.app, self.folder = app, folder
-        self.host_names = {"localhost", *(name.lower() for name in host_names)}
+        self.host_names = {name.lower() for name in host_names}
         self.upload_megabytes, self.folder_megabytes = upload_megabytes, folder_megabytes
         self.other_bytes = question_characters * CHARACTER + ENVELOPE
         self.counting = asyncio.Lock()
@@ -102,13 +102,17 @@ class Gate:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         if not self.is_own(host_name(f"//{host}")):
-            return 421, "This page is not served under that name. The operator can allow it: --host_names NAME."
+            return (
+                421,
+                "This page is not served under that name. The operator can allow it: --host_names or JNANA_HOST_NAMES.",
+            )
         origin = headers.get(b"origin")
         changes = scope["method"] not in ("GET", "HEAD") or path.rstrip("/") == "/logout"
         foreign = headers.get(b"sec-fetch-site") == "cross-site"
         if origin is not None:
             name = host_name(origin)
-            # Behind a proxy the Host header may be this server's address and the origin the page's public name.
+            # Behind a proxy the Host header may be this server's address, and the origin the page's public name. Other
+            # servers of this machine share the name `localhost`, so that name does not do.
             foreign = origin.partition("://")[2] != host and name not in self.host_names
         return (403, "Requests from other sites are not answered.") if changes and foreign else (200, "")
 
@@ -119,7 +123,7 @@ class Gate:
         with contextlib.suppress(ValueError):
             ipaddress.ip_address(name)
             return True
-        return name in self.host_names
+        return name == "localhost" or name in self.host_names
 
     def check(self, path: str, upload: bool, length: int | None) -> tuple[int, str]:
         """Check the header of a request. Returns status and error message; the message of an allowed one is empty."""

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from .assistant import Assistant
 from .gate import Gate
 from .limits import Refused, check_files
-from .page import Page, for_visitors, in_status_line
+from .page import Page, for_visitors, in_status_line, with_notice
 
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -201,9 +201,10 @@ def _connect_chat(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace, ev
     # `take` queues a question without waiting; `answer` runs for one question at a time
     take = functools.partial(gr.on, [chat.send.click, chat.question.submit])
     for taken in (
-        _on(take, page.take, [chat.question, visitor], everything, queue=False, trigger_mode="once"),
-        _on(chat.retry.click, page.take_again, [visitor], everything, queue=False, trigger_mode="once"),
+        _on(take, page.take, [chat.question, visitor], everything, queue=False, starts_answer=True),
+        _on(chat.retry.click, page.take_again, [visitor], everything, queue=False, starts_answer=True),
     ):
+        _on(taken.failure, page.show_notice, [visitor], everything, queue=False)
         options = [inputs.temperature, inputs.new_tokens]
         turn = _on(taken.success, page.answer, [*options, visitor], everything, concurrency_id="model")
         _on(turn.failure, page.withdraw, [visitor], everything, queue=False)
@@ -226,9 +227,15 @@ def _examples(examples: list[tuple[str, str]]) -> gr.Dataset | None:
     )
 
 
-def _on(event: Callable, handler: Callable, inputs: list, outputs: list, **options: Any) -> Any:
-    # Gradio shows no message of a handler that runs outside the queue, and empties its outputs.
-    guarded = for_visitors(handler) if options.get("queue", True) else in_status_line(handler, len(outputs))
+def _on(
+    event: Callable, handler: Callable, inputs: list, outputs: list, starts_answer: bool = False, **options: Any
+) -> Any:
+    if options.get("queue", True):
+        guarded = for_visitors(handler)
+    elif starts_answer:
+        guarded, options["trigger_mode"] = with_notice(handler), "once"
+    else:  # Gradio shows no message of a handler that runs outside the queue, and empties its outputs
+        guarded = in_status_line(handler, len(outputs))
     return event(guarded, inputs, outputs, show_progress="hidden", api_visibility="private", **options)
 
 

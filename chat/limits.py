@@ -4,6 +4,7 @@ The page may be public, so every upload is untrusted. A check raises `Refused`, 
 it names the limit, and contains no path of this machine.
 """
 
+import io
 import logging
 import os
 import stat
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
 from PIL.Image import Image
 
 from jnana.processing.data import BadSampleError, load_image
@@ -36,7 +38,8 @@ class Limits:
     Args:
         upload_megabytes (`float`): Size of one uploaded file; a larger one is refused during the upload.
         all_uploads_megabytes (`float`): Size of all files in the upload directory at one time.
-        image_megapixels (`float`): Size of one image, checked in its header before it is decoded.
+        image_megapixels (`float`): Size of one image, checked in its header before it is decoded. A JPEG of up to 16
+            times as many pixels is scaled down while it is decoded.
         images (`int`): Images in one chat.
         question_characters (`int`): Length of one question.
         audio_seconds (`float`): Length of one recording.
@@ -95,12 +98,9 @@ def read_image(path: str | Path, limits: Limits) -> Image:
     """
     data, pixels = read_upload(path, limits), int(limits.image_megapixels * 1e6)
     try:
-        command = [sys.executable, "-I", decode_upload.__file__, str(pixels)]
-        decoded = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS, check=True)
-        return load_image({"path": None, "bytes": decoded.stdout}, source="upload", max_image_pixels=pixels)
-    except (BadSampleError, subprocess.SubprocessError) as error:
-        last = getattr(error, "stderr", None) or b""
-        logger.info("refused: %s %s", error, last.decode(errors="replace").strip().rpartition("\n")[2])
+        return load_image({"path": None, "bytes": _decode(data, pixels)}, source="upload", max_image_pixels=pixels)
+    except (BadSampleError, ValueError, subprocess.TimeoutExpired) as error:
+        logger.info("refused: %s", error)
         raise Refused(
             f"That file can't be used as a picture. It must be a complete {', '.join(decode_upload.UPLOAD_FORMATS)} "
             f"file of at most {limits.image_megapixels:g} megapixels and {limits.upload_megabytes:g} MB, with no side "
@@ -120,6 +120,41 @@ def check_question(text: str, limits: Limits) -> str:
             f"That question has {len(text):,} characters; at most {limits.question_characters:,} are allowed."
         )
     return text
+
+
+def _decode(data: bytes, max_pixels: int) -> bytes:
+    """
+    An uploaded image as a PNG, decoded by `decode_upload.py` in a process without this one's environment variables,
+    which may hold passwords.
+
+    Raises:
+        ValueError: if the image can't be decoded, or the process crashed.
+        RuntimeError: if the process could not start to decode.
+    """
+    command = [sys.executable, "-I", decode_upload.__file__, str(max_pixels), str(Path(PIL.__file__).parents[1])]
+    environment = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS, env=environment)
+    if done.returncode == 0:
+        return done.stdout
+    reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    if done.returncode == decode_upload.BAD_IMAGE or done.returncode < 0:  # negative: ended by a signal
+        raise ValueError(reason or f"the process ended with {done.returncode}")
+    raise RuntimeError(f"decode_upload.py can't run: {reason}")
+
+
+def check_decoder() -> None:
+    """
+    Decode a small image as uploads are decoded.
+
+    Raises:
+        RuntimeError: if that does not work on this machine; every upload would be refused.
+    """
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(buffer, format="PNG")
+    try:
+        _decode(buffer.getvalue(), 64)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"uploaded images can't be decoded on this machine: {error}") from error
 
 
 def check_files(payload: Any, folder: str | Path) -> None:
@@ -149,7 +184,10 @@ def check_files(payload: Any, folder: str | Path) -> None:
 
 def _is_upload(path: Any, folder: str | Path) -> bool:
     """Whether `path` is a regular file inside `folder`, symbolic links followed."""
-    if not isinstance(path, str) or "\0" in path:
+    if not isinstance(path, str):
         return False
-    file = os.path.realpath(path)
-    return os.path.isfile(file) and Path(file).is_relative_to(os.path.realpath(folder))
+    try:
+        file = os.path.realpath(path)
+        return os.path.isfile(file) and Path(file).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # characters that no file name has
+        return False

@@ -50,10 +50,25 @@ def in_status_line(handler: Callable, num_outputs: int) -> Callable:
             return handler(*args)
         except Exception as error:
             line = line_for_visitor(handler, error)
-        visitor = next((arg for arg in args if isinstance(arg, Visitor)), None)
-        if visitor is not None:
-            visitor.chat.notice = line
         return line if num_outputs == 1 else (*(gr.skip() for _ in range(num_outputs - 1)), line)
+
+    return guarded
+
+
+def with_notice(handler: Callable) -> Callable:
+    """
+    Decorate a handler outside the queue whose success starts an answer: every exception is kept as the chat's notice,
+    which [`Page.show_notice`] shows, and raised, so that no answer is started.
+    """
+
+    @functools.wraps(handler)
+    def guarded(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except Exception as error:
+            visitor = next(arg for arg in args if isinstance(arg, Visitor))
+            visitor.chat.notice = line_for_visitor(handler, error)
+            raise gr.Error(visitor.chat.notice, print_exception=False) from None
 
     return guarded
 
@@ -114,8 +129,15 @@ class Page:
 
     def choose_example(self, index: int, visitor: Visitor):
         path, question = self.examples[int(index)]
-        self.drop_images(visitor)
-        self.assistant.receive(visitor.chat, path)
+        chat = visitor.chat
+        with chat.lock:
+            before, chat.waiting = chat.waiting, []
+        try:
+            self.assistant.receive(chat, path)
+        except Exception:
+            with chat.lock:
+                chat.waiting = [*before, *chat.waiting]
+            raise
         return *self._waiting_images(visitor), question
 
     def notice(self, path: str | None) -> str:
@@ -198,6 +220,10 @@ class Page:
     def clear(self, visitor: Visitor):
         self.assistant.close_chat(visitor)
         return self._view(visitor, "", "")
+
+    def show_notice(self, visitor: Visitor):
+        """The page as it is, with the notice in the status line."""
+        return self._view(visitor, gr.skip(), visitor.chat.notice)
 
     def settle(self, visitor: Visitor):
         """Called after an answer: shows an empty chat if the chat was cleared just before the answer ended."""

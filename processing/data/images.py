@@ -253,7 +253,7 @@ def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         # PIL would clip most 16-bit greys to white

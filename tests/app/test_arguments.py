@@ -4,6 +4,7 @@ import configparser
 import os
 import re
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,20 @@ def test_the_model_is_the_flags_the_environments_or_the_demos(tmp_path, monkeypa
     assert app.find_model("mine") == "mine"
     with pytest.raises(SystemExit, match="can't be loaded"):
         app.load_assistant(app.parse_arguments(["--model_name_or_path", str(tmp_path)]))
+
+
+def test_host_names_are_the_flags_the_environments_and_this_machines(monkeypatch):
+    for name in ("GRADIO_SERVER_NAME", "SPACE_HOST", "JNANA_HOST_NAMES"):
+        monkeypatch.delenv(name, raising=False)
+    own = {socket.gethostname()}
+    assert app.find_host_names(None, None) == own
+    assert app.find_host_names("box", " a.example ,b ") == own | {"box", "a.example", "b"}
+    monkeypatch.setenv("SPACE_HOST", "me-chess.hf.space")
+    monkeypatch.setenv("JNANA_HOST_NAMES", "chess.example.org")
+    assert app.find_host_names(None, None) == own | {"me-chess.hf.space", "chess.example.org"}
+    for wrong in ("http://a.example", "a.example:8443", "a b"):
+        with pytest.raises(SystemExit, match="without http:// and port"):
+            app.find_host_names(None, wrong)
 
 
 def test_a_login_has_a_name_and_a_password(monkeypatch):

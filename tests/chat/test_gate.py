@@ -116,7 +116,8 @@ def test_pages_of_other_sites_change_nothing(client):
     page = client()
     routes = [("POST", f"/gradio_api/{name}") for name in CHANGING] + [("POST", "/login"), ("GET", "/logout")]
     for method, path in routes:
-        for foreign in ("http://evil.example", "https://testserver.evil", "null", "http://127.0.0.1:9999"):
+        others = ("http://127.0.0.1:9999", "http://localhost:3000")  # other servers of this machine
+        for foreign in ("http://evil.example", "https://testserver.evil", "null", *others):
             reply = page.request(method, path, headers={"origin": foreign, "content-length": "0"})
             assert (reply.status_code, reply.text) == (403, "Requests from other sites are not answered."), path
         fetched = page.request(method, path, headers={"sec-fetch-site": "cross-site", "content-length": "0"})

@@ -21,7 +21,7 @@ from gradio.state_holder import SessionState  # noqa: E402
 
 from jnana.chat.assistant import Assistant  # noqa: E402
 from jnana.chat.interface import EXAMPLES, build_interface, find_examples  # noqa: E402
-from jnana.chat.page import GENERAL_ERROR, STILL_ANSWERING, Page, for_visitors, in_status_line  # noqa: E402
+from jnana.chat.page import GENERAL_ERROR, STILL_ANSWERING, Page, for_visitors, in_status_line, with_notice  # noqa: E402
 
 
 class StandInTranscriber:
@@ -311,15 +311,17 @@ def test_the_second_image_of_a_tab_is_checked_as_the_first(assistant, tmp_path, 
 
 def test_refusals_outside_the_queue_are_words_in_the_status_line(page, assistant):
     visitor = assistant.new_visitor()
-    take = in_status_line(page.take, 6)
-    *others, status = take("  ", visitor)
-    assert status == "Type or say a question, or give a picture." and all(map(unchanged, others))
-    assert page.settle(visitor) == ([], status)  # the line stays after the handler that follows
+    take = with_notice(page.take)
+    with pytest.raises(gradio.Error):  # so that no answer is started
+        take("  ", visitor)
+    assert page.show_notice(visitor)[-1] == "Type or say a question, or give a picture."
     *_, status = take("why?", visitor)
     stream = page.answer(0.0, 6, visitor)
     assert next(stream)[-1] == "reading ..."
-    *others, status = take("and?", visitor)
-    assert status == STILL_ANSWERING and all(map(unchanged, others))
+    with pytest.raises(gradio.Error):
+        take("and?", visitor)
+    shown = page.show_notice(visitor)
+    assert shown[-1] == STILL_ANSWERING and len(shown[3]) == len(visitor.chat.transcript) == 2
     assert STILL_ANSWERING in next(stream)[-1]  # while the answer is written
     assert STILL_ANSWERING not in list(stream)[-1][-1] and visitor.chat.transcript[0]["content"] == "why?"
 
@@ -335,6 +337,33 @@ def test_every_handler_outside_the_queue_can_speak(assistant):
     unqueued = [f for f in blocks.fns.values() if not f.queue and f.outputs and f.name not in (None, "<lambda>")]
     assert len(unqueued) >= 8
     assert all(getattr(function.outputs[-1], "elem_id", None) == "status" for function in unqueued)
+    events = {f._id: f for f in blocks.fns.values()}
+    for name in ("take", "take_again"):  # a refusal starts no answer, which would take a place in the queue
+        taken = next(f._id for f in events.values() if f.name == name)
+        after = {f.name: f.trigger_only_on_success for f in events.values() if f.trigger_after == taken}
+        assert after["answer"] and "show_notice" in after
+
+
+def test_a_refused_question_leaves_the_queued_one(page, assistant):
+    visitor = assistant.new_visitor()
+    page.take("first question", visitor)
+    with pytest.raises(gradio.Error):
+        with_notice(page.take)("", visitor)
+    assert visitor.chat.queued.question == "first question"
+    assert page.show_notice(visitor)[3][-1]["content"] == "first question"
+
+
+def test_a_refused_example_leaves_the_waiting_images(page, assistant, png, tmp_path):
+    visitor = assistant.new_visitor()
+    page.add_image(png, visitor)
+    broken = tmp_path / "broken.png"
+    broken.write_text("not an image")
+    page.examples.append((str(broken), "what is it?"))
+    with pytest.raises(Refused):
+        page.choose_example(len(page.examples) - 1, visitor)
+    assert len(visitor.chat.waiting) == 1
+    page.choose_example(0, visitor)  # the control: an example replaces them
+    assert len(visitor.chat.waiting) == 1
 
 
 def test_a_visitor_who_leaves_stops_the_answer(page, assistant):

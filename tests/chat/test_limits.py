@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -10,7 +12,16 @@ import pillow_heif
 import pytest
 from PIL import Image
 
-from jnana.chat.limits import Limits, Refused, check_files, check_question, read_image, read_upload
+from jnana.chat.limits import (
+    Limits,
+    Refused,
+    _decode,
+    check_decoder,
+    check_files,
+    check_question,
+    read_image,
+    read_upload,
+)
 from jnana.processing.data import load_image
 
 
@@ -93,7 +104,7 @@ def test_only_uploaded_files_are_taken(tmp_path):
     os.mkfifo(uploads / "pipe")
     foreign = ["/dev/zero", "/etc/passwd", "/no/such/file", "", "uploads", "a\0b", 3, ["x"], str(uploads)]
     foreign += [str(tmp_path / "secret.png"), str(uploads / ".." / "secret.png"), str(uploads / "link.png")]
-    foreign += [str(uploads / "pipe"), str(tmp_path / "uploads2")]
+    foreign += [str(uploads / "pipe"), str(tmp_path / "uploads2"), "\ud800"]
     said = set()
     for path in foreign:
         with pytest.raises(Refused) as refusal:
@@ -118,13 +129,14 @@ def test_formats_whose_decoders_crash_are_not_opened(tmp_path):
             read_image(tmp_path / name, LIMITS)
 
 
-@pytest.mark.parametrize("accident", ["os.abort()", "bytearray(10**12)", "time.sleep(60)"])
+@pytest.mark.parametrize("accident", ["os.abort()", "os.kill(os.getpid(), 9)", "time.sleep(60)"])
 def test_a_decoder_that_crashes_ends_only_its_own_process(tmp_path, monkeypatch, accident):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "good.png")
     crashing = tmp_path / "crashing.py"
     crashing.write_text(
         f"import os, resource, time; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); {accident}"
     )
+    check_decoder()
     with monkeypatch.context() as patch:
         patch.setattr("jnana.chat.decode_upload.__file__", str(crashing))
         patch.setattr("jnana.chat.limits.DECODE_SECONDS", 1)
@@ -142,13 +154,55 @@ def test_pixels_are_those_of_the_file(tmp_path):
     turned.save(tmp_path / "turned.png", exif=exif)
     Image.new("RGBA", (8, 8), (0, 0, 255, 0)).save(tmp_path / "transparent.png")
     Image.new("I;16", (8, 8), 32896).save(tmp_path / "grey.png")
+    for mode in ("L", "1", "RGB"):  # one colour is transparent
+        black = (0, 0, 0) if mode == "RGB" else 0
+        Image.new(mode, (8, 8), black).save(tmp_path / f"transparent_{mode}.png", transparency=black)
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
     upright = read_image(tmp_path / "turned.png", LIMITS)
     assert upright.size == (20, 40) and upright.getpixel((10, 2)) == (255, 0, 0)
     assert read_image(tmp_path / "transparent.png", LIMITS).getpixel((1, 1)) == (255, 255, 255)
+    for mode in ("L", "1", "RGB"):
+        assert read_image(tmp_path / f"transparent_{mode}.png", LIMITS).getpixel((1, 1)) == (255, 255, 255), mode
     assert read_image(tmp_path / "grey.png", LIMITS).getpixel((1, 1)) == (128, 128, 128)
     for file in tmp_path.iterdir():
         assert list(read_image(file, LIMITS).getdata()) == list(load_image(file).getdata()), file.name
+
+
+SET_LIMITS = """
+import resource, sys
+from PIL import Image
+resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9)), resource.setrlimit(resource.RLIMIT_CPU, (15, 15))
+sys.argv[1:] = ["1"]
+from jnana.chat import decode_upload
+decode_upload.MEMORY = 4 * 10**9
+decode_upload.limit_resources()
+print(resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_CPU))
+"""
+
+
+def test_limits_that_are_set_already_are_kept():
+    done = subprocess.run([sys.executable, "-c", SET_LIMITS], capture_output=True, text=True)
+    assert done.stdout.split("\n")[-2] == "(3000000000, 3000000000) (15, 15)", done.stderr[-2000:]
+
+
+def test_a_decoder_that_does_not_start_is_no_bad_image(tmp_path, monkeypatch):
+    """Its cause is raised at the start of the app, and logged later."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    monkeypatch.setattr("jnana.chat.limits.PIL.__file__", str(tmp_path / "nowhere" / "PIL" / "__init__.py"))
+    monkeypatch.setattr("jnana.chat.limits.sys.executable", sys._base_executable)  # without Pillow
+    for call in (check_decoder, lambda: read_image(tmp_path / "good.png", LIMITS)):
+        with pytest.raises(RuntimeError, match="can't run: ModuleNotFoundError: No module named 'PIL'"):
+            call()
+
+
+def test_the_decoder_sees_no_secrets(tmp_path, monkeypatch):
+    spy = tmp_path / "spy.py"
+    spy.write_text("import os, sys; print(sorted(os.environ), file=sys.stderr); sys.exit(3)")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr("jnana.chat.decode_upload.__file__", str(spy))
+    with pytest.raises(ValueError) as told:
+        _decode(b"", 1)
+    assert "HF_TOKEN" not in str(told.value) and "[" in str(told.value)
 
 
 def test_large_photographs_are_scaled_down(tmp_path):
@@ -159,6 +213,8 @@ def test_large_photographs_are_scaled_down(tmp_path):
     expected = photo.resize(found.size)
     difference = np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int))
     assert difference.mean() < 3
+    photo.save(tmp_path / "panorama.jpg", format="MPO", save_all=True, append_images=[photo.resize((8, 8))])
+    assert read_image(tmp_path / "panorama.jpg", LIMITS).size == (1000, 750)
     photo.save(tmp_path / "photo.png")  # the control: PNG can't be scaled while it is decoded
     with pytest.raises(Refused, match="at most 1 megapixels"):
         read_image(tmp_path / "photo.png", LIMITS)

@@ -1,6 +1,7 @@
 """The throughput benchmark at a tiny size: the files it writes, and its checks of losses and gradients."""
 
 import json
+import logging
 
 import pytest
 
@@ -10,6 +11,16 @@ from benchmarks.workloads import HEIGHT, SCALES, WIDTH, make_processor
 
 
 ARGUMENTS = ["--device", "cpu", "--scale", "tiny", "--rounds", "1", "--steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """The script silences loggers; other tests of the same process read what they say."""
+    loggers = [logging.getLogger(name) for name in ("jnana.training.stages", "jnana.training.feature_cache")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def test_one_command_writes_figures_and_a_plot(tmp_path):

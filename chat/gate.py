@@ -104,7 +104,7 @@ class Gate:
         if not self.is_own(host_name(f"//{host}")):
             return (
                 421,
-                "This page is not served under that name. The operator can allow it: --host_names or JNANA_HOST_NAMES.",
+                "This page is not served under that name. The operator can allow it by JNANA_HOST_NAMES.",
             )
         origin = headers.get(b"origin")
         changes = scope["method"] not in ("GET", "HEAD") or path.rstrip("/") == "/logout"

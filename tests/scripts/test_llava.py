@@ -1,5 +1,6 @@
 """Fine-tuning a published LLaVA-1.6: from a tiny checkpoint that transformers saved to a merged model in use."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def sft_options(stock, data, photos, **changes) -> list[str]:
         "save_steps": 3,
         "per_device_train_batch_size": 2,
         "learning_rate": "1e-3",
+        "projector_learning_rate": "5e-4",
+        "vision_learning_rate": "1e-4",
         "logging_steps": 1,
         "use_cpu": "true",
     }
@@ -64,11 +67,18 @@ def tuned(stock, data, photos, tmp_path_factory) -> Path:
 
 
 def test_what_trains(stock, tuned):
-    """Adapters in both backbones, and the projector with its newline vector."""
+    """Adapters in both backbones, and the projector with its newline vector, each part at its own rate."""
     weights = load_file(tuned / "adapter_model.safetensors")
     assert {part_of(name) for name in weights} == {"vision_tower", "language_model", "multi_modal_projector"}
     moved = [name for name, weight in weights.items() if "lora_B" not in name or weight.abs().max() > 0]
     assert len(moved) == len(weights)
+    history = json.loads((tuned / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    rates = {name: value for name, value in history[0].items() if name.endswith("learning_rate")}
+    assert rates == {
+        "learning_rate": 1e-3,
+        "multi_modal_projector_learning_rate": 5e-4,
+        "vision_tower_learning_rate": 1e-4,
+    }
     published = LlavaNextForConditionalGeneration.from_pretrained(stock)
     newline = next(weight for name, weight in weights.items() if name.endswith("image_newline"))
     assert not torch.equal(newline, published.model.image_newline)
@@ -127,6 +137,19 @@ def test_it_answers_in_a_chat(tuned, photos):
         list(session.ask("what is the top?", [photos / "red_blue.png", photos / "white_black.png"], max_new_tokens=4))
         list(session.ask("what is the bottom?", max_new_tokens=4))
         assert session.last_turn.cached_tokens > 0 and len(session.messages) == 4
+
+
+def test_it_answers_on_the_page(tuned, photos):
+    pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
+    from jnana.chat.assistant import Assistant
+    from jnana.chat.page import Page
+
+    page = Page(Assistant(*load_model(str(tuned / "merged")), "llava"), [])
+    visitor = page.assistant.new_visitor()
+    page.add_image(str(photos / "red_blue.png"), visitor)
+    page.take("what is the top?", visitor)
+    *_, last = page.answer(0.0, 4, visitor)
+    assert visitor.chat.session.last_turn.new_tokens > 0 and "new tokens" in last[-1]
 
 
 def test_evaluated(tuned, data, photos, tmp_path):

@@ -142,7 +142,11 @@ def check_row(row: dict) -> None:
         if num_parts and not num_images:
             raise bad_sample(source, "asks about an image but has none.", "Add the image's file name to the record.")
         if num_parts not in (0, num_images):
-            raise bad_sample(source, f"{num_images} images but {num_parts} image parts in the conversation.")
+            raise bad_sample(
+                source,
+                f"{num_images} images but {num_parts} image parts or <image> marks in the conversation.",
+                "Write one mark for each image, or none: then the images come first.",
+            )
         answers = [m for m in chat if m["role"] == "assistant"]
         if not answers:
             raise bad_sample(source, "no answer.", "Add an assistant (or gpt) turn.")

@@ -113,7 +113,7 @@ def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
         data = data[split] if isinstance(data, datasets.DatasetDict) else data
         return data.to_iterable_dataset() if streaming else data
     shards = SHARDS.get(path.suffix.lower())
-    if any(mark in source for mark in "*?[") and shards is not None:
+    if any(mark in source for mark in "*?[") and shards is not None and not path.exists():
         if not glob.glob(source):
             raise FileNotFoundError(f"source={source!r} names no file.")
     elif not path.exists() and names_local_path(source):
@@ -123,7 +123,9 @@ def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
     elif path.is_file() and shards is None:
         raise ValueError(f"{source}: files read are {', '.join((*RECORD_FILES, *SHARDS))}.")
     if shards is not None:
-        return datasets.load_dataset(shards, data_files=source, split="train", streaming=streaming)
+        # a path that exists is that file, whatever characters it has
+        files = glob.escape(source) if path.exists() else source
+        return datasets.load_dataset(shards, data_files=files, split="train", streaming=streaming)
     return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
 
 
@@ -258,7 +260,8 @@ def _as_lists(chunk: pa.Array) -> pa.Array:
 
 
 def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTranscripts) -> list[dict]:
-    """Chat messages with `content` as text or parts. If no part is an image, all images go before the first user text.
+    """Chat messages with `content` as text or parts. If no part is an image, the placeholders in user texts are the
+    positions of the images (LLaMA-Factory, ms-swift); without placeholders all images go before the first user text.
 
     Recordings are replaced by their transcripts. A recording without a transcript stays an audio part whose text is
     the error, which `check_row` raises.
@@ -276,11 +279,34 @@ def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTra
             except (TranscriptionError, ValueError) as error:
                 parts = [{"type": "audio", "text": str(error)} if p["type"] == "audio" else p for p in parts]
         chat.append(message(str(item.get("role")), *parts))
-    if num_images and not any(part["type"] == "image" for m in chat for part in m["content"]):
-        first = next((m for m in chat if m["role"] == "user"), None)
-        if first is not None:
-            first["content"] = [IMAGE_PART] * num_images + first["content"]
+    if not any(part["type"] == "image" for m in chat for part in m["content"]):
+        _place_images(chat, num_images)
     return chat
+
+
+def _place_images(chat: list[dict], num_images: int) -> None:
+    """
+    Turn the placeholders in the texts of users into image parts; without any, put the images before the first user
+    text. `check_row` raises where there are not as many placeholders as images. In a record without images a
+    placeholder on a line of its own is a missing image, which `check_row` raises for too; elsewhere it is text.
+    """
+    users = [m for m in chat if m["role"] == "user"]
+    for m in users:
+        parts: list[dict] = []
+        for part in m["content"]:
+            text = part["text"] if part["type"] == "text" else ""
+            if num_images == 0 and PLACEHOLDER_LINE.search(text):
+                parts += [IMAGE_PART, text_part(PLACEHOLDER_LINE.sub(r"\1", text))]
+            elif num_images > 0 and PLACEHOLDER in text:
+                first, *pieces = (piece.strip() for piece in text.split(PLACEHOLDER))
+                parts += [text_part(first)] if first else []
+                for piece in pieces:
+                    parts += [IMAGE_PART, text_part(piece)] if piece else [IMAGE_PART]
+            else:
+                parts.append(part)
+        m["content"] = parts
+    if num_images and users and not any(part["type"] == "image" for m in users for part in m["content"]):
+        users[0]["content"] = [IMAGE_PART] * num_images + users[0]["content"]
 
 
 def _part(part: dict) -> dict:
@@ -324,9 +350,9 @@ def llava_row(record: dict, images: list[dict], source: str, independent_turns: 
     Returns:
         `dict`: with the columns of `ROW_FEATURES`.
     """
-    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
+    turns = _llava_turns(record)
     messages = _llava_messages(turns, len(images))
-    answering = [turn for turn in turns if LLAVA_ROLES.get(str(turn.get("from"))) == "assistant"]
+    answering = [turn for turn in turns if _role(turn) == "assistant"]
     categories = _one_each(record.get("category"), len(answering))
     references = record.get("answers") or []
     if references and not isinstance(references[0], list):
@@ -348,32 +374,32 @@ def llava_row(record: dict, images: list[dict], source: str, independent_turns: 
 
 
 def _llava_messages(turns: list[dict], num_images: int) -> list[dict]:
-    """LLaVA's turns as messages. Each placeholder in a user's text becomes an image part, up to `num_images`."""
-    messages, left = [], num_images
+    """LLaVA's turns as messages, with image parts at the placeholders of users' texts ([`_place_images`])."""
+    messages = []
     for turn in turns:
-        role = LLAVA_ROLES.get(str(turn.get("from")), str(turn.get("from")))
         text = turn.get("value")
-        text = "" if text is None else str(text)
-        if role != "user":
-            messages.append(message(role, text_part(text)))
-            continue
-        if num_images == 0:
-            # A placeholder on a line of its own without an image is an error, which `check_row` finds by the image
-            # part. A placeholder elsewhere is text.
-            parts = [IMAGE_PART] if PLACEHOLDER_LINE.search(text) else []
-            text = PLACEHOLDER_LINE.sub(r"\1", text) if parts else text
-            messages.append(message(role, *parts, text_part(text)))
-            continue
-        pieces = text.split(PLACEHOLDER, left)
-        left -= len(pieces) - 1
-        parts = [text_part(pieces[0].strip())]
-        for piece in pieces[1:]:
-            parts += [IMAGE_PART, text_part(piece.strip())]
-        messages.append(message(role, *[part for part in parts if part["type"] == "image" or part["text"]]))
-    first = next((m for m in messages if m["role"] == "user"), None)
-    if left and num_images and first is not None:  # images without a placeholder come first
-        first["content"] = [IMAGE_PART] * left + first["content"]
+        messages.append(message(_role(turn), text_part("" if text is None else str(text))))
+    _place_images(messages, num_images)
     return messages
+
+
+def _role(turn: dict) -> str:
+    return LLAVA_ROLES.get(str(turn.get("from")), str(turn.get("from")))
+
+
+def _llava_turns(record: dict) -> list[dict]:
+    """The turns of a LLaVA record, its `system` text first; `role` and `content` are read as `from` and `value`."""
+    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
+    turns = [
+        {**turn, "from": turn.get("role"), "value": turn.get("content")}
+        if "from" not in turn and isinstance(turn.get("content"), str)
+        else turn
+        for turn in turns
+    ]
+    system = record.get("system")
+    if isinstance(system, str) and system.strip() and not any(_role(turn) == "system" for turn in turns):
+        turns.insert(0, {"from": "system", "value": system})
+    return turns
 
 
 def _split_turns(messages: list[dict]) -> list[list[dict]]:

@@ -167,7 +167,7 @@ def _read_llava(content: Any, path: Path, folder: Path, independent_turns: bool)
             continue
         if "id" in record:
             source += f" (id {record['id']})"
-        names = record.get("image") or []
+        names = record.get("image") or record.get("images") or []
         images = [_reference(folder, name) for name in ([names] if isinstance(names, str) else names)]
         yield llava_row(record, images, source, independent_turns)
 

@@ -16,7 +16,8 @@ from jnana.processing.data import (
     load_image,
     load_rows,
 )
-from jnana.processing.data.rows import iterate_rows
+from jnana.processing.data.checks import check_row
+from jnana.processing.data.rows import BadSampleError, iterate_rows
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ LLAVA = [
         "conversations": [
             {"from": "human", "value": "<image>\nWhat colour is it?"},
             {"from": "gpt", "value": "Red."},
-            {"from": "human", "value": "Is <image> a tag?"},
+            {"from": "human", "value": "Is that a tag?"},
             {"from": "gpt", "value": "It can be: <image>."},
         ],
     },
@@ -98,20 +99,108 @@ def test_llava_turns_are_independent_or_one_conversation(llava, pictures):
     rows = load_rows(llava, image_folder=pictures)
     assert [said(chat) for chat in rows[0]["conversations"]] == [
         ["user:[]What colour is it?", "assistant:Red."],
-        ["user:[]Is <image> a tag?", "assistant:It can be: <image>."],
+        ["user:[]Is that a tag?", "assistant:It can be: <image>."],
     ]
     assert rows[0]["source"] == "instruct.json, record 0 (id 000000033471)"
     together = load_rows(llava, image_folder=pictures, independent_turns=False)
     assert said(together[0]["conversations"][0]) == [
         "user:[]What colour is it?",
         "assistant:Red.",
-        "user:Is <image> a tag?",
+        "user:Is that a tag?",
         "assistant:It can be: <image>.",
     ]
     for data in (rows, together):
         assert data[1]["images"] == [] and said(data[1]["conversations"][0])[0] == "user:What is the <image> tag?"
         assert said(data[2]["conversations"][0])[0] == "user:What colour?[]"
         assert data[2]["answers"] == [["green", "Green"]] and data[2]["categories"] == ["colour"]
+
+
+def read_one(tmp_path, record: dict, file: str = "a.json", **options) -> dict:
+    path = tmp_path / file
+    path.write_text(json.dumps([record]) if file.endswith(".json") else json.dumps(record) + "\n")
+    return load_rows(path, **options)[0]
+
+
+MARKED = {
+    "images": ["a.png", "b.png"],
+    "messages": [
+        {"role": "user", "content": "<image>First?"},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "And <image>\nsecond?"},
+        {"role": "assistant", "content": "Not <image>."},
+    ],
+}
+
+
+def test_marks_in_messages_are_the_positions_of_the_images(tmp_path):
+    """The form of LLaMA-Factory and ms-swift."""
+    row = read_one(tmp_path, MARKED)
+    (chat,) = row["conversations"]
+    assert said(chat) == ["user:[]First?", "assistant:Red.", "user:And[]second?", "assistant:Not <image>."]
+    assert [image["path"] for image in row["images"]] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    check_row(row)
+    unmarked = json.loads(json.dumps(MARKED).replace("<image>", ""))
+    (chat,) = read_one(tmp_path, unmarked)["conversations"]  # TRL's form: the images come first
+    assert said(chat)[0] == "user:[][]First?"
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("format", ["auto", "llava_instruct", "dataset"])
+@pytest.mark.parametrize("file", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("mark", ["<image>", "<image>\n", ""])
+def test_one_reader_for_conversations(tmp_path, key, format, file, mark):
+    turns = [{"from": "human", "value": f"{mark}What is this?"}, {"from": "gpt", "value": "A king."}]
+    row = read_one(tmp_path, {"id": 1, key: ["red.png"], "conversations": turns}, file, format=format)
+    assert said(row["conversations"][0]) == ["user:[]What is this?", "assistant:A king."]
+    assert [image["path"] for image in row["images"]] == [str(tmp_path / "red.png")]
+
+
+@pytest.mark.parametrize("independent", [True, False])
+@pytest.mark.parametrize(("images", "marks"), [(1, 2), (2, 1), (3, 2)])
+def test_as_many_marks_as_images(tmp_path, images, marks, independent):
+    names = [f"{number}.png" for number in range(images)]
+    turns = [
+        ("human", "<image>\nWhat?"),
+        ("gpt", "A king."),
+        ("human", "<image> " * (marks - 1) + "And?"),
+        ("gpt", "b"),
+    ]
+    record = {"image": names, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    row = read_one(tmp_path, record, independent_turns=independent)
+    with pytest.raises(BadSampleError, match=f"{images} images but {marks} image parts or <image> marks"):
+        check_row(row)
+    messages = [{"role": "user" if who == "human" else "assistant", "content": text} for who, text in turns]
+    with pytest.raises(BadSampleError, match=f"{images} images but {marks} image parts or <image> marks"):
+        check_row(read_one(tmp_path, {"images": names, "messages": messages}))
+
+
+def test_a_mark_without_an_image(tmp_path):
+    for text, good in (("What does <image> mean?", True), ("<image>\nWhat is it?", False)):
+        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "A tag."}]
+        row = read_one(tmp_path, {"messages": chat})
+        if good:
+            check_row(row)
+            assert said(row["conversations"][0])[0] == f"user:{text}"
+        else:
+            with pytest.raises(BadSampleError, match="asks about an image but has none"):
+                check_row(row)
+
+
+def test_a_records_own_system_text_and_other_keys(tmp_path):
+    turns = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A king."}]
+    row = read_one(tmp_path, {"image": "red.png", "system": "Be brief.", "conversations": turns})
+    assert said(row["conversations"][0]) == ["system:Be brief.", "user:[]What?", "assistant:A king."]
+
+
+def test_a_path_that_exists_is_that_file(tmp_path):
+    """Brackets would otherwise be a pattern, which another file can match."""
+    for name, text in (("a[1].parquet", "right"), ("a1.parquet", "wrong")):
+        datasets.Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / name)
+    for streaming in (False, True):
+        rows = load_rows(tmp_path / "a[1].parquet", streaming=streaming)
+        assert said(next(iter(rows))["conversations"][0])[-1] == "assistant:right"
+    found = load_rows(str(tmp_path / "a[0-9].parquet"))  # the control: a pattern
+    assert said(found[0]["conversations"][0])[-1] == "assistant:wrong"
 
 
 def test_llava_categories_and_answers_of_every_turn(tmp_path):

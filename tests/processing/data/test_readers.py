@@ -17,7 +17,7 @@ from jnana.processing.data import (
     load_rows,
 )
 from jnana.processing.data.checks import check_row
-from jnana.processing.data.rows import BadSampleError, iterate_rows
+from jnana.processing.data.rows import iterate_rows
 
 
 @pytest.fixture

@@ -256,6 +256,9 @@ def measure_rows(
         processor (`JnanaProcessor`): tokenises, and counts the tokens of each image.
         image_sizes (`Sequence[Sequence[tuple[int, int] | None]]`, *optional*): (height, width) in pixels of each image
             of each row, where it is known. Needed where images are cut into tiles.
+
+    Raises:
+        ValueError: if the chat template writes another number of image tokens than a conversation has images.
     """
     chats = [chat for row in rows for chat in row["conversations"]]
     if not chats:
@@ -268,13 +271,18 @@ def measure_rows(
         counts = [processor.count_image_tokens(size) for size in known]
         ids, masks = zip(*[next(encoded) for _ in row["conversations"]], strict=True)
         sizes = [
-            measure_conversation(tokens, mask, image_token_id, counts if image_token_id in tokens else [])
-            for tokens, mask in zip(ids, masks, strict=True)
+            measure_conversation(tokens, mask, image_token_id, counts if has_images(chat) else [])
+            for chat, tokens, mask in zip(row["conversations"], ids, masks, strict=True)
         ]
         shared = shared_length(ids, masks, image_token_id)
         in_prefix = ids[0][:shared].count(image_token_id)
         measured.append(RowSizes(sizes, shared + sum(count - 1 for count in counts[:in_prefix])))
     return measured
+
+
+def has_images(chat: list[dict]) -> bool:
+    """Whether a conversation has image parts, and so is about the images of its row."""
+    return any(part["type"] == "image" for message in chat for part in message["content"])
 
 
 def check_size(size: ConversationSize, max_length: int | None, source: str) -> None:

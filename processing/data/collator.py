@@ -14,7 +14,7 @@ import torch
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
-from .checks import check_row, check_size
+from .checks import check_row, check_size, has_images
 from .feature_cache import FeatureCache
 from .images import MAX_IMAGE_PIXELS, PixelImages
 from .packing import PACKINGS, EncodedConversation, expand_images, measure_conversation, pack_row, stack_rows
@@ -158,9 +158,10 @@ class JnanaCollator:
             groups: Groups = []
             for row, indices in good:
                 group = []
-                for _ in row["conversations"]:
+                for chat in row["conversations"]:
                     ids, mask = next(encoded)
-                    conversation = self._fit(ids, mask, indices, images, row, problems)
+                    of_chat = indices if has_images(chat) else []
+                    conversation = self._fit(ids, mask, of_chat, images, row, problems)
                     group += [conversation] if conversation is not None else []
                 groups.append(group)
             if any(groups):
@@ -184,7 +185,6 @@ class JnanaCollator:
     ) -> EncodedConversation | None:
         """A conversation with all image tokens, cut to `max_length`, or `None` if it can't be cut."""
         image_token_id = self.processor.image_token_id
-        indices = indices if image_token_id in ids else []
         counts = [self._count_tokens(images.loaded[index]) for index in indices]
         try:
             check_size(measure_conversation(ids, mask, image_token_id, counts), self.max_length, row["source"])

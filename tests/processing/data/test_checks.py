@@ -1,5 +1,6 @@
 """The check before training finds, names and counts every kind of bad row, and measures the good ones."""
 
+import copy
 import json
 import re
 
@@ -8,7 +9,15 @@ import pytest
 from PIL import Image
 
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import BadSampleError, check_rows, flatten_conversations, load_rows, read_bad_samples
+from jnana.processing.data import (
+    BadSampleError,
+    JnanaCollator,
+    check_rows,
+    flatten_conversations,
+    load_rows,
+    read_bad_samples,
+)
+from jnana.processing.data.rows import IMAGE_PART, make_row, message, rows_to_dataset, text_part
 from tests.processing.data.test_images import png_header
 
 
@@ -146,3 +155,30 @@ def test_streams_and_lists_are_checked_too(read, processor):
     rows = read(record(), record("gone.png"))
     for given in (rows.to_iterable_dataset(), list(rows)):
         assert check_rows(given, processor, on_bad_sample="skip", progress=False).kept_indices == [0]
+
+
+@pytest.mark.parametrize("content", ["{{ m.content | map(attribute='text') | join }}", "{{ m.content }}"])
+def test_a_template_that_forgets_images_is_found(processor, tmp_path, content):
+    """It would train rows without their images, or on Python's notation of the parts."""
+    Image.new("RGB", (24, 24)).save(tmp_path / "a.png")
+    rows = rows_to_dataset(
+        [
+            make_row(
+                [{"path": str(tmp_path / "a.png"), "bytes": None}],
+                [[message("user", IMAGE_PART, text_part("What?")), message("assistant", text_part("A king."))]],
+                "a.json, record 0",
+            )
+        ]
+    )
+    assert check_rows(rows, processor, progress=False).kept_indices == [0]  # the control
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}" + content + "{% else %}{% generation %}"
+        "{{ m.content[0].text }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    forgetful = copy.copy(processor)
+    forgetful.chat_template = template
+    expected = "a conversation about 1 images has 0 image tokens; the chat template must write one for each image"
+    with pytest.raises(ValueError, match=expected):
+        check_rows(rows, forgetful, progress=False)
+    with pytest.raises(ValueError, match=expected):
+        JnanaCollator(forgetful)(list(rows))

@@ -43,15 +43,22 @@ class Stage:
     jobs: list[Job]
 
 
-def launch(script: str, recipe: str, **options: object) -> list[str]:
-    """`accelerate launch script.py recipe.yaml --option value ...` on one process without a GPU."""
+def launch(script: str, recipe: str | Path, **options: object) -> list[str]:
+    """`accelerate launch script.py recipe.yaml --option value ...` on one process without a GPU.
+
+    Args:
+        script (`str`): A script of the package.
+        recipe (`str` or `Path`): A file of recipes/chess_demo/, or the absolute path of another recipe.
+        options (`object`): Options that override the recipe.
+    """
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [*accelerate, script, str(RECIPES / recipe), *words]
 
 
-def example(script: str, **options: object) -> list[str]:
+def example(script: str | Path, **options: object) -> list[str]:
+    """The command line of a script in this directory, or of one that is given by its absolute path."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, str(HERE / script), *words]
 

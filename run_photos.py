@@ -25,7 +25,7 @@ from typing import Literal
 
 from huggingface_hub.utils import validate_repo_id
 
-from jnana.processing.data.captions import captioned_images, read_captions
+from jnana.processing.data.captions import SPLITS, captioned_images, read_captions
 from jnana.processing.data.images import MAX_IMAGE_PIXELS
 from jnana.processing.data.photos import assign_splits, check_photos, find_photos, report, write_copies
 from jnana.training.arguments import parse_arguments
@@ -67,8 +67,8 @@ def check_arguments(args: PhotoArguments) -> None:
         raise ValueError("give photos and output_dir, or output_dir and push_to_hub")
     if args.photos is not None and not Path(args.photos).is_dir():
         raise ValueError(f"photos {args.photos!r} is not a directory; give the folder of your photographs")
-    if args.photos is not None and Path(args.photos).resolve() == Path(args.output_dir).resolve():
-        raise ValueError(f"photos and output_dir are both {args.photos!r}; give another output_dir")
+    if args.photos is not None:
+        check_apart(Path(args.photos), Path(args.output_dir))
     if args.test_files is not None and not Path(args.test_files).is_file():
         raise ValueError(f"test_files {args.test_files!r} is not a file; give a text file of names")
     if args.test_share is not None and not 0 <= args.test_share < 1:
@@ -79,6 +79,19 @@ def check_arguments(args: PhotoArguments) -> None:
         validate_repo_id(args.push_to_hub)
     if args.photos is not None:
         check_output_dir(args.output_dir)
+
+
+def check_apart(photos: Path, output_dir: Path) -> None:
+    """Raise a `ValueError` if copies could be written over photographs, or photographs be taken for copies."""
+    source, target = photos.resolve(), output_dir.resolve()
+    shared = source == target
+    for outer, inner in ((source, target), (target, source)):
+        shared |= outer in inner.parents and inner.relative_to(outer).parts[0].lower() in SPLITS
+    if shared:
+        raise ValueError(
+            f"photos {str(photos)!r} and output_dir {str(output_dir)!r} are one directory, or one is the train or "
+            "test directory of the other; give an output_dir beside photos"
+        )
 
 
 def main(argv: list[str]) -> None:

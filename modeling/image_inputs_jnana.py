@@ -239,8 +239,13 @@ class JnanaImageMixin:
     def _must_encode_blank_image(self, has_labels: bool, cache: Cache | None) -> bool:
         """
         Whether a batch without images has to run the tower and the projector all the same, because other processes run
-        them and wait for this one: DDP for the gradients of their parameters, FSDP and ZeRO-3 for their shards.
+        them and wait for this one: DDP for the gradients of their parameters, FSDP and ZeRO-3 for their shards. With
+        one process only where nothing but the projector and the tower trains, so that the loss would depend on no
+        weight that does.
         """
+        text_trains = any(parameter.requires_grad for parameter in self.language_model.parameters())
+        if has_labels and torch.is_grad_enabled() and not text_trains:
+            return any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters())
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
         if torch.distributed.get_world_size() < 2:

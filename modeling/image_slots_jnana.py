@@ -49,8 +49,8 @@ class CrossAttentionStates:
         return CrossAttentionStates(
             self.image_positions[:, kept],
             self.end_positions[:, (self.end_positions < length).any(0)],
-            [keys[:, :, kept] for keys in self.keys],
-            [values[:, :, kept] for values in self.values],
+            [keys[:, :, kept.to(keys.device)] for keys in self.keys],  # `device_map` may have put them elsewhere
+            [values[:, :, kept.to(values.device)] for values in self.values],
         ).hide(length)
 
 

@@ -124,11 +124,12 @@ class MuonWithAdamW(Optimizer):
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in three groups: hidden matrices, other matrices, vectors (which never decay)."""
-    # the language model's, its head, and the positions of a tower
+    # the language model's embedding, its head, the positions of a tower, and a resampler's latents
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if model.get_output_embeddings() is not None:
         embeddings.append(model.get_output_embeddings())
     outer = {id(module.weight) for module in embeddings}
+    outer |= {id(parameter) for name, parameter in model.named_parameters() if name.endswith(".latents")}
     hidden, other, vectors = [], [], []
     for parameter in model.parameters():
         if parameter.requires_grad:

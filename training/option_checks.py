@@ -180,6 +180,11 @@ def check_model_arguments(args: ModelArguments) -> None:
             f"vision_model is {args.vision_model!r} and text_model is {args.text_model!r}; give both, or a Jnana "
             "checkpoint as model_name_or_path"
         )
+    if args.image_geometry == "anyres" and args.fusion == "cross_attention":
+        raise ValueError(
+            "image_geometry is 'anyres' and fusion is 'cross_attention', whose resampler takes one view an image; "
+            "choose image_geometry crop or pad, or fusion tokens"
+        )
 
 
 def check_text_arguments(args: TextModelArguments) -> None:

@@ -194,8 +194,8 @@ def plan_rows(
         plan.num_unpacked += sum(sizes)
         if max(sizes) > max_row_tokens:
             raise ValueError(
-                f"max_row_tokens is {max_row_tokens}, but a conversation has {max(sizes)} tokens; raise it, or lower "
-                "max_length, which cuts long answers"
+                f"max_row_tokens is {max_row_tokens}, but a conversation of data row {row} has {max(sizes)} tokens; "
+                "raise it, or lower max_length, which cuts long answers (never images)"
             )
         for conversations, cost in _split(sizes, 0 if shared is None else shared[row], max_row_tokens, shared is None):
             groups.append((row, conversations))

@@ -99,7 +99,7 @@ def find_photos(folder: Path, exclude: Path, test_files: Path | None = None) -> 
 
 def _photo(path: Path, name: str) -> Photo:
     first, _, rest = name.partition("/")
-    split = first if rest and first in SPLITS else None
+    split = first.lower() if rest and first.lower() in SPLITS else None
     copy = Path(name if split is None else rest)
     ending = copy.suffix.lower()[1:]
     # with the ending, because phones put an edited IMG_1.JPG beside IMG_1.HEIC

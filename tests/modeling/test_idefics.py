@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import BitsAndBytesConfig, IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.processing_idefics import (
     image_attention_mask_for_packed_input_ids,
     incremental_to_binary_attention_mask,
@@ -164,3 +164,13 @@ def test_full_size_models_have_as_many_parameters_as_stock(name, count, blocks, 
     assert total(ours, "cross_attention") == total(theirs, "gated_cross_attn_layers") == added
     assert total(ours, "multi_modal_projector") == total(theirs, "perceiver_resampler") == 125_961_984
     assert len(model.model.cross_attention.layers) == blocks
+
+
+def test_only_the_language_model_is_quantised(tmp_path):
+    save_tiny_idefics(tmp_path / "idefics")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = JnanaForConditionalGeneration.from_idefics_pretrained(
+        str(tmp_path / "idefics"), quantization_config=config
+    )
+    parts = {name.split(".")[1] for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert parts == {"language_model"}

@@ -462,3 +462,18 @@ def test_is_what_the_ecosystem_looks_for(tmp_path):
         "multi_modal_projector",
         "language_model",
     ]
+
+
+def test_a_step_without_images_in_one_process(tmp_path):
+    """Where only the projector trains, a batch of text alone gives it a gradient of zeros and no error."""
+    model = join(tmp_path).requires_grad_(False).train()
+    model.model.multi_modal_projector.requires_grad_(True)
+    ids = text_ids(2)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all((p.grad == 0).all() for p in model.model.multi_modal_projector.parameters())
+    assert torch.equal(loss, model.eval()(input_ids=ids, labels=ids).loss)
+    model.model.language_model.requires_grad_(True)  # the control: nothing is encoded where other weights train
+    model.zero_grad()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is None for p in model.model.multi_modal_projector.parameters())

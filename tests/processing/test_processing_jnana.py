@@ -97,7 +97,7 @@ def test_file_names_are_unique_over_the_packages_that_are_copied_flat():
 
 
 def test_all_templates_are_shipped(tmp_path):
-    systems = {"era_capstone", "idefics", "jnana", "llava_chess", "phi35_pooled", "visualize_this"}
+    systems = {"era_capstone", "idefics", "idefics_instruct", "jnana", "llava_chess", "phi35_pooled", "visualize_this"}
     assert chat_template_names() == sorted(systems | set(FORMATS))
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     assert read_chat_template(str(tmp_path / "mine.jinja")) == "{{ messages[0].content }}"

@@ -170,7 +170,7 @@ def test_without_pillow_heif(tmp_path, monkeypatch):
         ({"photos": None}, "give photos and output_dir, or output_dir and push_to_hub"),
         ({"output_dir": None}, "give photos and output_dir, or output_dir and push_to_hub"),
         ({"photos": "nowhere"}, "photos 'nowhere' is not a directory"),
-        ({"output_dir": "photos"}, "photos and output_dir are both 'photos'"),
+        ({"output_dir": "photos"}, "are one directory"),
         ({"test_files": "nowhere.txt"}, "test_files 'nowhere.txt' is not a file"),
         ({"test_share": "1"}, "test_share is 1.0; give a share of at least 0 and below 1"),
         ({"max_size": "0"}, "max_size is 0; give a number of pixels above 0"),
@@ -185,3 +185,19 @@ def test_refused_at_once(tmp_path, monkeypatch, changes, message):
     with pytest.raises(ValueError, match=message):
         run_photos.main([f"--{name}={value}" for name, value in options.items() if value is not None])
     assert not (tmp_path / "out" / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("photos", "output_dir"),
+    [("a", "a"), ("a/train", "a"), ("a/Test/deep", "a"), ("a", "a/train"), ("a", "a/test/deep")],
+)
+def test_copies_never_get_the_paths_of_photographs(tmp_path, photos, output_dir):
+    (tmp_path / photos).mkdir(parents=True)
+    picture = tmp_path / photos / "IMG_1.jpg"
+    Image.effect_noise((200, 200), 90).save(picture)
+    before = picture.read_bytes()
+    with pytest.raises(ValueError, match="are one directory, or one is the train or test directory of the other"):
+        run_photos.main([f"--photos={tmp_path / photos}", f"--output_dir={tmp_path / output_dir}", "--max_size=20"])
+    assert picture.read_bytes() == before
+    run_photos.main([f"--photos={tmp_path / photos}", f"--output_dir={tmp_path / 'out'}"])  # the control
+    assert picture.read_bytes() == before and list((tmp_path / "out").rglob("*.jpg"))

@@ -13,7 +13,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
-from jnana.modeling import cross_attention_jnana, modeling_jnana
+from jnana.modeling import image_inputs_jnana, image_slots_jnana, modeling_jnana
 from jnana.training.arguments import LoraArguments, ModelArguments
 from jnana.training.device_map import check_device_map, check_spread, spread_over_devices
 from jnana.training.stages import apply_stage
@@ -72,7 +72,7 @@ def inputs(packed: bool) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def fake(monkeypatch):
     """Fake tensors have no values, so counts can't be compared."""
-    monkeypatch.setattr(modeling_jnana, "torch_compilable_check", lambda *args: None)
+    monkeypatch.setattr(image_inputs_jnana, "torch_compilable_check", lambda *args: None)
 
 
 def train_once(
@@ -120,7 +120,7 @@ CROSS_ATTENTION = {
 def test_cross_attention_on_three_devices(fake, monkeypatch, blocks, lora):
     """Its blocks get the text from the device of one layer, and hand it on to that of the next."""
     # The number of images in a row is read from the tensor, which here has no values.
-    monkeypatch.setattr(cross_attention_jnana, "find_positions", lambda mask, start, most: mask[:, :most].long())
+    monkeypatch.setattr(image_slots_jnana, "find_positions", lambda mask, start, most: mask[:, :most].long())
     first = "model.cross_attention" if lora else "model.cross_attention.layers.0"
     split = {**SPLIT, first: blocks, "model.cross_attention.layers.1": "cpu:1"}
     assert train_once(split, lora=lora, **CROSS_ATTENTION) == {"cpu:0", "cpu:1", "cpu:2"}

@@ -236,7 +236,9 @@ def test_a_group_that_is_too_long_becomes_several():
     plan = plan_rows([[30, 30, 40, 25]], [20], 60)
     assert plan.rows == [[(0, [0, 1, 2])], [(0, [3])]]  # 20 + 10 + 10 + 20, then 25 with its own prefix
     assert plan.sizes == [60, 25]
-    with pytest.raises(ValueError, match="max_row_tokens is 60, but a conversation has 61 tokens; raise it, or lower"):
+    with pytest.raises(
+        ValueError, match="max_row_tokens is 60, but a conversation of data row 1 has 61 tokens; raise it"
+    ):
         plan_rows([[10], [61]], [0, 0], 60)
     assert plan_rows([[10], [61]], [0, 0], 60, max_length=50).sizes == [60]
 

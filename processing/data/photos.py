@@ -7,6 +7,7 @@ folder/test/...                 the same for the test photographs
 
 import hashlib
 import io
+import json
 import logging
 import os
 import random
@@ -25,6 +26,7 @@ from .images import MAX_IMAGE_PIXELS, check_image, load_image
 logger = logging.getLogger(__name__)
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".heic", ".heif", ".hif", ".avif", ".png", ".webp", ".tif")
+PHOTO_RECORD = "photos.json"  # SHA-256 of the photograph of each copy
 PHOTO_ENDINGS += (".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 
 
@@ -113,8 +115,9 @@ def _choose_by_list(photos: list[Photo], test_files: Path) -> None:
     for name, number in listed.items():
         if name not in names:
             raise ValueError(f"{test_files}, line {number}: {name!r} is not among the {len(photos)} photographs")
+    pictures = {name_key(name) for name in listed}  # IMG_1.JPG beside a listed IMG_1.HEIC shows the same
     for photo in photos:
-        photo.split = "test" if photo.name in listed else photo.split or "train"
+        photo.split = "test" if name_key(photo.name) in pictures else photo.split or "train"
 
 
 def check_photos(
@@ -187,7 +190,9 @@ def assign_splits(photos: list[Photo], captions: dict[str, CaptionFile], test_sh
         raise ValueError(f"{'; '.join(moved)}. Move its copy and its line too, so that the caption is kept")
     pictures: dict[str, list[Photo]] = defaultdict(list)
     for photo in photos:
-        pictures[name_key(photo.name)].append(photo)  # IMG_1.HEIC and IMG_1.JPG show the same
+        # IMG_1.HEIC and IMG_1.JPG show the same, also if one of them lies in a split's folder
+        first, _, rest = photo.name.partition("/")
+        pictures[name_key(rest if rest and first.lower() in SPLITS else photo.name)].append(photo)
     share = (0.0 if chosen else 0.1) if test_share is None else test_share
     lacking = max(round(share * len(photos)), 1) if share > 0 and len(pictures) > 1 else 0
     lacking -= sum(photo.split == "test" for photo in photos)
@@ -213,7 +218,8 @@ def write_copies(
     overwrite: bool = False,
 ) -> tuple[dict[str, list[str]], list[str]]:
     """
-    Write a copy of each photograph that has no copy yet, with a progress bar.
+    Write a copy of each photograph that has no copy yet, with a progress bar. A digest of each photograph is kept in
+    `photos.json`, so that another photograph of the same name is noticed.
 
     Args:
         photos (`list[Photo]`): with their splits.
@@ -226,24 +232,38 @@ def write_copies(
 
     Returns:
         `tuple[dict[str, list[str]], list[str]]`: names of copies that have no line yet, for each split; a reason for
-        each photograph that can't be read.
+        each photograph that can't be read, or that has the name of another one with a copy.
     """
     new: dict[str, list[str]] = {split: [] for split in SPLITS}
     problems = []
+    record = captions["train"].path.parents[1] / PHOTO_RECORD
+    digests = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     for photo in tqdm(photos, desc="Photographs", unit="photo"):
         file = captions[photo.split or "train"]
         known = file.names.get(photo.key)
         name = known or photo.stem + (".png" if image_format == "png" else ".jpg")
         copy = file.path.parent / name
-        if known and copy.is_file() and not overwrite:
+        entry, digest = f"{photo.split or 'train'}/{name}", hashlib.sha256(photo.path.read_bytes()).hexdigest()
+        has_copy = bool(known) and copy.is_file()
+        if has_copy and digests.setdefault(entry, digest) != digest:
+            if not overwrite:
+                problems.append(
+                    f"{photo.name}: {copy} is the copy of another photograph of this name. Rename the new one, or, if "
+                    "it is the old one edited, write all copies again (overwrite_images)."
+                )
+                continue
+            logger.warning(f"{copy}: the photograph has changed; check its caption")
+        if has_copy and not overwrite:
             continue
         try:
             _write_copy(photo, copy, max_size, max_image_pixels)
         except ValueError as error:
             problems.append(str(error))
             continue
+        digests[entry] = digest
         if not known:
             new[photo.split or "train"].append(name)
+    write_whole(record, json.dumps(digests, indent=0, sort_keys=True).encode())
     return new, problems
 
 

@@ -248,6 +248,29 @@ class TestSplits:
             trained = {name.split("_")[0].split(".")[0] for name in names(output, "train")}
             assert len(tested) == 2 and not tested & trained
 
+    def test_pairs_follow_the_one_that_was_chosen_by_hand(self, tmp_path):
+        photos = make_photos(tmp_path / "photos", ["test/1.png", "1.jpg", "2.png", "2.jpg", "3.jpg"])
+        used, _ = prepare(photos, tmp_path / "out")
+        assert {photo.name for photo in used if photo.split == "test"} == {"test/1.png", "1.jpg"}
+        photos = make_photos(tmp_path / "more", ["1.png", "1.jpg", "2.png"])
+        (tmp_path / "test.txt").write_text("1.png")
+        used, _ = prepare(photos, tmp_path / "listed", test_files=tmp_path / "test.txt")
+        assert {photo.name for photo in used if photo.split == "test"} == {"1.png", "1.jpg"}
+
+    def test_another_photograph_of_the_same_name(self, tmp_path, caplog):
+        """A second phone, or a counter that starts over."""
+        first, second = (make_photos(tmp_path / name, ["a.jpg", "b.jpg"]) for name in ("first", "second"))
+        prepare(first, tmp_path / "out", 0)
+        copy = tmp_path / "out" / "train" / "a.jpg"
+        before = copy.read_bytes()
+        assert prepare(first, tmp_path / "out", 0)[1] == []  # the control: the same photographs again
+        Image.new("RGB", (24, 16), "white").save(second / "a.jpg")
+        (problem,) = prepare(second, tmp_path / "out", 0)[1]
+        assert "a.jpg is the copy of another photograph of this name. Rename the new one" in problem
+        assert copy.read_bytes() == before
+        prepare(second, tmp_path / "out", 0, overwrite=True)
+        assert copy.read_bytes() != before and "the photograph has changed; check its caption" in caplog.text
+
 
 class TestCaptions:
     def test_no_caption_is_lost(self, tmp_path):

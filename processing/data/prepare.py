@@ -208,7 +208,7 @@ def packed_stream(
 
     Returns:
         `IterableDataset`: one column `groups`. Each data row that can't be used is a packed row by itself, which the
-            collator raises for or skips.
+            collator raises for or skips. Reading it raises `BadSampleError` if none of the first rows can be used.
     """
     return rows.map(
         _StreamPacker(processor, share, max_row_tokens, max_length, max_image_pixels),
@@ -233,24 +233,30 @@ class _StreamPacker:
         self.processor = processor
         self.share, self.max_row_tokens, self.max_length = share, max_row_tokens, max_length
         self.size_of = ImageChecker(processor, "none", max_image_pixels)  # the collator checks the images
+        self.found_good = False
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        good, image_sizes, bad = [], [], []
+        good, image_sizes, bad, problems = [], [], [], []
         for row in unbatched(batch):
             try:
                 check_row(row)
                 image_sizes.append([self.size_of(image, row["source"]) for image in row["images"]])
                 good.append(row)
-            except BadSampleError:
+            except BadSampleError as error:
                 bad.append(row)
+                problems.append(str(error))
         fitting = []
         for row, sizes in zip(good, measure_rows(good, self.processor, image_sizes), strict=True):
             try:
                 for size in sizes.conversations:
                     check_size(size, self.max_length, row["source"])
                 fitting.append((row, sizes))
-            except BadSampleError:
+            except BadSampleError as error:
                 bad.append(row)
+                problems.append(str(error))
+        self.found_good = self.found_good or bool(fitting)
+        if not self.found_good:  # skipping all of them, a run would train on nothing
+            raise BadSampleError(f"none of the first {len(bad)} rows of the stream can be used: {problems[0]}")
         plan = plan_rows(
             [sizes.lengths for _, sizes in fitting],
             [sizes.shared for _, sizes in fitting] if self.share else None,

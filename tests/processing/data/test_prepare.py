@@ -150,3 +150,13 @@ def test_a_data_set_without_rows(processor):
     empty = datasets.Dataset.from_dict({"image": [], "text": []})
     with pytest.raises(ValueError, match="data set has no rows"):
         prepare(empty, processor, PrepareOptions())
+
+
+def test_a_stream_of_which_no_row_can_be_used(coco, pictures, processor):
+    """Skipping every row, a run would train on the blank image alone and end well."""
+    options = {"image_folder": pictures, "packing": "shared_image", "streaming": True, "on_bad_sample": "skip"}
+    rows = prepare(coco, processor, PrepareOptions(**options, max_length=3, max_row_tokens=60))
+    with pytest.raises(BadSampleError, match=r"none of the first 4 rows of the stream can be used: .* does not fit"):
+        list(rows)
+    good = prepare(coco, processor, PrepareOptions(**options, max_length=60, max_row_tokens=60))
+    assert len(list(good)) > 1  # the control: one bad row among good ones

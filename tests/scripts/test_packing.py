@@ -129,7 +129,7 @@ def test_a_packed_run_resumes_exactly(data, vision, pretrained, tmp_path, stream
 
 def test_what_cannot_be_packed_is_refused_at_once(data, vision, pretrained, tmp_path):
     changes = {"packing": "shared_image", "output_dir": tmp_path}
-    with pytest.raises(ValueError, match="max_row_tokens is 8, but a conversation of data row 0 has [0-9]+ tokens; raise it"):
+    with pytest.raises(ValueError, match="max_row_tokens is 8, but a conversation of data row 0 has"):
         run_align.main(align_options(data, vision, pretrained, **changes, max_row_tokens=8))
     with pytest.raises(ValueError, match="max_row_tokens 1024 before all of it is measured, but max_length is None"):
         run_align.main(align_options(data, vision, pretrained, **changes, streaming="true"))

@@ -214,7 +214,7 @@ def _local_or_hub_file(path: str, name: str, source: str) -> Any:
     try:
         with xopen(path, "rb") as file:
             return io.BytesIO(file.read())
-    except OSError as error:
+    except (OSError, KeyError) as error:  # KeyError: datasets 4 on a name that an archive does not have
         raise bad_sample(source, f"{name} can't be read: {error}.") from error
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import NOT_QUANTIZED, NOT_QUANTIZED_TEXT, adopt_quantization
+from .loading_jnana import NOT_QUANTIZED, NOT_QUANTIZED_TEXT, adopt_quantization, without_parts
 from .projector_jnana import build_projector
 
 
@@ -166,11 +166,9 @@ def join_pretrained(
 ) -> Any:
     """See [`JnanaForConditionalGeneration.from_vision_text_pretrained`]; `model_class` is that class."""
     vision, text = str(vision), str(text)  # error messages quote them
-    quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
-    quantized = {}
-    if quantization is not None:  # the language model is loaded alone, so module names are those of a bare one
-        quantization.llm_int8_skip_modules = list(NOT_QUANTIZED_TEXT)
-        quantized = {"quantization_config": quantization}
+    # The language model is loaded alone, so module names are those of a bare one.
+    quantization = without_parts(kwargs.pop("quantization_config", None), NOT_QUANTIZED_TEXT)
+    quantized = {} if quantization is None else {"quantization_config": quantization}
     placed = {"device_map": kwargs.pop("device_map")} if "device_map" in kwargs else {}
     names = {field.name for field in fields(JnanaConfig)}
     config_fields = {key: value for key, value in kwargs.items() if key in names}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
-    BitsAndBytesConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
     IdeficsConfig,
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import HUB_ARGUMENTS, NOT_QUANTIZED, REPOSITORY_ARGUMENTS
+from .loading_jnana import HUB_ARGUMENTS, NOT_QUANTIZED, REPOSITORY_ARGUMENTS, without_parts
 
 
 IDEFICS_MODEL_TYPE = "idefics"
@@ -170,11 +169,8 @@ def load_idefics(
     """See [`JnanaForConditionalGeneration.from_idefics_pretrained`]; `model_class` is that class."""
     path = str(path)
     with_info = kwargs.pop("output_loading_info", False)
-    quantization = copy.deepcopy(kwargs.get("quantization_config"))
+    quantization = without_parts(kwargs.get("quantization_config"), NOT_QUANTIZED)
     if quantization is not None:
-        if isinstance(quantization, dict):
-            quantization = BitsAndBytesConfig(**quantization)
-        quantization.llm_int8_skip_modules = list(NOT_QUANTIZED)
         kwargs["quantization_config"] = quantization
     files = {name: kwargs.pop(name) for name in (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS) if name in kwargs}
     config = IdeficsConfig.from_pretrained(path, **files)

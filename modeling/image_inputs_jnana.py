@@ -73,7 +73,7 @@ class JnanaImageMixin:
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; give (num_images, channels, height, width), "
                 "the images of all rows one after the other."
             )
-        trainable = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        trainable = _any_trains(self.vision_tower)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
             return select_image_features(
                 self.vision_tower,
@@ -243,14 +243,14 @@ class JnanaImageMixin:
         one process only where nothing but the projector and the tower trains, so that the loss would depend on no
         weight that does.
         """
-        text_trains = any(parameter.requires_grad for parameter in self.language_model.parameters())
-        if has_labels and torch.is_grad_enabled() and not text_trains:
-            return any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters())
+        in_training_step = has_labels and torch.is_grad_enabled()
+        if in_training_step and not _any_trains(self.language_model):
+            return _any_trains(self.multi_modal_projector)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
         if torch.distributed.get_world_size() < 2:
             return False
-        if has_labels and torch.is_grad_enabled():
+        if in_training_step:
             return True
         prefill = cache is None or cache.get_seq_length() == 0  # a later step of generation has no images anywhere
         return prefill and self._has_sharded_parameters()
@@ -289,6 +289,10 @@ class JnanaImageMixin:
         black = torch.zeros(image_shape(config), device=device, dtype=self.vision_tower.dtype)
         features = self.get_image_features(black.expand(count, -1, -1, -1), image_sizes=sizes, return_dict=True)
         return features.pooler_output[0]
+
+
+def _any_trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _size_list(image_sizes: ImageSizes | None) -> list[tuple[int, int]] | None:

@@ -8,12 +8,18 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .backbones_jnana import check_text_family, refuse_missing
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import NOT_QUANTIZED, adopt_quantization
+from .loading_jnana import (
+    HUB_ARGUMENTS,
+    NOT_QUANTIZED,
+    REPOSITORY_ARGUMENTS,
+    adopt_quantization,
+    without_parts,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -61,7 +67,7 @@ def load_llava(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -> 
     with_info = kwargs.pop("output_loading_info", False)
     torch_dtype = kwargs.pop("torch_dtype", None)  # the older name
     dtype = kwargs.pop("dtype", None) or torch_dtype
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    names = (*HUB_ARGUMENTS, *REPOSITORY_ARGUMENTS)
     hub_arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     stock_config = AutoConfig.from_pretrained(path, **hub_arguments)
     config = jnana_config_from_llava(stock_config)  # before gigabytes are read
@@ -71,11 +77,9 @@ def load_llava(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -> 
             f"{path} is stored quantised ({dict(stored_quantization)!r}), so `quantization_config` can't be chosen: "
             "leave `quantization` out, or take the checkpoint in 16 bits."
         )
-    quantization = copy.deepcopy(kwargs.pop("quantization_config", None))
+    # The modules of the two classes have the same names.
+    quantization = without_parts(kwargs.pop("quantization_config", None), NOT_QUANTIZED)
     if quantization is not None:
-        if isinstance(quantization, dict):
-            quantization = BitsAndBytesConfig(**quantization)
-        quantization.llm_int8_skip_modules = list(NOT_QUANTIZED)  # the modules of the two classes have the same names
         kwargs["quantization_config"] = quantization
     stored = _stored_dtype(stock_config)
     as_stored = dtype in (None, "auto")

@@ -6,6 +6,7 @@ trained on, and the precision of that base. With it
 the base can be found. This file is copied into every saved checkpoint.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -90,6 +91,26 @@ def quantization_config(settings: dict[str, Any], dtype: str | torch.dtype | Non
         bnb_4bit_quant_storage=settings.get("storage_dtype", "uint8"),
         llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
+
+
+def without_parts(
+    quantization: BitsAndBytesConfig | dict[str, Any] | None, skip_modules: list[str]
+) -> BitsAndBytesConfig | None:
+    """
+    A copy of a bitsandbytes configuration by which some modules stay as they are.
+
+    Args:
+        quantization (`BitsAndBytesConfig` or `dict`, *optional*): As given to `from_pretrained`.
+        skip_modules (`list[str]`): [`NOT_QUANTIZED`] for a whole model, [`NOT_QUANTIZED_TEXT`] for a language model.
+
+    Returns:
+        `BitsAndBytesConfig` or `None`: `None` for `None`.
+    """
+    if quantization is None:
+        return None
+    config = BitsAndBytesConfig(**quantization) if isinstance(quantization, dict) else copy.deepcopy(quantization)
+    config.llm_int8_skip_modules = list(skip_modules)
+    return config
 
 
 def disable_packed_kernel(model: nn.Module) -> None:

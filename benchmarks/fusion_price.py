@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, PhiConfig
 
 from benchmarks.machine import PeakMemory, describe_machine, synchronize, write_result
 from benchmarks.train_throughput import clock, plan_step
-from benchmarks.workloads import SCALES, Scale, make_images, make_processor, make_rows
+from benchmarks.workloads import SCALES, Scale, built_as, make_images, make_processor, make_rows
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data import JnanaCollator
 from jnana.training.arguments import LoraArguments
@@ -53,13 +53,8 @@ def make_model(fields: dict[str, Any], stage: str, scale: Scale, num_tokens: int
         CLIPVisionConfig(**scale.vision[num_tokens]), text, image_token_id=token_id, vision_feature_layer=-1, **fields
     )
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(scale.dtype)
-    try:
-        with device:
-            model = JnanaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
+    with built_as(scale, device):
+        model = JnanaForConditionalGeneration(config)
     return apply_stage(model, stage, LoraArguments(lora_r=scale.lora_r) if stage == "sft" else None).train()
 
 

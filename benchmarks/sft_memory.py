@@ -23,7 +23,7 @@ from accelerate.utils import release_memory
 from transformers import CLIPVisionConfig, PhiConfig
 
 from benchmarks.machine import PeakMemory, describe_machine, write_result
-from benchmarks.workloads import SCALES, Scale, make_images, make_processor, make_rows
+from benchmarks.workloads import SCALES, Scale, built_as, make_images, make_processor, make_rows
 from jnana import run_sft
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
 from jnana.training.arguments import as_command_line, read_recipe, typed
@@ -50,13 +50,8 @@ def save_base(folder: Path, scale: Scale, image_tokens: int, device: torch.devic
         image_token_id=processor.image_token_id,
         **fields,
     )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(scale.dtype)
-    try:
-        with device:
-            model = JnanaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
+    with built_as(scale, device):
+        model = JnanaForConditionalGeneration(config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

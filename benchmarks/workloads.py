@@ -5,7 +5,9 @@ pairs of about 90 tokens together (LLaVA-Instruct-150K, independent pairs). Imag
 that reading them takes as long as with COCO.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,18 @@ def make_rows(stage: str, images: list[Path], seed: int = 0) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def built_as(scale: Scale, device: torch.device) -> Iterator[None]:
+    """Models that are made inside are made on `device`, in the dtype of the scale."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(scale.dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def make_models(
     scale: Scale, num_image_tokens: int, processor: JnanaProcessor, device: torch.device
 ) -> tuple[PreTrainedModel, JnanaForConditionalGeneration]:
@@ -186,20 +200,15 @@ def make_models(
     pinpoints = processor.image_grid_pinpoints
     parts = {"vision_config": vision, "text_config": text, "image_token_index": processor.image_token_id}
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(scale.dtype)
-    try:
-        with device:
-            if pinpoints is None:
-                llava_config = LlavaConfig(**parts, **common, image_seq_length=num_image_tokens)
-                stock: PreTrainedModel = LlavaForConditionalGeneration(llava_config)
-            else:
-                next_config = LlavaNextConfig(**parts, **common, image_grid_pinpoints=pinpoints)
-                stock = LlavaNextForConditionalGeneration(next_config)
-            common |= {"image_token_id": processor.image_token_id, "image_grid_pinpoints": pinpoints}
-            jnana = JnanaForConditionalGeneration(JnanaConfig.from_vision_text_configs(vision, text, **common))
-    finally:
-        torch.set_default_dtype(default)
+    with built_as(scale, device):
+        if pinpoints is None:
+            llava_config = LlavaConfig(**parts, **common, image_seq_length=num_image_tokens)
+            stock: PreTrainedModel = LlavaForConditionalGeneration(llava_config)
+        else:
+            next_config = LlavaNextConfig(**parts, **common, image_grid_pinpoints=pinpoints)
+            stock = LlavaNextForConditionalGeneration(next_config)
+        common |= {"image_token_id": processor.image_token_id, "image_grid_pinpoints": pinpoints}
+        jnana = JnanaForConditionalGeneration(JnanaConfig.from_vision_text_configs(vision, text, **common))
     names = {"model.image_newline": "model.multi_modal_projector.image_newline"}  # the projector owns it here
     state = {names.get(name, name): weight for name, weight in stock.state_dict().items()}
     jnana.load_state_dict({**state, "lm_head.bias": torch.zeros_like(jnana.lm_head.bias)})

@@ -75,5 +75,26 @@ def with_images(ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.cat([torch.full((len(ids), num_tokens), IMAGE), ids], dim=1)
 
 
-__all__ = ["FAMILIES", "IMAGE", "VOCAB_ROWS", "join", "pictures", "randomize", "save_text", "save_vision"]
+def greedy_by_hand(model, ids, images, new=6):
+    """Without any cache, the images passed every time."""
+    start = ids.shape[1]
+    for _ in range(new):
+        with torch.no_grad():
+            logits = model(ids, pixel_values=images, use_cache=False).logits[:, -1]
+        logits[:, IMAGE] = float("-inf")
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids[:, start:]
+
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "VOCAB_ROWS",
+    "greedy_by_hand",
+    "join",
+    "pictures",
+    "randomize",
+    "save_text",
+    "save_vision",
+]
 __all__ += ["text_config", "text_ids", "with_images"]

@@ -19,7 +19,7 @@ from jnana.modeling import (
 from jnana.modeling.cross_attention_jnana import HOOKS_ARE_CHECKPOINTED
 from jnana.modeling.image_slots_jnana import STATES_NAME, find_positions, find_visible_images
 from tests.modeling.packed import batches, difference, loss_and_gradients
-from tests.modeling.pairs import FAMILIES, IMAGE, VOCAB_ROWS, join, pictures, text_config, text_ids
+from tests.modeling.pairs import FAMILIES, IMAGE, VOCAB_ROWS, greedy_by_hand, join, pictures, text_config, text_ids
 from tests.tiny import tiny_vision_config
 
 
@@ -285,17 +285,6 @@ def test_refused_fields(fields, message):
 
 
 # ---------------------------------------------------------------------- generation
-
-
-def greedy_by_hand(model, ids, images, new=6):
-    """Without any cache, the images passed every time."""
-    start = ids.shape[1]
-    for _ in range(new):
-        with torch.no_grad():
-            logits = model(ids, pixel_values=images, use_cache=False).logits[:, -1]
-        logits[:, IMAGE] = float("-inf")
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-    return ids[:, start:]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from jnana.modeling import CACHE_NAME, JnanaForConditionalGeneration
-from tests.modeling.pairs import FAMILIES, IMAGE, join, pictures, text_ids, with_images
+from tests.modeling.pairs import FAMILIES, IMAGE, greedy_by_hand, join, pictures, text_ids, with_images
 
 
 NUM_TOKENS = 4  # image tokens of a tiny tower by `default`
@@ -24,17 +24,6 @@ def generate(model, ids, images=None, new=6, **kwargs):
     given = {} if images is None else {"pixel_values": images}
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, **given, **kwargs}
     return model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, **settings)[:, ids.shape[1] :]
-
-
-def greedy_by_hand(model, ids, images, new=6):
-    """Without any cache, the images passed every time."""
-    start = ids.shape[1]
-    for _ in range(new):
-        with torch.no_grad():
-            logits = model(ids, pixel_values=images, use_cache=False).logits[:, -1]
-        logits[:, IMAGE] = float("-inf")
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-    return ids[:, start:]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

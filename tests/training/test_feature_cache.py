@@ -106,6 +106,21 @@ def computed(monkeypatch, pair) -> list[int]:
     return counts
 
 
+def build_and_die(pair, rows, folder):
+    """Fill a cache in a process that `kill -9` ends while the tower encodes the fourth image."""
+    left = [3]
+    original = type(pair[0].model).get_vision_features
+
+    def dying(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    type(pair[0].model).get_vision_features = dying
+    build(pair, rows, folder)
+
+
 class TestContents:
     def test_features_are_the_towers_own(self, pair, pictures, tmp_path):
         cache = build(pair, rows_in(pictures), tmp_path / "cache")
@@ -360,7 +375,7 @@ class TestDisk:
         """`kill -9` while the tower encodes the fourth image: three are kept, three computed."""
         monkeypatch.setattr(feature_cache, "BATCH_SIZE", 1)
         monkeypatch.setattr(feature_cache, "PART_BYTES", 1)
-        process = get_context("fork").Process(target=self.build_and_die, args=(pair, pictures, tmp_path))
+        process = get_context("fork").Process(target=build_and_die, args=(pair, rows_in(pictures), tmp_path / "cache"))
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -372,20 +387,6 @@ class TestDisk:
         for colour in COLOURS:
             path = pictures / f"{colour}.png"
             torch.testing.assert_close(features(cache, path), towers_own(pair, path), rtol=1e-6, atol=1e-6)
-
-    @staticmethod
-    def build_and_die(pair, pictures, tmp_path):
-        left = [3]
-        original = type(pair[0].model).get_vision_features
-
-        def dying(self, *args):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *args)
-
-        type(pair[0].model).get_vision_features = dying
-        build(pair, rows_in(pictures), tmp_path / "cache")
 
     def test_a_second_run_waits_for_the_first(self, pair, pictures, tmp_path, monkeypatch):
         cache = build(pair, rows_in(pictures).select(range(2)), tmp_path / "cache")

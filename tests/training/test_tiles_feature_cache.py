@@ -1,7 +1,6 @@
 """The feature cache with images that are cut into tiles: an entry holds all views of an image."""
 
 import logging
-import os
 import pickle
 import shutil
 import signal
@@ -20,7 +19,7 @@ from jnana.training import feature_cache
 from jnana.training.checkpoints import size_text
 from tests.modeling.packed import difference, loss_and_gradients
 from tests.tiles import KINDS, SIZES, row, rows_of, save_pictures, tile_pair
-from tests.training.test_feature_cache import build, computed, reference
+from tests.training.test_feature_cache import build, build_and_die, computed, reference
 
 
 @pytest.fixture(scope="module")
@@ -173,20 +172,6 @@ def test_bad_images(pairs, paths, rows, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         cache = build(pairs["llava_next"], rows, tmp_path / "cache", on_bad_sample="skip")
     assert len(cache) == 4 and "truncated or corrupt" in caplog.text and "known format" in caplog.text
-
-
-def build_and_die(pair, rows, folder):
-    left = [3]
-    original = type(pair[0].model).get_vision_features
-
-    def dying(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args)
-
-    type(pair[0].model).get_vision_features = dying
-    build(pair, rows, folder)
 
 
 def test_killed_builds_go_on(pairs, paths, rows, tmp_path, monkeypatch):

@@ -346,6 +346,10 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete output_dir's checkpoints and start anew instead of resuming."}
     )
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options that may differ from those with which the resumed run was started."},
+    )
     optimizer: Literal["stock", "muon"] = field(
         default="stock",
         metadata={"help": "stock: the one named by `optim`; muon: Muon for matrices, AdamW for other weights."},

@@ -41,7 +41,7 @@ def start_run(args: TrainingArguments) -> None:
     """Log to stdout, each line once per process group, and seed: weights are initialised before the Trainer seeds."""
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stdout, level=level, format="%(message)s", force=True)
-    for name in ("httpx", "fsspec", "datasets", "matplotlib", "PIL"):
+    for name in ("httpx", "httpx2", "fsspec", "datasets", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logger.info(
         f"{args.world_size} process(es), {args.parallel_mode.value}, on {args.device}; output in {args.output_dir}"

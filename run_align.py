@@ -18,14 +18,7 @@ import sys
 
 from transformers import Trainer, TrainingArguments
 
-from jnana.training.arguments import (
-    DataArguments,
-    ModelArguments,
-    PartArguments,
-    RunArguments,
-    parse_arguments,
-    recipe_name,
-)
+from jnana.training.arguments import DataArguments, ModelArguments, PartArguments, RunArguments
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
@@ -36,6 +29,7 @@ from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.option_checks import check_computation, check_no_adapter, check_run
 from jnana.training.part_checks import check_parts
 from jnana.training.recipe_record import check_same_recipe, recipe_options
+from jnana.training.recipes import parse_arguments, recipe_name
 from jnana.training.run import finish_run, prepare_collator, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jnana.training.adapters import is_adapter
-from jnana.training.arguments import parse_arguments
 from jnana.training.merging import merge_adapter
 from jnana.training.option_checks import check_output_dir, check_source
+from jnana.training.recipes import parse_arguments
 
 
 @dataclass

@@ -19,7 +19,7 @@ import sys
 
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
+from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
@@ -28,6 +28,7 @@ from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.option_checks import check_computation, check_run
 from jnana.training.recipe_record import check_same_recipe, recipe_options
+from jnana.training.recipes import parse_arguments, recipe_name
 from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage

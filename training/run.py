@@ -28,6 +28,7 @@ from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
 from .recipe_record import check_same_data, data_fingerprint, write_record
+from .recipes import accelerate_config
 from .sharing import published_files, push_folder
 from .stages import parameter_count
 
@@ -145,8 +146,8 @@ def check_memory(model: nn.Module, args: TrainingArguments) -> None:
     available = torch.cuda.get_device_properties(args.device).total_memory if args.device.type == "cuda" else math.inf
     if total > available:
         logger.warning(
-            f"this GPU has {size_text(available)}, which is less; start with recipes/accelerate/fsdp2.yaml on more "
-            "GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
+            f"this GPU has {size_text(available)}, which is less; start with {accelerate_config('fsdp2.yaml')} on "
+            "more GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
         )
 
 

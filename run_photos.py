@@ -66,7 +66,7 @@ def check_arguments(args: PhotoArguments) -> None:
     if args.output_dir is None or (args.photos is None and args.push_to_hub is None):
         raise ValueError("give photos and output_dir, or output_dir and push_to_hub")
     if args.photos is not None and not Path(args.photos).is_dir():
-        raise ValueError(f"photos {args.photos!r} is not a directory; give the folder of your photographs")
+        raise ValueError(f"photos {args.photos!r} is not a directory; give the directory of your photographs")
     if args.photos is not None:
         check_apart(Path(args.photos), Path(args.output_dir))
     if args.test_files is not None and not Path(args.test_files).is_file():

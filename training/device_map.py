@@ -45,7 +45,7 @@ def check_device_map(args: ModelArguments, training_args: TrainingArguments, qua
         raise ValueError(
             f"device_map is {args.device_map!r} and quantization {quantization!r}, which needs a Jnana checkpoint as "
             "model_name_or_path: another model is spread after it is built, and quantised weights can't be moved. "
-            "Give a folder of run_align or a merged one, or leave one of the two options out"
+            "Give a directory of run_align or a merged one, or leave one of the two options out"
         )
 
 

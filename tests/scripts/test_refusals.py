@@ -118,7 +118,7 @@ def test_quantising_without_bitsandbytes(no_model, data, aligned, tmp_path, monk
 
 
 def test_merging_what_is_no_adapter(aligned, tmp_path):
-    with pytest.raises(ValueError, match="is not an adapter; give a folder that run_sft wrote with lora_r > 0"):
+    with pytest.raises(ValueError, match="is not an adapter; give a directory that run_sft wrote with lora_r > 0"):
         run_merge.main([f"--model_name_or_path={aligned}", f"--output_dir={tmp_path}"])
 
 

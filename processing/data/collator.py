@@ -107,14 +107,13 @@ class JnanaCollator:
                 of ROW_FEATURES}`.
 
         Returns:
-            [`CountedBatch`], a `dict[str, torch.Tensor]` that also has the batch's counts: `input_ids`, `labels` and the
-            bool `logits_to_keep` (the positions that predict a label), all `(batch_size, sequence_length)`; with `none`
-            also `attention_mask`, otherwise `position_ids`,
-            `segment_ids`, `branch_ids` and `shift_labels`, of the same shape. If there are images, the model inputs
-            that `images` gives, each image once in the order of its first occurrence: `pixel_values` `(num_views,
-            channels, height, width)`, and where images are cut into tiles `image_sizes` `(num_images, 2)`. Also
-            `image_indices` `(num_occurrences,)`, the index of the image at each occurrence in reading order (not with
-            `none` if each image occurs once).
+            [`CountedBatch`], a `dict[str, torch.Tensor]` with the batch's counts: `input_ids`, `labels` and the bool
+            `logits_to_keep` (the positions that predict a label), all `(batch_size, sequence_length)`; with `none`
+            also `attention_mask`, otherwise `position_ids`, `segment_ids`, `branch_ids` and `shift_labels`, of the
+            same shape. If there are images, the model inputs that `images` gives, each image once in the order of its
+            first occurrence: `pixel_values` `(num_views, channels, height, width)`, and where images are cut into
+            tiles `image_sizes` `(num_images, 2)`. Also `image_indices` `(num_occurrences,)`, the index of the image at
+            each occurrence in reading order (not with `none` if each image occurs once).
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.

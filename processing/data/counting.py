@@ -65,10 +65,10 @@ class CountedBatch(dict[str, Any]):
 
     Args:
         batch (`Mapping[str, torch.Tensor]`): the tensors.
-        counts (`BatchCounts`): of the batch.
+        counts (`BatchCounts`, *optional*): of the batch; a copy made by accelerate, on another device, has none.
     """
 
-    def __init__(self, batch: Mapping[str, Any], counts: BatchCounts):
+    def __init__(self, batch: Mapping[str, Any], counts: BatchCounts | None = None):
         super().__init__(batch)
         self.counts = counts
 

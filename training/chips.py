@@ -59,8 +59,13 @@ def chip_peak(device: torch.device, dtype: torch.dtype) -> ChipPeak:
         device (`torch.device`): The device that trains.
         dtype (`torch.dtype`): Of its matrix products.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    name = device_name(device)
     return stated_peak(name, dtype) or ChipPeak(measured_peak(device, dtype), f"{name}, measured by a matrix product")
+
+
+def device_name(device: torch.device) -> str:
+    """The name that the driver gives a GPU; of other devices the kind, as `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def stated_peak(name: str, dtype: torch.dtype) -> ChipPeak | None:

@@ -26,6 +26,7 @@ from jnana.processing.data import BatchCounts
 from .batch_counts import counted_batches
 from .checkpoints import size_text
 from .chips import ChipPeak, chip_peak
+from .distributed import unpartitioned
 from .flops import ModelFlops
 
 
@@ -135,7 +136,8 @@ class SpeedCallback(TrainerCallback):
         self.trainer, self.peak = trainer, peak
         cuda = trainer.args.device.type == "cuda"
         self.clock: Clock = clock or (CudaClock() if cuda else HostClock())
-        self.flops = ModelFlops.of(trainer.model)  # before DDP or FSDP wraps it
+        with unpartitioned(trainer.args, whole=True):  # builds a tower on the meta device
+            self.flops = ModelFlops.of(trainer.model)  # before DDP or FSDP wraps it
         self.here = Work()  # of this process, since the last log
         self.interval, self.total = Work(), Work()
         self.marks: list[tuple[Any, Any, Any]] = []  # of the steps whose times have not been added up

@@ -346,10 +346,17 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete output_dir's checkpoints and start anew instead of resuming."}
     )
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options that may differ from those with which the resumed run was started."},
+    )
     optimizer: Literal["stock", "muon"] = field(
         default="stock",
         metadata={"help": "stock: the one named by `optim`; muon: Muon for matrices, AdamW for other weights."},
     )
+
+
+UNSET = ("null", "~")  # YAML's words for no value
 
 
 def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
@@ -376,6 +383,8 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
             if key not in known:
                 raise ValueError(unknown_key_message(key, known, where=recipe))
         values.update(from_recipe)
+    argv, unset = split_unset(argv, known)
+    values = {key: value for key, value in values.items() if key not in unset}
     parser = HfArgumentParser(list(classes), allow_abbrev=False)
     # nargs="+" would take values that follow an option of the recipe, hence recipe first, command line after it
     *parsed, remaining = parser.parse_args_into_dataclasses(
@@ -390,6 +399,35 @@ def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
         key = remaining[0].lstrip("-").split("=")[0].replace("-", "_")
         raise ValueError(unknown_key_message(key, known, where="the command line"))
     return tuple(parsed)
+
+
+def split_unset(argv: Sequence[str], known: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Take `--key null` from a command line: like `key: null` in a recipe, it leaves an option at its default.
+
+    Args:
+        argv (`Sequence[str]`): Options and values.
+        known (`Sequence[str]`): The options that exist; others are kept, for the error that names them.
+
+    Returns:
+        `tuple[list[str], set[str]]`: The remaining command line, and the options that are unset.
+    """
+    remaining: list[str] = []
+    unset: set[str] = set()
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        key, equals, value = word.removeprefix("--").partition("=")
+        key, size = key.replace("-", "_"), 1
+        if not equals and position + 1 < len(argv):
+            value, size = argv[position + 1], 2
+        followed = position + size < len(argv) and not argv[position + size].startswith("-")  # one of several values
+        if word.startswith("--") and key in known and value in UNSET and not followed:
+            unset.add(key)
+            position += size
+        else:
+            remaining.append(word)
+            position += 1
+    return remaining, unset
 
 
 def recipe_name(argv: Sequence[str]) -> str | None:
@@ -424,7 +462,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"recipe {str(path)!r} sets {key!r} {keys.count(key)} times; keep one")
-    return {key: value for key, value in values.items() if value not in ("", "null", "~", [])}
+    return {key: value for key, value in values.items() if value not in ("", *UNSET, [])}
 
 
 def as_command_line(values: dict[str, Any]) -> list[str]:

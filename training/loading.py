@@ -30,6 +30,7 @@ from jnana.modeling import (
     JnanaForConditionalGeneration,
     find_image_tokens,
     grow_embeddings,
+    held_dtype,
     jnana_config_from_idefics,
     jnana_config_from_llava,
     load_adapter_base,
@@ -297,7 +298,7 @@ def frozen_dtype(args: ModelArguments) -> str:
         ]
         stored = next((field for field in fields if field is not None), None)
     stored = str(stored or "float32").removeprefix("torch.")
-    held = "bfloat16" if stored == "float16" else stored
+    held = str(held_dtype(getattr(torch, stored))).removeprefix("torch.")
     logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
     return held
 

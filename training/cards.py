@@ -14,7 +14,9 @@ from transformers import Trainer
 from jnana.processing.data.paths import is_hub_id
 
 from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
+from .chips import device_name
 from .monitoring import LOSS_CURVE
+from .speed import describe_speed
 from .stages import PARTS, count_parameters
 
 
@@ -244,6 +246,7 @@ def describe_settings(trainer: Trainer, recipe: str | None) -> list[tuple[str, s
         ("recipe", "/".join(Path(recipe).parts[-2:]) if recipe else "command line"),
         ("steps", f"{trainer.state.global_step:,}"),
         ("rows per step", f"{batch:,} on {args.world_size} process(es)"),
+        ("device of each process", device_name(args.device)),
         ("learning rate", f"{args.learning_rate:g}, {schedule}"),
         ("optimizer", optimizer),
         ("precision", precision),
@@ -254,7 +257,7 @@ def describe_settings(trainer: Trainer, recipe: str | None) -> list[tuple[str, s
 
 
 def describe_figures(log_history: list[dict[str, float]], steps: int) -> list[tuple[str, str]]:
-    """First and last losses, and the time, from the Trainer's log."""
+    """First and last losses, the time and the speed, from the Trainer's log."""
     losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     validation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     figures = []
@@ -265,6 +268,9 @@ def describe_figures(log_history: list[dict[str, float]], steps: int) -> list[tu
     runtimes = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
     if runtimes:
         figures.append(("seconds since the last start", f"{runtimes[-1]:,.0f}"))
+    speeds = [entry for entry in log_history if "train_runtime" in entry and "tokens_per_second" in entry]
+    if speeds:
+        figures.append(("speed since then", describe_speed(speeds[-1])))
     return figures or [("steps", f"{steps:,}")]
 
 

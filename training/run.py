@@ -23,6 +23,7 @@ from .attention import choose_attention, row_multiple
 from .cards import write_model_card
 from .checkpoints import ADAMW_BYTES, check_disk_space, delete_checkpoints, size_text
 from .data import collator_options
+from .diagnosis import watched
 from .distributed import sharding_of, unpartitioned
 from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
@@ -112,7 +113,7 @@ def train(
     check_memory(trainer.model, trainer.args)
     if trainer.args.should_save:
         write_record(trainer.args.output_dir, options, fingerprint)
-    with restored_signals(trainer), explain_full_disk(trainer.args):
+    with watched(trainer), restored_signals(trainer), explain_full_disk(trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
         trainer.save_model(_internal_call=True)

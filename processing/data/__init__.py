@@ -2,6 +2,7 @@
 
 from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
+from .counting import BatchCounts, CountedBatch, count_tensors
 from .feature_cache import FeatureCache
 from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, image_size, load_image, thumbnail
 from .keywords import answers_as_keywords, keywords
@@ -30,7 +31,9 @@ __all__ = [
     "MAX_IMAGE_PIXELS",
     "ROW_FEATURES",
     "BadSampleError",
+    "BatchCounts",
     "CheckReport",
+    "CountedBatch",
     "FeatureCache",
     "JnanaCollator",
     "PixelImages",
@@ -43,6 +46,7 @@ __all__ = [
     "check_rows",
     "check_tokenizer",
     "conversation_rows",
+    "count_tensors",
     "flatten_conversations",
     "is_hub_id",
     "keywords",

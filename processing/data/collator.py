@@ -15,6 +15,7 @@ import torch
 from jnana.processing.processing_jnana import JnanaProcessor
 
 from .checks import check_row, check_size, has_images
+from .counting import CountedBatch, count_rows
 from .feature_cache import FeatureCache
 from .images import MAX_IMAGE_PIXELS, PixelImages
 from .packing import PACKINGS, EncodedConversation, expand_images, measure_conversation, pack_row, stack_rows
@@ -99,20 +100,20 @@ class JnanaCollator:
         self.num_bad_samples = 0
         self._last_good: tuple[EncodedConversation, list[Any]] | None = None
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict]) -> CountedBatch:
         """
         Args:
             items (`list[dict]`): rows of `ROW_FEATURES` (other columns are ignored), or packed rows: `{"groups": rows
                 of ROW_FEATURES}`.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `labels` and the bool `logits_to_keep` (the positions that predict
-            a label), all `(batch_size, sequence_length)`; with `none` also `attention_mask`, otherwise `position_ids`,
-            `segment_ids`, `branch_ids` and `shift_labels`, of the same shape. If there are images, the model inputs
-            that `images` gives, each image once in the order of its first occurrence: `pixel_values` `(num_views,
-            channels, height, width)`, and where images are cut into tiles `image_sizes` `(num_images, 2)`. Also
-            `image_indices` `(num_occurrences,)`, the index of the image at each occurrence in reading order (not with
-            `none` if each image occurs once).
+            [`CountedBatch`], a `dict[str, torch.Tensor]` with the batch's counts: `input_ids`, `labels` and the bool
+            `logits_to_keep` (the positions that predict a label), all `(batch_size, sequence_length)`; with `none`
+            also `attention_mask`, otherwise `position_ids`, `segment_ids`, `branch_ids` and `shift_labels`, of the
+            same shape. If there are images, the model inputs that `images` gives, each image once in the order of its
+            first occurrence: `pixel_values` `(num_views, channels, height, width)`, and where images are cut into
+            tiles `image_sizes` `(num_images, 2)`. Also `image_indices` `(num_occurrences,)`, the index of the image at
+            each occurrence in reading order (not with `none` if each image occurs once).
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.
@@ -194,7 +195,7 @@ class JnanaCollator:
         ids, mask = expand_images(ids, mask, image_token_id, counts)
         return EncodedConversation(ids[: self.max_length], mask[: self.max_length], indices, counts)
 
-    def _stack(self, rows: list[Groups], images: _Images) -> dict[str, torch.Tensor]:
+    def _stack(self, rows: list[Groups], images: _Images) -> CountedBatch:
         """Rows and their images as tensors."""
         if self.packing == "none":
             rows = [[[conversation]] for groups in rows for group in groups for conversation in group]
@@ -210,7 +211,8 @@ class JnanaCollator:
         batch |= self.images.stack([images.loaded[index] for index in order])
         if occurrences and (self.packing != "none" or len(order) < len(occurrences)):
             batch["image_indices"] = torch.tensor([order.index(index) for index in occurrences])
-        return batch
+        conversations = sum(len(group) for groups in rows for group in groups)
+        return CountedBatch(batch, count_rows(packed, conversations, batch))
 
     def _blank(self) -> tuple[EncodedConversation, list[Any]]:
         """A conversation with a grey image and an empty answer, and that image."""

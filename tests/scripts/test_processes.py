@@ -1,6 +1,7 @@
 """`accelerate launch` with one and with two processes: the same run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ def test_two_processes_are_one(data, vision, pretrained, tmp_path):
     assert outputs["two"].count("2 process(es), distributed, on cpu") == 1  # two there are, and one of them speaks
     assert outputs["two"].count("stage align: trained parameters") == 1
     assert_same_run(tmp_path / "two", tmp_path / "one")
+    work = {name: re.search(r"trained [\d,]+ tokens and 24 images", output)[0] for name, output in outputs.items()}
+    assert work["two"] == work["one"]  # summed over the processes
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "half", tmp_path / "one")
     card = (tmp_path / "two" / "README.md").read_text()

@@ -11,6 +11,7 @@ from jnana.training.arguments import ModelArguments, TextDataArguments, TextMode
 from jnana.training.cards import (
     EvaluationResult,
     add_evaluation_results,
+    describe_figures,
     model_origins,
     public_name,
     remove_evaluation_results,
@@ -22,6 +23,16 @@ from jnana.training.run import finish_run
 from tests.tiny import tiny_text_config, tiny_tokenizer
 
 
+SPEED = {
+    "tokens_per_second": 3456.7,
+    "samples_per_second": 12.34,
+    "padding_share": 0.0625,
+    "data_wait_share": 0.015,
+    "mfu": 0.312,
+    "peak_memory_gb": 21.4,
+}
+
+
 @pytest.fixture
 def trainer(tmp_path):
     args = TrainingArguments(output_dir=tmp_path / "my-model", report_to="none", hub_model_id="me/my-model")
@@ -31,10 +42,19 @@ def trainer(tmp_path):
         {"step": 1, "loss": 5.0},
         {"step": 7, "loss": 2.25},
         {"step": 7, "eval_loss": 2.5},
-        {"step": 7, "train_runtime": 61.0},
+        {"step": 7, "tokens_per_second": 1.0},  # of the last steps only
+        {"step": 7, "train_runtime": 61.0, **SPEED},
     ]
     trainer.state.global_step = 7
     return trainer
+
+
+def test_the_speed_of_the_whole_run_is_in_the_figures(trainer):
+    figures = dict(describe_figures(trainer.state.log_history, 7))
+    assert figures["speed since then"] == (
+        "3,457 tokens/s, 12.3 samples/s, 6.2% padding, 1.5% of the time waiting for data, MFU 31.2%, peak memory 21 GB"
+    )
+    assert "speed since then" not in dict(describe_figures(trainer.state.log_history[:-1], 7))
 
 
 def test_stock_trainer_writes_another(trainer, tmp_path):

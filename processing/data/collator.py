@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from jnana.modeling.packed_layout_jnana import PackedLayout
 from jnana.processing.processing_jnana import JnanaProcessor
 
 from .checks import check_row, check_size, has_images
@@ -99,20 +100,21 @@ class JnanaCollator:
         self.num_bad_samples = 0
         self._last_good: tuple[EncodedConversation, list[Any]] | None = None
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict]) -> dict[str, Any]:
         """
         Args:
             items (`list[dict]`): rows of `ROW_FEATURES` (other columns are ignored), or packed rows: `{"groups": rows
                 of ROW_FEATURES}`.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `labels` and the bool `logits_to_keep` (the positions that predict
+            `dict[str, Any]`: `input_ids`, `labels` and the bool `logits_to_keep` (the positions that predict
             a label), all `(batch_size, sequence_length)`; with `none` also `attention_mask`, otherwise `position_ids`,
-            `segment_ids`, `branch_ids` and `shift_labels`, of the same shape. If there are images, the model inputs
-            that `images` gives, each image once in the order of its first occurrence: `pixel_values` `(num_views,
-            channels, height, width)`, and where images are cut into tiles `image_sizes` `(num_images, 2)`. Also
-            `image_indices` `(num_occurrences,)`, the index of the image at each occurrence in reading order (not with
-            `none` if each image occurs once).
+            `segment_ids`, `branch_ids` and `shift_labels`, of the same shape, and `packed_layout`, the
+            [`PackedLayout`] that they describe, which moves to a device like a tensor. If there are images, the model
+            inputs that `images` gives, each image once in the order of its first occurrence: `pixel_values`
+            `(num_views, channels, height, width)`, and where images are cut into tiles `image_sizes`
+            `(num_images, 2)`. Also `image_indices` `(num_occurrences,)`, the index of the image at each occurrence in
+            reading order (not with `none` if each image occurs once).
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.
@@ -194,17 +196,20 @@ class JnanaCollator:
         ids, mask = expand_images(ids, mask, image_token_id, counts)
         return EncodedConversation(ids[: self.max_length], mask[: self.max_length], indices, counts)
 
-    def _stack(self, rows: list[Groups], images: _Images) -> dict[str, torch.Tensor]:
+    def _stack(self, rows: list[Groups], images: _Images) -> dict[str, Any]:
         """Rows and their images as tensors."""
         if self.packing == "none":
             rows = [[[conversation]] for groups in rows for group in groups for conversation in group]
         image_token_id, share = self.processor.image_token_id, self.packing == "shared_image"
         packed = [pack_row(groups, image_token_id, share) for groups in rows]
-        batch = stack_rows(packed, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of)
+        batch: dict[str, Any] = stack_rows(packed, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of)
         if self.packing == "none":
             batch["attention_mask"] = (batch["segment_ids"] >= 0).long()
             for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels"):
                 del batch[name]
+        else:
+            ids = (batch["segment_ids"], batch["branch_ids"], batch["position_ids"])
+            batch["packed_layout"] = PackedLayout.from_ids(*ids)
         occurrences = [index for row in packed for index in row.images]
         order = list(dict.fromkeys(occurrences))  # without the images of skipped rows
         batch |= self.images.stack([images.loaded[index] for index in order])

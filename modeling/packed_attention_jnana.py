@@ -85,6 +85,11 @@ def packed_attention_forward(
         ValueError: If the layer asks for something that packed rows don't support, such as capped scores.
     """
     if packed_layout is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+            raise ValueError(
+                f"{type(module).__name__} does not hand `packed_layout` on to its attention, so packed rows need "
+                "`attn_implementation='eager'`, or `packing: none`."
+            )
         return otherwise(
             module,
             query,
@@ -163,12 +168,19 @@ def prepare_packed_attention(
     return create_packed_mask(language_model.config, inputs_embeds, segment_ids, branch_ids, position_ids), None
 
 
-def set_packed_attention(language_model: PreTrainedModel) -> str:
+def set_packed_attention(language_model: PreTrainedModel, device: torch.device | None = None) -> str:
     """
-    Set the attention implementation of a language model that gets packed rows, and return its name.
+    Set the attention implementation of a language model that gets packed rows.
 
     `sdpa` becomes `jnana_packed_varlen` where that runs and gives the right results, else `jnana_packed`. Any other
-    stays. Call it before `torch.compile`; the first packed rows do otherwise.
+    stays. The first packed rows do this; call it before if the model is to be compiled.
+
+    Args:
+        language_model (`PreTrainedModel`): The language model, without projector and tower.
+        device (`torch.device`, *optional*): Where it will be; by default where it is.
+
+    Returns:
+        `str`: The name of the attention implementation.
 
     Raises:
         ValueError: If the attention implementation does not support packed rows.
@@ -184,12 +196,11 @@ def set_packed_attention(language_model: PreTrainedModel) -> str:
         extend_flash_attention(name)
     if name != "sdpa":
         return name
-    problem = varlen_problem(language_model.device, *attention_shape(language_model.config))
+    device = device or language_model.device
+    problem = varlen_problem(device, *attention_shape(language_model.config))
+    if device.type == "cuda" and problem is not None:
+        logger.warning_once(f"attention of packed rows: one call for each piece, because {problem}")
     name = "jnana_packed_varlen" if problem is None else "jnana_packed"
-    if language_model.device.type == "cuda":
-        logger.warning_once(
-            "attention of packed rows: " + ("varlen_attn of torch" if problem is None else f"by piece, as {problem}")
-        )
     language_model.set_attn_implementation(name)
     return name
 

@@ -11,8 +11,6 @@ The collator builds the layout on the host, in its own process where there are d
 - for `scaled_dot_product_attention`, a list of calls (`packed_plan_jnana.py`).
 """
 
-from collections.abc import Iterable
-
 import torch
 
 from .packed_kernels_jnana import attend_packed
@@ -25,7 +23,7 @@ PADDING_PIECE = 128
 
 class PackedLayout:
     """
-    The pieces of the packed rows of a batch, made by [`PackedLayout.from_ids`] or [`PackedLayout.from_lengths`].
+    The pieces of the packed rows of a batch, made by [`PackedLayout.from_ids`].
 
     Movers of batches (Trainer, accelerate, `value.to(device)`, `pin_memory`) treat it like a tensor: the integer
     vectors move, the rest stays on the host.
@@ -102,24 +100,6 @@ class PackedLayout:
             if expected is not None and position != expected:
                 return None
             pieces.append(Piece(row, start, length, prefix_start, prefix_length, False))
-        return cls(pieces, (num_rows, width))
-
-    @classmethod
-    def from_lengths(cls, lengths: Iterable[Iterable[int]], width: int) -> "PackedLayout":
-        """
-        The layout of rows of documents that do not attend to one another.
-
-        Args:
-            lengths (`Iterable[Iterable[int]]`): For each row the number of tokens of each document.
-            width (`int`): Tokens of a row; the rest is padding.
-        """
-        pieces, num_rows = [], 0
-        for row, sizes in enumerate(lengths):
-            start, num_rows = 0, row + 1
-            for size in sizes:
-                pieces.append(Piece(row, start, size, start, 0, False))
-                start += size
-            pieces += _padding(row, start, width - start)
         return cls(pieces, (num_rows, width))
 
     @classmethod

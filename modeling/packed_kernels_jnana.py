@@ -9,6 +9,7 @@ The last three take the keys of each piece gathered one after the other, and ali
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ try:  # not in older releases of torch
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+
+FLASH_FUNCTIONS: dict[int, Callable[..., Any]] = {}  # by version, of the packages that are installed
+if is_flash_attn_2_available():
+    from flash_attn import flash_attn_varlen_func
+
+    FLASH_FUNCTIONS[2] = flash_attn_varlen_func
+if is_flash_attn_3_available():
+    from flash_attn_interface import flash_attn_varlen_func as flash_attn_3_varlen_func
+
+    FLASH_FUNCTIONS[3] = flash_attn_3_varlen_func
 
 
 def attend_packed(
@@ -82,45 +93,33 @@ def attend_torch(query, key, value, starts_q, starts_k, longest_q, longest_k, sc
     return varlen_attn(query, key, value, *starts, longest_q, longest_k, scale=scaling, window_size=size, **grouped)
 
 
-def _attend_flash(version: int) -> Callable[..., torch.Tensor]:
-    def attend(query, key, value, starts_q, starts_k, longest_q, longest_k, scaling, window) -> torch.Tensor:
-        output = flash_function(version)(
-            query,
-            key,
-            value,
-            cu_seqlens_q=starts_q,
-            cu_seqlens_k=starts_k,
-            max_seqlen_q=longest_q,
-            max_seqlen_k=longest_k,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
+def _attend_flash(
+    version: int, query, key, value, starts_q, starts_k, longest_q, longest_k, scaling, window
+) -> torch.Tensor:
+    if version not in FLASH_FUNCTIONS:
+        raise ValueError(
+            f"`attn_implementation` is 'flash_attention_{version}', whose package is not installed. Leave it out, or "
+            "install the package; the kernels of the Hub do not take packed rows."
         )
-        return output[0] if isinstance(output, tuple) else output
-
-    return attend
-
-
-def flash_function(version: int) -> Callable[..., Any]:
-    """`flash_attn_varlen_func` of the installed package."""
-    if version == 2 and is_flash_attn_2_available():
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func
-    if version == 3 and is_flash_attn_3_available():
-        from flash_attn_interface import flash_attn_varlen_func as flash_attn_3_varlen_func
-
-        return flash_attn_3_varlen_func
-    raise ValueError(
-        f"`attn_implementation` is 'flash_attention_{version}', whose package is not installed; leave it out, or "
-        "install the package. Kernels from the Hub do not take packed rows."
+    output = FLASH_FUNCTIONS[version](
+        query,
+        key,
+        value,
+        cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
     )
+    return output[0] if isinstance(output, tuple) else output
 
 
 VARLEN_KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "varlen": attend_torch,
-    "flash_attention_2": _attend_flash(2),
-    "flash_attention_3": _attend_flash(3),
+    "flash_attention_2": partial(_attend_flash, 2),
+    "flash_attention_3": partial(_attend_flash, 3),
 }
 
 

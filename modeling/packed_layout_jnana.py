@@ -43,7 +43,7 @@ class PackedLayout:
 
     def __init__(self, pieces: list[Piece], shape: tuple[int, int]):
         self.shape = shape
-        self.table = torch.tensor(pieces, dtype=torch.long).reshape(-1, len(Piece._fields))
+        self.table = torch.tensor(pieces, dtype=torch.long)
         lengths, prefixes = self.table[:, 2], self.table[:, 4]
         self.max_length_q = int(lengths.max())
         self.max_length_k = int((lengths + prefixes).max())
@@ -126,6 +126,10 @@ class PackedLayout:
         changed = object.__new__(PackedLayout)
         changed.__dict__ = {**self.__dict__, **vectors}
         return changed
+
+    def equal(self, other: "PackedLayout") -> bool:
+        """As `torch.Tensor.equal`: whether the other one has the same pieces."""
+        return self.shape == other.shape and self.table.equal(other.table)
 
     def plan(self, device_type: str) -> list[list[Call]]:
         """The calls of each row. Those for a CPU were planned when the layout was made."""

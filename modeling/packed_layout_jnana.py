@@ -51,8 +51,8 @@ class PackedLayout:
             torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (lengths, lengths + prefixes)
         )
         self.key_indices = _key_indices(self.table, shape[1]) if bool(prefixes.any()) else None
-        self._plans: dict[str, list[list[Call]]] = {"cpu": plan_calls(pieces, shape, "cpu")}
-        self._masks: dict[tuple, torch.Tensor] = {}
+        self.plans: dict[str, list[list[Call]]] = {"cpu": plan_calls(pieces, shape, "cpu")}
+        self.masks: dict[tuple, torch.Tensor] = {}
 
     @classmethod
     def from_ids(
@@ -134,10 +134,10 @@ class PackedLayout:
     def plan(self, device_type: str) -> list[list[Call]]:
         """The calls of each row. Those for a CPU were planned when the layout was made."""
         kind = "cpu" if device_type == "cpu" else "cuda"
-        if kind not in self._plans:
+        if kind not in self.plans:
             pieces = [Piece(*values[:5], bool(values[5])) for values in self.table.tolist()]
-            self._plans[kind] = plan_calls(pieces, self.shape, kind)
-        return self._plans[kind]
+            self.plans[kind] = plan_calls(pieces, self.shape, kind)
+        return self.plans[kind]
 
     def mask(self, call: Call, window: int | None, device: torch.device) -> torch.Tensor | None:
         """
@@ -156,11 +156,11 @@ class PackedLayout:
         if window is None and not call.hidden and call.num_queries == call.num_keys:
             return None
         key = (call.num_queries, call.num_keys, call.hidden, window and call.positions, window, device)
-        if key not in self._masks:
+        if key not in self.masks:
             # A mask that is made under `torch.inference_mode` could not be kept for a backward pass.
             with torch.inference_mode(False):
-                self._masks[key] = make_mask(call, window, device)
-        return self._masks[key]
+                self.masks[key] = make_mask(call, window, device)
+        return self.masks[key]
 
     def attend(
         self,

@@ -124,7 +124,7 @@ def test_pieces_are_the_dense_mask(seed, monkeypatch):
         as_operation = torch.ops.jnana.packed_attention(*states, layout.table, DIM**-0.5, window or 0)
         assert differs(ids, states, as_operation.transpose(1, 2), expected) < 1e-9
         for_gpu = PackedLayout.from_ids(*ids)
-        monkeypatch.setitem(for_gpu._plans, "cpu", for_gpu.plan("cuda"))
+        monkeypatch.setitem(for_gpu.plans, "cpu", for_gpu.plan("cuda"))
         assert differs(ids, states, for_gpu.attend("sdpa", *states, sliding_window=window), expected) < 1e-9
 
 

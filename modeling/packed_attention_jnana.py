@@ -160,7 +160,9 @@ def prepare_packed_attention(
     if packed_layout is None:
         packed_layout = PackedLayout.from_ids(segment_ids, branch_ids, position_ids)
     if packed_layout is not None:
-        return inputs_embeds.new_zeros(1, 1, 1, 1), packed_layout.to(inputs_embeds.device)
+        if packed_layout.device != inputs_embeds.device:
+            packed_layout = packed_layout.to(inputs_embeds.device)
+        return inputs_embeds.new_zeros(1, 1, 1, 1), packed_layout
     problem = "Tokens of a segment or branch that are scattered over the row, or whose positions do not go on by one"
     if name in FLASH_ATTENTION:
         raise ValueError(f"{problem}, need a mask, which {name!r} does not take; load the model with 'sdpa'.")

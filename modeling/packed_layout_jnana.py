@@ -14,7 +14,7 @@ The collator builds the layout on the host, in its own process where there are d
 import torch
 
 from .packed_kernels_jnana import attend_packed
-from .packed_plan_jnana import Call, Piece, make_mask, plan_calls
+from .packed_plan_jnana import Call, Piece, make_mask, pieces_in, plan_calls
 
 
 # Padding attends to nothing that matters. Kernels that take every token get it in pieces of at most this length.
@@ -105,7 +105,12 @@ class PackedLayout:
     @classmethod
     def from_table(cls, table: torch.Tensor, shape: tuple[int, int]) -> "PackedLayout":
         """The layout whose `table` and `shape` are these."""
-        return cls([Piece(*values[:5], bool(values[5])) for values in table.tolist()], shape)
+        return cls(pieces_in(table), shape)
+
+    @property
+    def device(self) -> torch.device:
+        """`torch.device`: Where the vectors are."""
+        return self.cu_seq_lens_q.device
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedLayout":
         """The same with its vectors on `device`."""
@@ -135,8 +140,7 @@ class PackedLayout:
         """The calls of each row. Those for a CPU were planned when the layout was made."""
         kind = "cpu" if device_type == "cpu" else "cuda"
         if kind not in self.plans:
-            pieces = [Piece(*values[:5], bool(values[5])) for values in self.table.tolist()]
-            self.plans[kind] = plan_calls(pieces, self.shape, kind)
+            self.plans[kind] = plan_calls(pieces_in(self.table), self.shape, kind)
         return self.plans[kind]
 
     def mask(self, call: Call, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -39,6 +39,14 @@ class Piece(NamedTuple):
     is_padding: bool
 
 
+def pieces_in(table: torch.Tensor) -> list[Piece]:
+    """The pieces in a tensor of one row for each, with a column for each field."""
+    return [
+        Piece(row, start, length, prefix_start, prefix_length, bool(is_padding))
+        for row, start, length, prefix_start, prefix_length, is_padding in table.tolist()
+    ]
+
+
 class Call(NamedTuple):
     """
     One call of `scaled_dot_product_attention`. The queries are the last `num_queries` of the keys.
@@ -62,6 +70,7 @@ class Call(NamedTuple):
 
 
 def make_mask(call: Call, window: int | None, device: torch.device) -> torch.Tensor:
+    """See [`PackedLayout.mask`]."""
     queries, keys = call.num_queries, call.num_keys
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
     for top, bottom, left, right in call.hidden:
@@ -199,4 +208,4 @@ def _make_call(segments: list[_Segment]) -> Call:
     return Call(end - head.start, keys, tuple(hidden), tuple(positions))
 
 
-__all__ = ["Call", "Piece", "make_mask", "plan_calls"]
+__all__ = ["Call", "Piece", "make_mask", "pieces_in", "plan_calls"]

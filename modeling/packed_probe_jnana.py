@@ -58,13 +58,16 @@ def probe_varlen(
         found = [output * (gradient != 0), *torch.autograd.grad(output, inputs, gradient)]
         return [values.detach().cpu().float() for values in found]
 
-    def by_pieces(of: PackedLayout, *inputs: torch.Tensor) -> torch.Tensor:
-        return attend_pieces(of, *inputs, 0.0, scaling, window).transpose(1, 2)
+    def by_pieces(of: PackedLayout, query, key, value) -> torch.Tensor:
+        return attend_pieces(of, query, key, value, 0.0, scaling, window).transpose(1, 2)
+
+    def by_varlen(of: PackedLayout, query, key, value) -> torch.Tensor:
+        return attend_varlen(of, attend_torch, query, key, value, scaling, window)
 
     with torch.inference_mode(False), torch.enable_grad():
         expected = run(by_pieces, torch.device("cpu"), torch.float32)
         try:
-            found = run(lambda of, *inputs: attend_varlen(of, attend_torch, *inputs, scaling, window), device, dtype)
+            found = run(by_varlen, device, dtype)
         except Exception as error:  # of many classes, by what an older torch lacks or the build does
             return f"varlen_attn of torch fails here for heads of {head_dim}: {str(error)[:200]}"
     worst = max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in zip(found, expected, strict=True))

@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from jnana.modeling import CACHE_NAME, packed_kernels_jnana, packed_layout_jnana
 from jnana.modeling import packed_attention_jnana as packed_attention
 from jnana.modeling.packed_layout_jnana import PackedLayout
-from jnana.modeling.packed_plan_jnana import Piece, make_mask
+from jnana.modeling.packed_plan_jnana import make_mask, pieces_in
 from tests.modeling.packed import batch, batches, conversations, difference, loss_and_gradients, with_layout
 from tests.modeling.pairs import FAMILIES, join, pictures, text_ids
 from tests.modeling.test_packed_layout import flash_double, varlen_double
@@ -179,7 +179,7 @@ def label_over_a_border(inputs):
 def another_groups_prefix(inputs):
     """The last branch of a row attends to the prefix of another group."""
     layout = with_layout(inputs)["packed_layout"]
-    pieces = [Piece(*values) for values in layout.table.tolist()]
+    pieces = pieces_in(layout.table)
     last = max(n for n, piece in enumerate(pieces) if piece.row == 1 and piece.prefix_length)
     other = next(piece for piece in pieces if piece.row == 1 and piece.prefix_start != pieces[last].prefix_start)
     pieces[last] = pieces[last]._replace(prefix_start=other.start, prefix_length=other.length)

@@ -12,7 +12,7 @@ from jnana.modeling import packed_kernels_jnana, packed_probe_jnana
 from jnana.modeling.packed_attention_jnana import packed_mask_function
 from jnana.modeling.packed_kernels_jnana import FLASH_FUNCTIONS, takes
 from jnana.modeling.packed_layout_jnana import PackedLayout
-from jnana.modeling.packed_plan_jnana import CALL_COST, Piece
+from jnana.modeling.packed_plan_jnana import CALL_COST, pieces_in
 from jnana.modeling.packed_probe_jnana import probe_varlen, varlen_problem
 
 
@@ -147,7 +147,7 @@ def test_another_groups_prefix_is_seen(kernel, doubles):
     states = states_of(layout)
     expected = dense(ids, states)
     assert differs(ids, states, layout.attend(kernel, *states), expected) < 1e-9
-    pieces = [Piece(*values) for values in layout.table.tolist()]
+    pieces = pieces_in(layout.table)
     assert pieces[-1].prefix_start == 20
     pieces[-1] = pieces[-1]._replace(prefix_start=0)
     wrong = PackedLayout(pieces, layout.shape)

@@ -41,6 +41,19 @@ def check_attention(attn_implementation: str | None, packing: str) -> None:
         )
 
 
+def check_documents(packing: str, dispatch_batches: bool | None) -> None:
+    """Refuse `dispatch_batches` for rows of documents.
+
+    Raises:
+        ValueError: naming both options and the remedy.
+    """
+    if packing == "rows" and dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches is true, with which accelerate cuts the rows of a batch apart, but "
+            "not the layout of their documents (packing: rows); leave it out, or set packing: blocks"
+        )
+
+
 def row_multiple(attn_implementation: str, packing: str) -> int | None:
     """The number that the collator pads the length of rows to a multiple of; `None` leaves lengths as they are.
 

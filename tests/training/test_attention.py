@@ -65,6 +65,13 @@ def test_the_model_gets_what_suits_the_device(monkeypatch, tmp_path, caplog):
         assert attention.choose_attention(model, "rows", GPU) == of_text(model) == asked
 
 
+def test_rows_of_documents_are_not_dispatched():
+    for packing, dispatch in (("rows", None), ("rows", False), ("blocks", True)):
+        attention.check_documents(packing, dispatch)
+    with pytest.raises(ValueError, match="dispatch_batches is true.*packing: rows.*leave it out, or set packing: bl"):
+        attention.check_documents("rows", True)
+
+
 def test_the_collator_of_documents():
     model = AutoModelForCausalLM.from_config(tiny_text_config("phi"))
     assert attention.text_collator(model, "blocks", CPU) is default_data_collator

@@ -17,9 +17,10 @@ Started again, an interrupted run resumes from its last complete checkpoint; on 
 
 import sys
 
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments
 
 from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments
+from jnana.training.attention import text_collator
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=default_data_collator,
+        data_collator=text_collator(model, data_args.packing, training_args.device),
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         processing_class=tokenizer,

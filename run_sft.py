@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     model = apply_stage(model, "sft", lora_args, data_args.packing, part_args.freeze_vision_tower)
 
     # 6. Trainer
-    collator = prepare_collator(data_args, model_args, training_args, model, processor, [train_rows, eval_rows])
+    collator = prepare_collator(data_args, training_args, model, processor, [train_rows, eval_rows])
     callbacks = monitoring_callbacks(run_args, eval_rows, processor)
     if part_args.given:
         callbacks.append(PartScheduleCallback(part_args))

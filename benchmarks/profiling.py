@@ -11,8 +11,7 @@ from torch.autograd import DeviceType
 # Parts of a step, and substrings of the names of their operations. The first match counts; all others are "rest".
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "convolution"),
-    "attention": ("scaled_dot_product", "flash", "flex", "aten::_softmax"),
-    "mask": ("Vmapped", "vmap"),
+    "attention": ("scaled_dot_product", "flash", "flex", "aten::_softmax", "KeyRanges", "varlen"),
     "loss": ("log_softmax", "nll_loss", "cross_entropy"),
     "collator": ("collator",),
 }

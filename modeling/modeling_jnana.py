@@ -40,7 +40,8 @@ from .loading_jnana import (
     model_type_of,
     read_base_reference,
 )
-from .packed_attention_jnana import check_packed_inputs, create_packed_mask
+from .packed_attention_jnana import check_packed_inputs, prepare_packed_attention
+from .packed_layout_jnana import PackedLayout
 from .projector_jnana import JnanaProjector, build_projector
 from .resampler_jnana import JnanaPerceiverResampler
 
@@ -282,6 +283,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         image_sizes: ImageSizes | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
+        packed_layout: PackedLayout | None = None,
         cache: Cache | None = None,
         has_labels: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -309,19 +311,21 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
                 encoded once. By default one image after the other.
             segment_ids, branch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): For
                 packed rows, with `position_ids` and without `attention_mask`: see `packed_attention_jnana.py`.
+            packed_layout ([`PackedLayout`], *optional*): The layout that these describe, as `JnanaCollator` makes it;
+                derived from them if it is not given.
             has_labels (`bool`, *optional*, defaults to `False`): Whether a loss will be computed from the outputs. A
                 batch without images then runs the tower on a black image, if several processes train together.
 
         Raises:
             ValueError: If images or the cache are given under two names, or the number of images differs from that of
                 the image tokens; if the inputs of packed rows are incomplete; if the attention implementation does not
-                support the mask of packed rows, or overflows (Phi in float16 with eager attention).
+                support packed rows, or overflows (Phi in float16 with eager attention).
         """
         cache = _one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         given = inputs_embeds if input_ids is None else input_ids
-        packed = segment_ids is not None or branch_ids is not None
+        packed = segment_ids is not None or branch_ids is not None or packed_layout is not None
         if packed:
             shape = (given.shape[0], given.shape[1])  # type: ignore[union-attr]  # one is given
             check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, cache, shape)
@@ -351,13 +355,16 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             inputs_embeds, image_hidden_states = self._place_images(input_ids, inputs_embeds, images, blank)
 
         if packed:
-            attention_mask = create_packed_mask(
-                self.language_model.config,
+            attention_mask, layout = prepare_packed_attention(
+                self.language_model,
                 inputs_embeds,
                 segment_ids,  # type: ignore[arg-type]  # checked
                 branch_ids,  # type: ignore[arg-type]
                 position_ids,  # type: ignore[arg-type]
+                packed_layout,
             )
+            if layout is not None:
+                kwargs["packed_layout"] = layout  # type: ignore[typeddict-unknown-key]
             kwargs["use_cache"] = False  # type: ignore[typeddict-unknown-key]
         _check_float16_attention(self.language_model.config, inputs_embeds)
         outputs = self.language_model(

@@ -1,4 +1,4 @@
-"""Attention in packed rows: computes the attention mask from two integers per token.
+"""Attention in packed rows, described by two integers and a position for each token.
 
 A row of a packed batch holds *segments* that do not attend to one another. A segment is one conversation, or several
 conversations that begin with the same tokens (usually those of an image): the shared prefix, then a branch for each.
@@ -9,20 +9,213 @@ conversations that begin with the same tokens (usually those of an image): the s
     position_ids      0       1      2     3 | 3 4  5   6   | 3  4   5    6   | 0
 
 A token attends to the earlier tokens of its own branch and of the prefix. Its hidden state, loss and gradients equal
-those of the conversation alone. The masks are built by transformers' own mask functions. The language model takes them
-unchanged: 4D masks, `BlockMask`s and, for models with several kinds of layers, dicts of them.
+those of the conversation alone.
+
+There are two ways to compute this, chosen by the attention implementation of the language model:
+
+- `sdpa` (the default): without a mask, piece by piece (`packed_layout_jnana.py`). The model switches to
+  `jnana_packed_varlen` where torch's `varlen_attn` runs (GPUs of compute capability 8.0, in 16 bits), and to
+  `jnana_packed` elsewhere: as many calls of `scaled_dot_product_attention` as cost least (`packed_plan_jnana.py`).
+- `jnana_packed`: only the latter. `flash_attention_2`, `flash_attention_3`: without a mask, by these packages.
+- `eager`, `flex_attention`: with a mask of every query and key, made by transformers' own mask functions.
+
+The two `jnana_packed*` are registered with transformers, and are sdpa for all other rows. The layout reaches them as
+the keyword argument `packed_layout`, past the language model, which gets a mask of one element: transformers passes
+masks of four dimensions on as they are, and would build one of its own if there were none.
 """
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+from transformers.utils import logging
+
+from .packed_layout_jnana import PackedLayout
+from .packed_operation_jnana import register_operation
+from .packed_probe_jnana import varlen_problem
 
 
-# Attention implementations that support any mask. Flash attention supports sequence lengths only.
-MASKED_ATTENTION = ("sdpa", "flex_attention", "eager")
+logger = logging.get_logger(__name__)
+
+# Registered here, with the kernel that each uses.
+PACKED_ATTENTION = {"jnana_packed": "sdpa", "jnana_packed_varlen": "varlen"}
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
+# Attention implementations that support any mask.
+MASKED_ATTENTION = ("eager", "flex_attention")
+SUPPORTED_ATTENTION = ("sdpa", *PACKED_ATTENTION, *FLASH_ATTENTION, *MASKED_ATTENTION)
+# Keyword arguments by which a family asks for more than attention with a window: none of those supported does.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+# ---------------------------------------------------------------------- registered with transformers
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packed_layout: PackedLayout | None = None,
+    *,
+    kernel: str,
+    otherwise: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    An attention function of transformers: packed rows by their layout, all others as before.
+
+    Args:
+        module, query, key, value, attention_mask, dropout, scaling, sliding_window: As in every such function.
+        packed_layout ([`PackedLayout`], *optional*): Of packed rows.
+        kernel (`str`): See [`PackedLayout.attend`].
+        otherwise (`Callable`): Computes the attention of other rows.
+
+    Returns:
+        `tuple`: The output of shape `(batch_size, sequence_length, num_heads, head_dim)`, and `None`.
+
+    Raises:
+        ValueError: If the layer asks for something that packed rows don't support, such as capped scores.
+    """
+    if packed_layout is None:
+        if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
+            raise ValueError(
+                f"{type(module).__name__} does not hand `packed_layout` on to its attention, so packed rows need "
+                "`attn_implementation='eager'`, or `packing: none`."
+            )
+        return otherwise(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} gives its attention `{name}`, which packed rows do not support; train with "
+                "`packing: none`."
+            )
+    return packed_layout.attend(kernel, query, key, value, dropout, scaling, sliding_window), None
+
+
+for _name, _kernel in PACKED_ATTENTION.items():
+    AttentionInterface.register(
+        _name, partial(packed_attention_forward, kernel=_kernel, otherwise=AttentionInterface()["sdpa"])
+    )
+    AttentionMaskInterface.register(_name, sdpa_mask)
+register_operation()
+
+
+@lru_cache
+def extend_flash_attention(name: str) -> None:
+    """Let flash attention take packed rows too; called when a model that uses it gets some."""
+    function = partial(packed_attention_forward, kernel=name, otherwise=AttentionInterface()[name])
+    AttentionInterface.register(name, function)
+
+
+# ---------------------------------------------------------------------- what a model does with packed rows
+
+
+def prepare_packed_attention(
+    language_model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    segment_ids: torch.Tensor,
+    branch_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    packed_layout: PackedLayout | None,
+) -> tuple[Any, PackedLayout | None]:
+    """
+    What the language model needs to attend within packed rows.
+
+    Args:
+        language_model (`PreTrainedModel`): Its attention implementation decides, and is set where it is `sdpa`.
+        inputs_embeds (`torch.FloatTensor` of shape `(num_rows, sequence_length, hidden_size)`): For dtype and device.
+        segment_ids, branch_ids, position_ids (`torch.LongTensor` of shape `(num_rows, sequence_length)`): As in
+            [`packed_mask_function`].
+        packed_layout ([`PackedLayout`], *optional*): Their layout, as the collator makes it. Without it, it is derived
+            on the host, which a GPU has to wait for.
+
+    Returns:
+        `tuple`: The attention mask, and the layout to pass on (`None` if the mask is all).
+
+    Raises:
+        ValueError: If the attention implementation does not support packed rows, or these tokens.
+    """
+    name = set_packed_attention(language_model)
+    if name in MASKED_ATTENTION:
+        mask = create_packed_mask(language_model.config, inputs_embeds, segment_ids, branch_ids, position_ids)
+        return mask, None
+    if packed_layout is None:
+        packed_layout = PackedLayout.from_ids(segment_ids, branch_ids, position_ids)
+    if packed_layout is not None:
+        if packed_layout.device != inputs_embeds.device:
+            packed_layout = packed_layout.to(inputs_embeds.device)
+        return inputs_embeds.new_zeros(1, 1, 1, 1), packed_layout
+    problem = "Tokens of a segment or branch that are scattered over the row, or whose positions do not go on by one"
+    if name in FLASH_ATTENTION:
+        raise ValueError(f"{problem}, need a mask, which {name!r} does not take; load the model with 'sdpa'.")
+    logger.warning_once(f"{problem}, need a mask of every query and key: attention is slow and takes more memory.")
+    return create_packed_mask(language_model.config, inputs_embeds, segment_ids, branch_ids, position_ids), None
+
+
+def set_packed_attention(language_model: PreTrainedModel, device: torch.device | None = None) -> str:
+    """
+    Set the attention implementation of a language model that gets packed rows.
+
+    `sdpa` becomes `jnana_packed_varlen` where that runs and gives the right results, else `jnana_packed`. Any other
+    stays. The first packed rows do this; call it before if the model is to be compiled.
+
+    Args:
+        language_model (`PreTrainedModel`): The language model, without projector and tower.
+        device (`torch.device`, *optional*): Where it will be; by default where it is.
+
+    Returns:
+        `str`: The name of the attention implementation.
+
+    Raises:
+        ValueError: If the attention implementation does not support packed rows.
+    """
+    # Not public, but the name by which transformers documents that custom models look up their registered attention.
+    name = language_model.config._attn_implementation
+    if name not in SUPPORTED_ATTENTION:
+        raise ValueError(
+            f"`attn_implementation` {name!r} does not support packed rows; load the model with one of "
+            f"{', '.join(SUPPORTED_ATTENTION)}, or train with `packing: none`."
+        )
+    if name in FLASH_ATTENTION:
+        extend_flash_attention(name)
+    if name != "sdpa":
+        return name
+    device = device or language_model.device
+    problem = varlen_problem(device, *attention_shape(language_model.config))
+    if device.type == "cuda" and problem is not None:
+        logger.warning_once(f"attention of packed rows: one call for each piece, because {problem}")
+    name = "jnana_packed_varlen" if problem is None else "jnana_packed"
+    language_model.set_attn_implementation(name)
+    return name
+
+
+def attention_shape(config: PreTrainedConfig) -> tuple[int, int, int, bool]:
+    """Numbers of query heads and of key heads, the size of a head, and whether layers have a window."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, kv_heads, head_dim, getattr(config, "sliding_window", None) is not None
+
+
+# ---------------------------------------------------------------------- the mask
 
 
 def packed_mask_function(
@@ -67,7 +260,8 @@ def create_packed_mask(
     position_ids: torch.Tensor,
 ) -> Any:
     """
-    The attention mask of packed rows, in the form that the attention implementation of the language model takes.
+    The attention mask of packed rows, in the form that the attention implementation of the language model takes: of
+    every query and key. For `eager` and `flex_attention`, and the reference of the tests.
 
     Args:
         config (`PreTrainedConfig`): The language model's config, with the attention implementation, the sliding window
@@ -81,15 +275,7 @@ def create_packed_mask(
         `torch.Tensor` of shape `(num_rows, 1, sequence_length, sequence_length)` (bool for sdpa, additive for eager),
         a `BlockMask` (flex attention), or a `dict` of them by kind of layer.
 
-    Raises:
-        ValueError: If the attention implementation does not support such a mask.
     """
-    # Not public, but the name by which transformers documents that custom models look up their registered attention.
-    if config._attn_implementation not in MASKED_ATTENTION:
-        raise ValueError(
-            f"`attn_implementation` {config._attn_implementation!r} does not support the mask of packed rows; load "
-            f"the model with one of {', '.join(MASKED_ATTENTION)}, or train with `packing: none`."
-        )
     device = inputs_embeds.device
     segment_ids, branch_ids, position_ids = (ids.to(device) for ids in (segment_ids, branch_ids, position_ids))
 
@@ -138,4 +324,5 @@ def check_packed_inputs(
         raise ValueError("Packed rows are for training: leave out the cache (`past_key_values`), or `segment_ids`.")
 
 
-__all__ = ["check_packed_inputs", "create_packed_mask", "packed_mask_function"]
+__all__ = ["check_packed_inputs", "create_packed_mask", "packed_mask_function", "prepare_packed_attention"]
+__all__ += ["set_packed_attention"]

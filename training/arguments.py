@@ -198,7 +198,9 @@ class DataArguments:
             "one image share its tokens. Trains exactly what `none` trains; the batch size counts packed rows."
         },
     )
-    max_row_tokens: int = field(default=1024, metadata={"help": "Tokens of a packed row at most."})
+    max_row_tokens: int = field(
+        default=1024, metadata={"help": "Tokens of a packed row at most; docs/packing.md says what to choose."}
+    )
     feature_cache: str | None = field(
         default=None,
         metadata={"help": "Directory of the frozen tower's features of every image; missing ones are computed first."},

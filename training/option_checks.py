@@ -25,7 +25,7 @@ from .arguments import (
     TextDataArguments,
     TextModelArguments,
 )
-from .attention import check_attention
+from .attention import check_attention, check_documents
 from .device_map import check_device_map
 from .distributed import sharding_of
 from .recipes import accelerate_config
@@ -78,6 +78,8 @@ def check_run(
             raise ValueError(f"eval_strategy is {strategy!r} but eval_data is not set; give it, or `no`")
         if run_args.sample_steps > 0:
             raise ValueError(f"sample_steps is {run_args.sample_steps} but eval_data is not set; give it, or 0")
+    if isinstance(data_args, TextDataArguments):
+        check_documents(data_args.packing, args.accelerator_config.dispatch_batches)
     if isinstance(data_args, DataArguments):
         check_attention(model_args.attn_implementation, data_args.packing)
         if args.label_smoothing_factor != 0:

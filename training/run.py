@@ -53,7 +53,6 @@ def start_run(args: TrainingArguments) -> None:
 
 def prepare_collator(
     data_args: DataArguments,
-    model_args: ModelArguments,
     training_args: TrainingArguments,
     model: nn.Module,
     processor: JnanaProcessor,
@@ -66,14 +65,13 @@ def prepare_collator(
 
     Args:
         data_args (`DataArguments`): Packing, lengths, what to do about bad rows, `feature_cache`.
-        model_args (`ModelArguments`): `attn_implementation`.
         training_args (`TrainingArguments`): Device, precision, output directory.
         model (`JnanaForConditionalGeneration` or `PeftModel`): After [`apply_stage`].
         processor (`JnanaProcessor`): Renders and tokenises the conversations.
         data (`list[Dataset]`): Training rows and validation rows, or `None`.
     """
     images = prepare_feature_cache(data_args, model, processor, data, training_args)
-    attention = choose_attention(model, data_args, training_args.device, model_args.attn_implementation)
+    attention = choose_attention(model, data_args.packing, training_args.device)
     multiple = row_multiple(attention, data_args.packing)
     options = collator_options(data_args, training_args.output_dir)
     return JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)

@@ -21,7 +21,7 @@ from .rows import (
     read_bad_samples,
     with_images,
 )
-from .text_corpus import load_text, pack_blocks, pack_documents, train_tokenizer
+from .text_corpus import collate_documents, load_text, pack_blocks, pack_documents, train_tokenizer
 from .tokenizer_checks import check_tokenizer, tokenizer_fingerprint
 from .transcripts import StoredTranscripts
 
@@ -58,6 +58,7 @@ __all__ = [
     "names_local_path",
     "pack_blocks",
     "pack_documents",
+    "collate_documents",
     "packed_rows",
     "packed_stream",
     "plan_rows",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from jnana.modeling.packed_layout_jnana import PackedLayout
 from jnana.processing.processing_jnana import JnanaProcessor
 
 from .checks import check_row, check_size, has_images
@@ -201,11 +202,14 @@ class JnanaCollator:
             rows = [[[conversation]] for groups in rows for group in groups for conversation in group]
         image_token_id, share = self.processor.image_token_id, self.packing == "shared_image"
         packed = [pack_row(groups, image_token_id, share) for groups in rows]
-        batch = stack_rows(packed, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of)
+        batch: dict[str, Any] = stack_rows(packed, self.processor.tokenizer.pad_token_id, self.pad_to_multiple_of)
         if self.packing == "none":
             batch["attention_mask"] = (batch["segment_ids"] >= 0).long()
             for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels"):
                 del batch[name]
+        else:
+            ids = (batch["segment_ids"], batch["branch_ids"], batch["position_ids"])
+            batch["packed_layout"] = PackedLayout.from_ids(*ids)
         occurrences = [index for row in packed for index in row.images]
         order = list(dict.fromkeys(occurrences))  # without the images of skipped rows
         batch |= self.images.stack([images.loaded[index] for index in order])

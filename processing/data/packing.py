@@ -6,7 +6,7 @@ with it. The Trainer's sampler then shuffles the rows in every epoch.
 
 Layout: conversations of a group begin alike (those about one image do). Their common tokens stand once, as a prefix,
 followed by the rest of each conversation as a branch. A branch attends to the prefix and to itself, and its positions
-continue those of the prefix (`modeling/packed_attention_jnana.py` makes the mask), so each conversation is trained
+continue those of the prefix (`modeling/packed_attention_jnana.py`), so each conversation is trained
 exactly as in a row of its own.
 
 The branch point makes it exact. The last token before the branches must predict the first token of *every* branch, but

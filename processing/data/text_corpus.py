@@ -8,9 +8,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 from datasets import Features, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, default_data_collator
+
+from jnana.modeling.packed_layout_jnana import PackedLayout
 
 from .packing import IGNORED, WINDOW, fill_rows, longest_first
 from .paths import names_local_path
@@ -275,6 +278,23 @@ def pack_documents(
     if not rows:
         raise ValueError("The corpus holds no text.")
     return datasets.Dataset.from_list(rows, features=TEXT_ROW_FEATURES)
+
+
+def collate_documents(rows: list[dict]) -> dict[str, Any]:
+    """
+    Rows of [`pack_documents`] as a batch for a language model with the attention `jnana_packed`.
+
+    Returns:
+        `dict[str, Any]`: `input_ids`, `position_ids` and `labels` of shape `(num_rows, row_tokens)`, `packed_layout`,
+        and an `attention_mask` of one element, by which transformers makes no other.
+    """
+    batch = default_data_collator(rows)
+    starts = batch["position_ids"] == 0
+    # A document has two tokens at least, so a first token that no second one follows is padding.
+    padding = starts & torch.nn.functional.pad(starts[:, 1:], (0, 1), value=True)
+    segment_ids = starts.cumsum(1).masked_fill(padding, -1)
+    layout = PackedLayout.from_ids(segment_ids, torch.zeros_like(segment_ids), batch["position_ids"])
+    return {**batch, "attention_mask": torch.zeros(1, 1, 1, 1), "packed_layout": layout}
 
 
 def _text_rows(corpus: Any, tokenizer: PreTrainedTokenizerBase, row_tokens: int) -> Iterator[dict]:

@@ -1,7 +1,10 @@
 """Conversations about a few images, in each row layout; all layouts must train the same."""
 
+from typing import Any
+
 import torch
 
+from jnana.modeling.packed_layout_jnana import PackedLayout
 from jnana.processing.data.packing import EncodedConversation, pack_row, stack_rows
 from tests.modeling.pairs import IMAGE, TEXT_IDS, pictures
 
@@ -50,6 +53,12 @@ def batch(
         inputs["pixel_values"] = pictures(NUM_IMAGES)[order]
         inputs["image_indices"] = torch.tensor([order.index(image) for image in shown])
     return inputs
+
+
+def with_layout(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Packed rows with the layout that `JnanaCollator` adds."""
+    ids = (inputs["segment_ids"], inputs["branch_ids"], inputs["position_ids"])
+    return {**inputs, "packed_layout": PackedLayout.from_ids(*ids)}
 
 
 def batches(how: str, size: int = SIZE) -> list[dict[str, torch.Tensor]]:

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface
 
-from jnana.modeling import CACHE_NAME, modeling_jnana
-from jnana.modeling.packed_attention_jnana import create_packed_mask
-from tests.modeling.packed import batch, batches, conversations, difference, loss_and_gradients
-from tests.modeling.pairs import FAMILIES, join, pictures
+from jnana.modeling import CACHE_NAME, packed_kernels_jnana, packed_layout_jnana
+from jnana.modeling import packed_attention_jnana as packed_attention
+from jnana.modeling.packed_layout_jnana import PackedLayout
+from jnana.modeling.packed_plan_jnana import make_mask, pieces_in
+from tests.modeling.packed import batch, batches, conversations, difference, loss_and_gradients, with_layout
+from tests.modeling.pairs import FAMILIES, join, pictures, text_ids
+from tests.modeling.test_packed_layout import flash_double, varlen_double
 
 
 WINDOW = 8  # shorter than a conversation, and much shorter than a row
@@ -41,6 +45,37 @@ def test_every_layout_trains_the_same(models, family):
     assert len(alone[1]) > 40
     for how in ("padded", "rows", "shared_image", "blocks", "one group per batch"):
         assert difference(loss_and_gradients(model, batches(how)), alone) < EXACT, how
+    assert model.model.language_model.config._attn_implementation == "jnana_packed"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_kernel_of_a_gpu_trains_the_same(models, family, monkeypatch):
+    """By a double of `varlen_attn`, and with the layout that the collator makes; checkpointed too."""
+    monkeypatch.setattr(packed_kernels_jnana, "varlen_attn", varlen_double)
+    monkeypatch.setattr(packed_kernels_jnana, "takes", lambda query: True)
+    model = models(family)
+    alone = loss_and_gradients(model, batches("single"))
+    model.model.language_model.set_attn_implementation("jnana_packed_varlen")
+    packed = [with_layout(inputs) for inputs in batches("shared_image") + batches("rows")]
+    monkeypatch.setattr(PackedLayout, "from_ids", lambda *ids: pytest.fail("the layout is given"))
+    for inputs in packed:
+        assert difference(loss_and_gradients(model, [inputs]), alone) < EXACT
+    model.train().gradient_checkpointing_enable()
+    try:
+        assert difference(loss_and_gradients(model, packed[:1]), alone) < EXACT
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+
+
+def test_one_to_eight_branches(models):
+    model = models("qwen2")
+    captions = conversations()[0]
+    for count in range(1, 9):
+        group = [*captions, *captions[:3]][:count]
+        alone = loss_and_gradients(model, [batch([[[one]]], "none") for one in group])
+        assert difference(loss_and_gradients(model, [batch([[group]], "shared_image")]), alone) < EXACT, count
 
 
 def test_padding_that_is_learned_is_seen(models):
@@ -141,13 +176,30 @@ def label_over_a_border(inputs):
     inputs["logits_to_keep"] = inputs["shift_labels"] != -100
 
 
+def another_groups_prefix(inputs):
+    """The last branch of a row attends to the prefix of another group."""
+    layout = with_layout(inputs)["packed_layout"]
+    pieces = pieces_in(layout.table)
+    last = max(n for n, piece in enumerate(pieces) if piece.row == 1 and piece.prefix_length)
+    other = next(piece for piece in pieces if piece.row == 1 and piece.prefix_start != pieces[last].prefix_start)
+    pieces[last] = pieces[last]._replace(prefix_start=other.start, prefix_length=other.length)
+    inputs["packed_layout"] = PackedLayout(pieces, layout.shape)
+
+
 def images_mixed_up(inputs):
     inputs["image_indices"] = inputs["image_indices"].flip(0)
 
 
 @pytest.mark.parametrize(
     "mistake",
-    [off_by_one_branch, positions_not_restarted, branch_point_untrained, label_over_a_border, images_mixed_up],
+    [
+        off_by_one_branch,
+        another_groups_prefix,
+        positions_not_restarted,
+        branch_point_untrained,
+        label_over_a_border,
+        images_mixed_up,
+    ],
 )
 @pytest.mark.parametrize("family", ["phi", "phi3"])
 def test_a_mistake_is_seen(models, family, mistake):
@@ -163,11 +215,11 @@ def test_a_window_counted_in_places_is_seen(models, family, monkeypatch):
     model = models(family)
     alone = loss_and_gradients(model, batches("single"))
 
-    def counting_places(config, embeds, segments, branches, positions):
-        places = torch.arange(positions.shape[1]).expand_as(positions)
-        return create_packed_mask(config, embeds, segments, branches, places)
+    def counting_places(call, window, device):
+        places = tuple((start, end - start) for start, end in call.keys)
+        return make_mask(call._replace(positions=places), window, device)
 
-    monkeypatch.setattr(modeling_jnana, "create_packed_mask", counting_places)
+    monkeypatch.setattr(packed_layout_jnana, "make_mask", counting_places)
     assert difference(loss_and_gradients(model, batches("shared_image")), alone) > 1e-3
 
 
@@ -201,13 +253,105 @@ def test_incomplete_or_contradicting_inputs_are_refused(models):
         model(**inputs, past_key_values=cache)
 
 
-def test_attention_that_cannot_follow_the_mask_is_refused(models, monkeypatch):
+def test_attention_that_cannot_compute_packed_rows_is_refused(models, monkeypatch):
     model = models("phi")
-    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "kernels-community/flash-attn2")
     with pytest.raises(
-        ValueError, match="'flash_attention_2' does not support.*sdpa, flex_attention, eager.*packing: n"
+        ValueError, match="'kernels-community/flash-attn2' does not support.*sdpa, jnana_packed.*packing: none"
     ):
         model(**batches("shared_image")[0])
+
+
+def test_what_a_family_may_not_ask_for_is_refused(models):
+    layer = models("phi").model.language_model.layers[0].self_attn
+    states = [torch.randn(1, 1, 4, 8) for _ in range(3)]
+    layout = PackedLayout.from_ids(*(torch.tensor([ids]) for ids in ([0] * 4, [0] * 4, [0, 1, 2, 3])))
+    attend = AttentionInterface()["jnana_packed"]
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(ValueError, match=f"PhiAttention gives its attention `{name}`.*packing: none"):
+            attend(layer, *states, None, packed_layout=layout, **{name: torch.ones(1)})
+        attend(layer, *states, None, packed_layout=layout, **{name: None})
+    with pytest.raises(ValueError, match="PhiAttention does not hand `packed_layout` on"):
+        attend(layer, *states, torch.zeros(1, 1, 1, 1))
+
+
+def test_flash_attention_where_it_is_asked_for(models, monkeypatch):
+    """By a double; rows that are not packed go to transformers' own function."""
+    model = models("phi3")
+    [inputs] = batches("shared_image")
+    expected = model(**inputs)
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    AttentionInterface.register("flash_attention_2", lambda *args, **kwargs: ("transformers' own", None))
+    packed_attention.extend_flash_attention.cache_clear()
+    config = model.model.language_model.config
+    monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(packed_kernels_jnana, "takes", lambda query: True)
+    with pytest.raises(ValueError, match="'flash_attention_2', whose package is not installed. Leave it out"):
+        model(**inputs)
+    monkeypatch.setitem(packed_kernels_jnana.FLASH_FUNCTIONS, 2, flash_double)
+    torch.testing.assert_close(model(**inputs).logits, expected.logits, rtol=1e-4, atol=1e-4)
+    attend = AttentionInterface()["flash_attention_2"]
+    assert attend(model, None, None, None, None)[0] == "transformers' own"
+    positions_not_restarted(inputs)
+    with pytest.raises(ValueError, match="need a mask, which 'flash_attention_2' does not take"):
+        model(**inputs)
+    packed_attention.extend_flash_attention.cache_clear()
+
+
+def test_tokens_that_are_not_in_pieces_get_a_mask(models):
+    """A prefix in two parts, with a branch in between, which attends to the first."""
+    ids = {"segment_ids": [0, 0, 0, 0], "branch_ids": [0, 1, 0, 2], "position_ids": [0, 1, 1, 2]}
+    inputs = {name: torch.tensor(values).repeat_interleave(10).expand(2, 40) for name, values in ids.items()}
+    inputs["input_ids"] = text_ids(2, 40)
+    found = models("phi3")(**inputs).logits
+    torch.testing.assert_close(found, models("phi3", "eager")(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_other_rows_are_as_before(models, tmp_path):
+    """Text, padded text and generation after packed rows; the name of the attention is not saved."""
+    model = models("llama")
+    ids, mask = text_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+
+    def answers():
+        generated = model.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=1)
+        return model(ids).logits, model(**given).logits, generated
+
+    expected = answers()
+    model(**batches("shared_image")[0])
+    assert model.model.language_model.config._attn_implementation == "jnana_packed"
+    assert all(ours.equal(theirs) for ours, theirs in zip(answers(), expected, strict=True))
+    model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_new_layout_is_not_compiled_again(models):
+    """As one graph: the first lengths, then any."""
+    language_model = models("llama").model.language_model
+    packed_attention.set_packed_attention(language_model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def run(embeds, inputs):
+        given = {"position_ids": inputs["position_ids"], "packed_layout": inputs["packed_layout"], "use_cache": False}
+        return language_model(inputs_embeds=embeds, attention_mask=torch.zeros(1, 1, 1, 1), **given)[0]
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    for seed in range(6):
+        groups = conversations(seed)
+        inputs = with_layout(batch([groups[: 1 + seed % 4]], "shared_image"))
+        embeds = torch.randn(1, inputs["input_ids"].shape[1], 64, requires_grad=True)
+        results = []
+        for function in (run, compiled):
+            output = function(embeds, inputs)
+            results += [output, *torch.autograd.grad(output.square().sum(), embeds)]
+        torch.testing.assert_close(results[2:], results[:2], rtol=1e-4, atol=1e-3)
+    torch.compiler.reset()
+    assert len(graphs) == 2
 
 
 def test_images_that_places_show(models):

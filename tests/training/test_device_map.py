@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainingArguments
 
 from jnana.modeling import image_inputs_jnana, image_slots_jnana, modeling_jnana
+from jnana.modeling.packed_layout_jnana import PackedLayout
 from jnana.training.arguments import LoraArguments, ModelArguments
 from jnana.training.device_map import check_device_map, check_spread, spread_over_devices
 from jnana.training.stages import apply_stage
@@ -58,12 +59,23 @@ def place(model, device_map: dict[str, str]) -> None:
                 tensors[key] = moved
 
 
+def layout_of_branches() -> PackedLayout:
+    """Of two rows: a prefix of six tokens and two branches of three. Made of values, which fake tensors don't have."""
+    branches = torch.tensor([[0] * 6 + [1] * 3 + [2] * 3] * 2)
+    positions = torch.tensor([[*range(6), 6, 7, 8, 6, 7, 8]] * 2)
+    return PackedLayout.from_ids(torch.zeros_like(branches), branches, positions)
+
+
+LAYOUT = layout_of_branches()
+
+
 def inputs(packed: bool) -> dict[str, torch.Tensor]:
     """On the first device, where the Trainer puts a batch."""
     ids = torch.zeros(2, 12, dtype=torch.long, device="cpu:0")
     given = {"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(2, 3, 24, 24, device="cpu:0")}
     if packed:
         given |= {"segment_ids": ids, "branch_ids": ids, "position_ids": ids}
+        given["packed_layout"] = LAYOUT
         given["logits_to_keep"] = torch.tensor([3, 4, 5], device="cpu:0")
         given["shift_labels"] = torch.zeros(2, 3, dtype=torch.long, device="cpu:0")
     return given

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from jnana.processing.data import pack_documents
+from jnana.modeling.packed_layout_jnana import PackedLayout
+from jnana.processing.data import collate_documents, pack_documents
 from tests.tiny import CORPUS, tiny_text_config, tiny_tokenizer
 
 
@@ -42,12 +43,15 @@ def test_rows_hold_every_document(tokenizer, streaming):
     assert tokens == sum(len(document) - 1 for document in documents(tokenizer, 64)) > 0.8 * 64 * len(rows)
 
 
+@pytest.mark.parametrize("attention", ["jnana_packed", "sdpa"])
 @pytest.mark.parametrize("family", ["phi", "phi3", "gpt_neox", "llama"])
-def test_stock_models_see_each_document_alone(tokenizer, family):
+def test_stock_models_see_each_document_alone(tokenizer, family, attention):
+    """By the layout that the collator adds, and by the mask that transformers makes of the positions."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_text_config(family, initializer_range=0.2)).eval()
     rows = pack_documents(datasets.Dataset.from_dict({"text": TEXTS}), tokenizer, 64)
-    batch = default_data_collator(list(rows))
+    model.set_attn_implementation(attention)
+    batch = (collate_documents if attention == "jnana_packed" else default_data_collator)(list(rows))
 
     def step(batches) -> tuple[float, torch.Tensor]:
         model.zero_grad()
@@ -60,7 +64,11 @@ def test_stock_models_see_each_document_alone(tokenizer, family):
     expected, expected_gradient = step([{"input_ids": ids, "labels": ids} for ids in alone])
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
-    wrong, _ = step([{**batch, "position_ids": torch.arange(64).expand_as(batch["position_ids"])}])  # the control
+    changes = {"position_ids": torch.arange(64).expand_as(batch["position_ids"])}  # the control: rows of one document
+    if "packed_layout" in batch:
+        one = torch.zeros_like(batch["position_ids"])
+        changes["packed_layout"] = PackedLayout.from_ids(one, one, changes["position_ids"])
+    wrong, _ = step([{**batch, **changes}])
     assert abs(wrong - expected) > 1e-3 * expected
 
 

@@ -98,6 +98,7 @@ def forecast_run(
     *,
     processor: JnanaProcessor,
     rows: Dataset | IterableDataset,
+    fewest_weights: int | None = None,
 ) -> Forecast | None:
     """
     Forecast and log the memory of run_align or run_sft; see [`check_forecast`].
@@ -108,9 +109,10 @@ def forecast_run(
         quantization (`Mapping`, *optional*): As for [`~jnana.training.loading.prepare_model`].
         processor (`JnanaProcessor`): Of the model.
         rows (`Dataset` or `IterableDataset`): The training rows.
+        fewest_weights (`int`, *optional*): Models with fewer are not forecast; default: `FEWEST_WEIGHTS`.
 
     Returns:
-        `Forecast` or `None`: `None`, with a warning, where a step of this model can't be traced.
+        `Forecast` or `None`: `None` for a small model and, with a warning, where a step can't be traced.
 
     Raises:
         ValueError: if the weights alone need more memory than the device has.
@@ -132,7 +134,9 @@ def forecast_run(
 
     optimizer = partial(make_optimizer, training_args, run_args.optimizer, part_args)
     spread = model_args.device_map is not None
-    return run_on_main_process(lambda: check_forecast(make_model, make_batch, optimizer, training_args, spread))
+    return run_on_main_process(
+        lambda: check_forecast(make_model, make_batch, optimizer, training_args, spread, fewest_weights)
+    )
 
 
 def forecast_text_run(
@@ -168,6 +172,7 @@ def check_forecast(
     optimizer: Callable[[nn.Module], Optimizer],
     args: TrainingArguments,
     spread: bool = False,
+    fewest_weights: int | None = None,
 ) -> Forecast | None:
     """
     Log the forecast, and warn if the device has less.
@@ -182,6 +187,7 @@ def check_forecast(
         optimizer (`Callable`): Makes the optimizer of a model.
         args (`TrainingArguments`): Of the run.
         spread (`bool`, *optional*, defaults to `False`): Whether one process spreads the model over its GPUs.
+        fewest_weights (`int`, *optional*): As for [`forecast_run`].
 
     Raises:
         ValueError: if the weights alone need more memory than the device has.
@@ -191,7 +197,8 @@ def check_forecast(
         return None
     with quiet(), torch.device("meta"), unpartitioned(args, whole=True):
         model = make_model()
-    if sum(map(parameter_count, model.parameters())) < FEWEST_WEIGHTS:
+    fewest = FEWEST_WEIGHTS if fewest_weights is None else fewest_weights
+    if sum(map(parameter_count, model.parameters())) < fewest:
         return None
     devices = args.n_gpu if spread else args.world_size if sharding is not None else 1
     name, available = device_memory(args.device)

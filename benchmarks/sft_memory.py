@@ -36,15 +36,12 @@ from jnana.training.arguments import (
     ModelArguments,
     PartArguments,
     RunArguments,
-    as_command_line,
-    parse_arguments,
-    read_recipe,
-    typed,
 )
 from jnana.training.data import load_conversations
 from jnana.training.forecast import forecast_run
 from jnana.training.loading import frozen_dtype, load_model, prepare_processor
 from jnana.training.merging import merge_adapter
+from jnana.training.recipes import as_command_line, parse_arguments, read_recipe, typed
 from jnana.training.stages import part_of
 
 

@@ -38,6 +38,7 @@ from .distributed import run_on_main_process, sharding_of, unpartitioned
 from .loading import image_fields, load_config
 from .memory_trace import StepMemory, TracedEightBitAdamW, TracedLinear, held_bytes, trace_step
 from .optimizers import stock_groups, trainer_optimizer
+from .recipes import accelerate_config
 from .stages import apply_stage, parameter_count, part_of
 from .text_models import text_model_config
 
@@ -229,7 +230,7 @@ def check_weights(num_bytes: int, name: str, available: int) -> None:
         raise ValueError(
             f"the weights alone need {size_text(num_bytes)}, but {name} has {size_text(available)}; hold them in 16 "
             "bits (dtype: bfloat16) or in 4 (run_sft: quantization: nf4), shard them over several GPUs "
-            "(recipes/accelerate/fsdp2.yaml, or device_map: auto), or take a smaller model"
+            f"({accelerate_config('fsdp2.yaml')}, or device_map: auto), or take a smaller model"
         )
 
 
@@ -244,7 +245,7 @@ def judge(found: Forecast, name: str, available: int, args: TrainingArguments) -
         "a smaller per_device_train_batch_size or max_row_tokens": True,
         "optim: adamw_bnb_8bit": found.step.parts["optimizer"] > found.total / 10 and "8bit" not in str(args.optim),
         "lora_r above 0 and quantization: nf4 (run_sft)": found.step.parts["gradients"] > found.total / 10,
-        "more GPUs with recipes/accelerate/fsdp2.yaml": True,
+        f"more GPUs with {accelerate_config('fsdp2.yaml')}": True,
     }
     advice = "; ".join(remedy for remedy, helps in remedies.items() if helps)
     logger.warning(f"memory: {has}, which is less than the forecast {size_text(found.total)}; it helps: {advice}")

@@ -15,6 +15,7 @@ run without the profiler).
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import logging
 import subprocess
@@ -227,6 +228,7 @@ def trainer_of(case: Case, prepared: Prepared, model: nn.Module) -> Trainer:
 def recorded_allocations() -> Iterator[list[int]]:
     """Adds to a list the largest sum of the bytes that torch allocates on the CPU within the block."""
     peak: list[int] = []
+    gc.collect()  # what is freed within the block, but was made before, would be subtracted
     with tempfile.TemporaryDirectory() as folder:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield peak

@@ -280,7 +280,7 @@ def forecast(
         if training_args.gradient_checkpointing:
             # option and method have these names from transformers 5.23 on, the others before
             given = getattr(training_args, "activation_checkpointing_kwargs", None)
-            kwargs = given or training_args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+            kwargs: Any = given or training_args.gradient_checkpointing_kwargs or {"use_reentrant": False}
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({**kwargs, "preserve_rng_state": False})  # the random state has no data to be restored
         step = trace_step(

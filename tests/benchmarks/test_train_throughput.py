@@ -61,11 +61,11 @@ def test_the_case_of_llava_1_6_has_2340_tokens_an_image(tmp_path):
 
 
 def test_several_images_a_row(tmp_path):
-    """`sft-16-x3`: one row with three images, compared with stock LLaVA as the others are."""
+    """`sft-16-x3`: three images in fewer rows, compared with stock LLaVA as the others are."""
     result = train_throughput.main([*ARGUMENTS, "--cases", "sft-16-x3", "--results", str(tmp_path)])
     (found,) = result["cases"]
     assert found["largest_loss_difference"] < 1e-4 and found["samples_per_step"] >= 3 * 4
-    assert found["arms"]["shared_image"]["rows"] == 1 and found["arms"]["llava"]["rows"] >= 3 * 4
+    assert found["arms"]["shared_image"]["rows"] < 3 and found["arms"]["llava"]["rows"] >= 3 * 4  # images: 3
     assert train_throughput.parse([]).cases[-2:] == ["sft-576-x3", "align-2340"]
 
 

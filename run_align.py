@@ -22,6 +22,7 @@ from jnana.training.arguments import DataArguments, ModelArguments, PartArgument
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
+from jnana.training.forecast import forecast_run
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.loading import frozen_dtype, prepare_model, prepare_processor
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> None:
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
-    # 5. Model: the projector trains, and perhaps the tower
+    # 5. Model: the projector trains, and perhaps the tower; its memory is forecast before weights are read
+    arguments = (model_args, data_args, run_args, part_args)
+    forecast_run("align", training_args, *arguments, processor=processor, rows=train_rows)
     model = prepare_model(model_args, processor, training_args)
     model = apply_stage(model, "align", None, data_args.packing, part_args.freeze_vision_tower)
 

@@ -24,6 +24,7 @@ from jnana.training.attention import text_collator
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
+from jnana.training.forecast import forecast_text_run
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> None:
         train_blocks = load_blocks(data_args, tokenizer)
         eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)
 
-    # 5. Model: everything trains
+    # 5. Model: everything trains; its memory is forecast before weights are read
+    forecast_text_run(training_args, model_args, run_args, tokenizer, train_blocks, default_data_collator)
     with unpartitioned(training_args, whole=True):
         model = apply_stage(prepare_text_model(model_args, tokenizer), "pretrain")
 

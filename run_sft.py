@@ -35,6 +35,7 @@ from jnana.training.arguments import DataArguments, LoraArguments, ModelArgument
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
+from jnana.training.forecast import forecast_run
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.loading import frozen_dtype, prepare_model, prepare_processor
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
@@ -81,7 +82,10 @@ def main(argv: list[str]) -> None:
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
-    # 5. Model: the projector trains, and the language model by an adapter or whole; perhaps the tower, too
+    # 5. Model: the projector trains, and the language model by an adapter or whole; perhaps the tower, too. Its memory
+    # is forecast before weights are read
+    arguments = (model_args, data_args, run_args, part_args, lora_args)
+    forecast_run("sft", training_args, *arguments, quantization, processor=processor, rows=train_rows)
     model = prepare_model(model_args, processor, training_args, quantization)
     model = apply_stage(model, "sft", lora_args, data_args.packing, part_args.freeze_vision_tower)
 

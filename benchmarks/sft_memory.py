@@ -5,6 +5,9 @@
     python -m benchmarks.sft_memory --quantization none                      # without 4-bit weights, for comparison
     python -m benchmarks.sft_memory --scale tiny                             # a test run on a CPU
 
+The peak is printed beside the forecast that run_sft makes before it reads weights. On a CPU the measured peak is the
+growth of the process, most of which is not tensors at the tiny size: benchmarks/memory_forecast.py compares tensors.
+
 The script runs `run_sft.py` on `recipes/jnana/sft.yaml` and overrides only paths, the number of steps and what is
 written to disk. It then merges the adapter as the recipe says. The base checkpoint has random weights in full shapes:
 CLIP ViT-B/32, the recipe's projector and Phi-2. Images and conversations have the lengths of the real data. Options
@@ -20,15 +23,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import release_memory
-from transformers import CLIPVisionConfig, PhiConfig
+from transformers import CLIPVisionConfig, PhiConfig, TrainingArguments
 
 from benchmarks.machine import PeakMemory, describe_machine, write_result
 from benchmarks.workloads import SCALES, Scale, built_as, make_images, make_processor, make_rows
 from jnana import run_sft
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
-from jnana.training.loading import load_model
+from jnana.training.adapters import quantization_settings
+from jnana.training.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    PartArguments,
+    RunArguments,
+)
+from jnana.training.data import load_conversations
+from jnana.training.forecast import forecast_run
+from jnana.training.loading import frozen_dtype, load_model, prepare_processor
 from jnana.training.merging import merge_adapter
-from jnana.training.recipes import as_command_line, read_recipe, typed
+from jnana.training.recipes import as_command_line, parse_arguments, read_recipe, typed
 from jnana.training.stages import part_of
 
 
@@ -90,6 +103,18 @@ def command_line(args: argparse.Namespace, folder: Path, base: Path, data: Path)
     return [str(RECIPES / "sft.yaml"), *as_command_line(values), *args.run_sft_options]
 
 
+def forecast_of(command: list[str]) -> dict[str, Any] | None:
+    """What run_sft forecasts for a command line, by part, before it reads weights."""
+    classes = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
+    model_args, data_args, lora_args, part_args, run_args, training_args = parse_arguments(classes, command)
+    model_args.dtype = frozen_dtype(model_args)
+    processor = prepare_processor(model_args)
+    rows = load_conversations(data_args, processor, training_args.output_dir, seed=training_args.seed)
+    arguments = (model_args, data_args, run_args, part_args, lora_args, quantization_settings(lora_args, model_args))
+    found = forecast_run("sft", training_args, *arguments, processor=processor, rows=rows, fewest_weights=0)
+    return None if found is None else {"peak_gb": found.total / 1e9, "parts": {**found.weights, **found.step.parts}}
+
+
 def peak(memory: PeakMemory, device: torch.device) -> dict[str, Any]:
     """The peak in GB (10^9 bytes): of allocated tensors, and of the memory that torch's allocator reserved."""
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
@@ -121,10 +146,11 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> dic
     save_base(folder / "base", scale, image_tokens, device)
     data = save_data(folder / "data", args.images)
     command = command_line(args, folder, folder / "base", data)
+    expected = forecast_of(command)
     release_memory()
     with PeakMemory(device) as training:
         run_sft.main(command)
-    phases = {"training": peak(training, device)}
+    phases = {"training": {**peak(training, device), "forecast": expected}}
     release_memory()
     with PeakMemory(device) as merging:
         merge_adapter(str(folder / "sft"), folder / "merged", device=device)
@@ -152,6 +178,8 @@ def table(result: dict[str, Any]) -> str:
         if reserved is not None:
             verdict = "under" if reserved < LIMIT_GB else "NOT under"
             line += f", reserved {reserved:.2f}: {verdict} {LIMIT_GB}"
+        if measured.get("forecast") is not None:
+            line += f"; forecast {measured['forecast']['peak_gb']:.2f} of tensors"
         lines.append(line)
     held = ", ".join(
         f"{name} {size / 1e9:.3f}" for name, size in result["held_bytes"].items() if name != "quantised_weights"

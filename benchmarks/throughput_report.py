@@ -114,9 +114,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axes.plot([number - 0.42, number + 0.42], [ratio, ratio], color="#d93025", linestyle="--", lw=1, label=label)
     names = [case["case"].split("-") for case in cases]
     labels = {"align": "5 captions per image", "sft": "4-5 question/answer pairs\nper image, LoRA"}
-    axes.set_xticks(
-        range(len(cases)), [f"{labels[stage]}\n{tokens} image tokens" for stage, tokens in names], fontsize=8
-    )
+    images = [f", {more[0].removeprefix('x')} images" if more else "" for _, _, *more in names]
+    described = [f"{labels[name[0]]}\n{name[1]} image tokens{more}" for name, more in zip(names, images, strict=True)]
+    axes.set_xticks(range(len(cases)), described, fontsize=8)
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"
     axes.set(ylabel="samples/s, stock LLaVA = 1", title=f"Training throughput, stock Trainer, {where}")

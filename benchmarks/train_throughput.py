@@ -1,9 +1,12 @@
 """Training throughput compared with stock LLaVA: four arms train on the same images, texts and weights.
 
-    python -m benchmarks.train_throughput                        # one CPU thread, a small Phi: about ten minutes
+    python -m benchmarks.train_throughput                        # one CPU thread, a small Phi
     python -m benchmarks.train_throughput --scale phi2           # a GPU, full Phi-2 from random weights
     python -m benchmarks.train_throughput --cases align-49 --rounds 9 --profile
-    python -m benchmarks.train_throughput --cases align-2340     # LLaVA-1.6: images cut into tiles
+    python -m benchmarks.train_throughput --against ../before    # beside another checkout of this repository
+
+A case is a stage and a number of image tokens: `align-49`, `sft-576`; `sft-576-x3` has three images in a row,
+`align-2340` cuts images into tiles (LLaVA-1.6).
 
     llava           stock `LlavaForConditionalGeneration`, a padded batch, one conversation in each row; with 2,340
                     image tokens stock `LlavaNextForConditionalGeneration`, which cuts an image into tiles
@@ -37,6 +40,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.checkouts import compare_checkouts
 from benchmarks.machine import PeakMemory, describe_machine, synchronize, write_result
 from benchmarks.profiling import profile_step
 from benchmarks.throughput_report import draw, summarize, table
@@ -108,16 +112,15 @@ def make_case(name: str, scale: Scale, num_steps: int, folder: Path, device: tor
     Data, models and collators.
 
     Args:
-        name (`str`): `align-49`, `sft-576`, ...
+        name (`str`): `align-49`, `sft-576`, `sft-576-x3`, ...
         scale (`Scale`): Sizes.
         num_steps (`int`): Steps of a round; the first is not timed.
         folder (`Path`): Directory for images and the feature cache.
         device (`torch.device`): Where the models run.
     """
-    stage, tokens = name.split("-")
-    num_tokens = int(tokens)
+    stage, num_tokens, times = parts_of(name)
     processor = make_processor(scale, num_tokens)
-    size = scale.images_per_step[num_tokens]
+    size = scale.images_per_step[num_tokens] * times
     # one step more than is trained, because the Trainer reads one batch ahead
     rows = make_rows(stage, make_images(folder / "images", (num_steps + 1) * size))
     steps = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -129,7 +132,7 @@ def make_case(name: str, scale: Scale, num_steps: int, folder: Path, device: tor
         weight.requires_grad &= "image_newline" not in weight_name
     case = Case(name, stage, steps, processor, {"llava": llava} | dict.fromkeys(ARMS[1:], jnana))
     case.weights = {name: weight.detach().clone() for name, weight in trainable(llava)}
-    planned = [plan_step(step, processor, scale.max_row_tokens[num_tokens]) for step in steps]
+    planned = [plan_step(step, processor, scale.max_row_tokens[num_tokens] * times) for step in steps]
     case.batches = {"llava": steps, "padded": steps, "shared_image": planned, "feature_cache": planned}
     begun = time.perf_counter()
     cache = make_cache(case, folder / f"cache-{name}", rows, scale, device)
@@ -141,6 +144,20 @@ def make_case(name: str, scale: Scale, num_steps: int, folder: Path, device: tor
         "feature_cache": JnanaCollator(processor, packing="shared_image", images=cache),
     }
     return case
+
+
+def parts_of(name: str) -> tuple[str, int, int]:
+    """Stage, image tokens, and how many times as many images a step and a packed row have, of a case."""
+    stage, tokens, *times = name.split("-")
+    return stage, int(tokens), int(times[0].removeprefix("x")) if times else 1
+
+
+def known_cases(scale: Scale) -> tuple[list[str], list[str]]:
+    """The cases of a scale: those that run by default, and those on request."""
+    stages = ("align", "sft")
+    plain = [f"{stage}-{tokens}" for stage in stages for tokens in scale.text if tokens != scale.tiles]
+    longest = max(tokens for tokens in scale.text if tokens != scale.tiles)
+    return [*plain, f"sft-{longest}-x3", f"align-{scale.tiles}"], [f"sft-{scale.tiles}"]
 
 
 def plan_step(rows: list[dict], processor: JnanaProcessor, max_row_tokens: int) -> list[dict]:
@@ -346,7 +363,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     machine = describe_machine(device)
     machine["clock"] = "CPU time of the process" if by_cpu_time(device) else "wall"
     machine["peak_flops_by_matmul"] = peak_flops(device, scale.dtype)
-    settings = {key: value for key, value in vars(args).items() if key != "results"}
+    settings = {key: value for key, value in vars(args).items() if key not in ("results", "against")}
     sizes = {"text": scale.text, "vision": scale.vision, "dtype": str(scale.dtype), "lora_r": scale.lora_r}
     cases: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -380,15 +397,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
     parser.add_argument("--scale", choices=SCALES, default="phi2" if default == "cuda" else "small")
-    parser.add_argument("--cases", nargs="+", help="some of align-49 ... sft-2340; default: all without tiles")
+    parser.add_argument("--cases", nargs="+", help="some of align-49 ... sft-2340; default: all but sft-2340")
+    parser.add_argument("--against", type=Path, help="another checkout, which takes turns with this one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of a round; the first is not timed")
     parser.add_argument("--profile", action="store_true", help="also profile one step of each arm")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="name of the written files; default: train_throughput_<device>")
     args = parser.parse_args(argv)
-    known = [f"{stage}-{tokens}" for stage in ("align", "sft") for tokens in SCALES[args.scale].text]
-    args.cases = args.cases or [case for case in known if not case.endswith(f"-{SCALES[args.scale].tiles}")]
+    default_cases, on_request = known_cases(SCALES[args.scale])
+    args.cases, known = args.cases or default_cases, [*default_cases, *on_request]
     if unknown := set(args.cases) - set(known):
         parser.error(f"--cases {sorted(unknown)[0]}: scale {args.scale} has {', '.join(known)}")
     if args.steps < 2 or args.rounds < 1:
@@ -403,6 +421,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in ("jnana.training.stages", "jnana.training.feature_cache", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     args.results.mkdir(parents=True, exist_ok=True)
+    if args.against is not None:
+        return compare_checkouts(args)
     for result in measure(args):
         write_result(result, args.results / f"{args.name}.json")
         draw(result, args.results / f"{args.name}.png")

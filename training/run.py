@@ -21,17 +21,15 @@ from jnana.processing.data import JnanaCollator
 from .arguments import DataArguments, ModelArguments, RunArguments, TextDataArguments, TextModelArguments
 from .attention import choose_attention, row_multiple
 from .cards import write_model_card
-from .checkpoints import ADAMW_BYTES, check_disk_space, delete_checkpoints, size_text
+from .checkpoints import check_disk_space, delete_checkpoints
 from .data import collator_options
 from .diagnosis import watched
-from .distributed import sharding_of, unpartitioned
+from .distributed import unpartitioned
 from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
 from .recipe_record import check_same_data, data_fingerprint, write_record
-from .recipes import accelerate_config
 from .sharing import published_files, push_folder
-from .stages import parameter_count
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +106,6 @@ def train(
             restore_finished_run(trainer, checkpoint, state)
             return
     check_disk_space(trainer, merge)
-    check_memory(trainer.model, trainer.args)
     if trainer.args.should_save:
         write_record(trainer.args.output_dir, options, fingerprint)
     with watched(trainer), restored_signals(trainer), explain_full_disk(trainer.args):
@@ -124,51 +121,6 @@ def planned_steps(trainer: Trainer) -> int:
         return args.max_steps
     steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
     return math.ceil(args.num_train_epochs * max(steps_per_epoch, 1))
-
-
-def check_memory(model: nn.Module, args: TrainingArguments) -> None:
-    """Log the memory that each process needs at least, and warn if its GPU has less.
-
-    Args:
-        model (`nn.Module`): With `requires_grad` set, before the Trainer wraps it.
-        args (`TrainingArguments`): Device, sharding, number of processes.
-    """
-    sharding = sharding_of(args)
-    if sharding in ("zero1", "zero2"):  # copies of the weights in two dtypes, which depend on DeepSpeed's settings
-        return
-    devices = len(set(getattr(model, "hf_device_map", {"": args.device}).values()))  # of one process: `device_map`
-    parts = training_memory(model, args.world_size if sharding else devices)
-    text = ", ".join(f"{name} {size_text(num_bytes)}" for name, num_bytes in parts.items())
-    total = sum(parts.values())
-    holder = f"each of {devices} GPUs" if devices > 1 else "each process"
-    logger.info(f"memory of {holder} without activations, with AdamW: {text}; {size_text(total)} in all")
-    available = torch.cuda.get_device_properties(args.device).total_memory if args.device.type == "cuda" else math.inf
-    if total > available:
-        logger.warning(
-            f"this GPU has {size_text(available)}, which is less; start with {accelerate_config('fsdp2.yaml')} on "
-            "more GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
-        )
-
-
-def training_memory(model: nn.Module, shards: int = 1) -> dict[str, int]:
-    """Bytes of weights, gradients and AdamW's state in each process; a model on the meta device is counted too.
-
-    Args:
-        model (`nn.Module`): With `requires_grad` set.
-        shards (`int`, defaults to 1): Processes that all three are divided over, with FSDP or ZeRO-3.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parts = {
-        "weights": sum(map(_whole_bytes, model.parameters())),
-        "gradients": sum(map(_whole_bytes, trained)),
-        "optimizer": sum(ADAMW_BYTES * parameter_count(parameter) for parameter in trained),
-    }
-    return {name: num_bytes // shards for name, num_bytes in parts.items()}
-
-
-def _whole_bytes(parameter: nn.Parameter) -> int:
-    """Bytes of a weight; of all its parts where ZeRO-3 has partitioned it."""
-    return getattr(parameter, "ds_numel", 0) * parameter.element_size() or parameter.nbytes
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:

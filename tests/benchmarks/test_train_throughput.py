@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from benchmarks import train_throughput
+from benchmarks import checkouts, train_throughput
 from benchmarks.throughput_report import summarize, table
 from benchmarks.workloads import HEIGHT, SCALES, WIDTH, make_processor
 
@@ -60,6 +60,59 @@ def test_the_case_of_llava_1_6_has_2340_tokens_an_image(tmp_path):
     assert make_processor(SCALES["tiny"], 24).count_image_tokens((HEIGHT, WIDTH)) == 24
 
 
+def test_several_images_a_row(tmp_path):
+    """`sft-16-x3`: three images in fewer rows, compared with stock LLaVA as the others are."""
+    result = train_throughput.main([*ARGUMENTS, "--cases", "sft-16-x3", "--results", str(tmp_path)])
+    (found,) = result["cases"]
+    assert found["largest_loss_difference"] < 1e-4 and found["samples_per_step"] >= 3 * 4
+    assert found["arms"]["shared_image"]["rows"] < 3 and found["arms"]["llava"]["rows"] >= 3 * 4  # images: 3
+    assert train_throughput.parse([]).cases[-2:] == ["sft-576-x3", "align-2340"]
+
+
+def test_two_checkouts_take_turns(tmp_path, monkeypatch):
+    """Each side runs in its own directory, and the order is swapped from round to round."""
+    other = tmp_path / "before"
+    (other / "benchmarks").mkdir(parents=True)
+    (other / "benchmarks" / "train_throughput.py").write_text("")
+    turns = []
+
+    def run_side(checkout, case, args, profiled):
+        turns.append((checkout, profiled))
+        speed = (1 if checkout == other else 3) * len(turns)
+        arms = {arm: {"samples_per_second": {"median": speed * rate}} for arm, rate in (("llava", 1), ("padded", 2))}
+        return {"machine": {}, "cases": [{"arms": arms, **({"profile": {}} if profiled else {})}]}
+
+    monkeypatch.setattr(checkouts, "run_side", run_side)
+    arguments = [*ARGUMENTS[:4], "--rounds", "2", "--cases", "sft-4", "--against", str(other), "--profile"]
+    result = train_throughput.main([*arguments, "--results", str(tmp_path), "--name", "x"])
+    new = checkouts.HERE
+    assert turns == [(new, False), (other, False), (other, True), (new, True)]
+    (case,) = result["cases"]
+    assert case["new_over_old"]["padded"]["rounds"] == [1.5, 4.0]  # 3 x 1 / 2, 3 x 4 / 3
+    assert case["over_llava"]["padded"]["old"]["median"] == 2 and set(case["profile"]) == {"old", "new"}
+    assert json.loads((tmp_path / "x_against.json").read_text()) == result
+    with pytest.raises(SystemExit, match="there is no benchmarks/train_throughput.py in it"):
+        train_throughput.main([*arguments[:-2], str(tmp_path), "--results", str(tmp_path)])
+
+
+def test_a_side_runs_the_code_of_its_checkout(tmp_path):
+    """Its result is read, and its error is shown."""
+    script = tmp_path / "benchmarks" / "train_throughput.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--results') + 1])\n"
+        "said = [os.environ['PYTHONPATH'], *sys.argv[1:]]\n"
+        "(folder / 'side.json').write_text(json.dumps(said))\n"
+    )
+    args = train_throughput.parse(ARGUMENTS)
+    said = checkouts.run_side(tmp_path, "sft-4", args, True)
+    assert said[0] == str(tmp_path) and said[1:5] == ["--cases", "sft-4", "--rounds", "1"] and "--profile" in said
+    script.write_text("raise RuntimeError('it broke')")
+    with pytest.raises(SystemExit, match=r"sft-4 failed in [^:]*:(.|\n)*it broke"):
+        checkouts.run_side(tmp_path, "sft-4", args, False)
+
+
 def test_a_wrong_result_is_not_measured(tmp_path, monkeypatch):
     """The controls: a collator that drops a label is an error, in the gradient and in the loss."""
     original = train_throughput.JnanaCollator.__call__
@@ -106,5 +159,5 @@ def test_ratios_are_taken_within_a_round():
 def test_unknown_cases_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_throughput.parse([*ARGUMENTS, "--cases", "align-5"])
-    known = "align-4, align-16, align-24, sft-4, sft-16, sft-24"
+    known = "align-4, align-16, sft-4, sft-16, sft-16-x3, align-24, sft-24"
     assert f"--cases align-5: scale tiny has {known}" in capsys.readouterr().err

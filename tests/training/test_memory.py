@@ -1,25 +1,36 @@
-"""The memory that a run logs equals the size of its tensors and the tables in the docs."""
+"""The memory tables in the docs, without activations, are those of the models."""
 
-import logging
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from jnana.modeling import JnanaForConditionalGeneration, jnana_config_from_llava
 from jnana.training.arguments import LoraArguments, TextModelArguments
+from jnana.training.checkpoints import ADAMW_BYTES
 from jnana.training.recipes import as_command_line, parse_arguments, read_recipe
-from jnana.training.run import check_memory, training_memory
-from jnana.training.stages import apply_stage, describe_parameters
+from jnana.training.stages import apply_stage, describe_parameters, parameter_count
 from jnana.training.text_models import text_model_config
-from tests.tiny import tiny_text_config, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 from tests.training.test_disk_space import model_of
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def training_memory(model: nn.Module, shards: int = 1) -> dict[str, int]:
+    """Bytes of weights, gradients and AdamW's state of each process, with all three divided over the processes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = {
+        "weights": sum(parameter.nbytes for parameter in model.parameters()),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": sum(ADAMW_BYTES * parameter_count(parameter) for parameter in trained),
+    }
+    return {name: num_bytes // shards for name, num_bytes in parts.items()}
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
@@ -95,21 +106,3 @@ def test_the_table_of_llava():
 def known(recipe: Path, key: str) -> list[str]:
     """A command line with one option of a recipe."""
     return as_command_line({key: read_recipe(recipe)[key], "tokenizer_name_or_path": "x"})
-
-
-def test_a_gpu_with_less_is_warned_of(tmp_path, monkeypatch, caplog):
-    model = AutoModelForCausalLM.from_config(tiny_text_config())
-    needed = sum(training_memory(model).values())
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
-
-    def said(available: int) -> str:
-        caplog.clear()
-        properties = type("Properties", (), {"total_memory": available})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        with caplog.at_level(logging.INFO, "jnana.training.run"):
-            check_memory(model, args)
-        return caplog.text
-
-    assert "which is less; start with recipes/accelerate/fsdp2.yaml" in said(needed - 1)
-    assert "memory of each process" in said(needed) and "which is less" not in said(needed)  # the control

@@ -19,6 +19,7 @@ from jnana.training.adapters import is_adapter
 from jnana.training.arguments import parse_arguments
 from jnana.training.merging import merge_adapter
 from jnana.training.option_checks import check_output_dir, check_source
+from jnana.training.output_checks import check_output_apart
 
 
 @dataclass
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
             f"model_name_or_path {args.model_name_or_path!r} is not an adapter; give a folder that run_sft wrote with "
             "lora_r > 0"
         )
+    models = {"model_name_or_path": args.model_name_or_path}
+    check_output_apart(args.output_dir, models, allowed="merged")
     check_output_dir(args.output_dir)
 
     # 2. Merge, compare and save

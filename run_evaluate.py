@@ -35,6 +35,7 @@ from jnana.evaluation.arguments import EvaluationArguments
 from jnana.training.cards import EvaluationResult, add_evaluation_results
 from jnana.training.loading import load_model
 from jnana.training.option_checks import check_output_dir, check_quantization, check_source
+from jnana.training.output_checks import check_output_apart
 from jnana.training.recipes import parse_arguments
 
 
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> None:
     for source in args.test_sets.values():
         check_source("eval_data", source)
     check_source("model_name_or_path", args.model_name_or_path)
+    models = {"model_name_or_path": args.model_name_or_path}
+    check_output_apart(args.output_dir, models, allowed="evaluate")
     check_output_dir(args.output_dir)
     check_quantization({"quantization": args.quantization or "none", "compute_dtype": args.dtype}, state.device)
     card = find_card(args)

@@ -18,6 +18,7 @@ from typing import Literal
 from jnana.training.adapters import is_adapter
 from jnana.training.merging import merge_adapter
 from jnana.training.option_checks import check_output_dir, check_source
+from jnana.training.output_checks import check_output_apart
 from jnana.training.recipes import parse_arguments
 
 
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
             f"model_name_or_path {args.model_name_or_path!r} is not an adapter; give a directory that run_sft "
             "wrote with lora_r > 0"
         )
+    models = {"model_name_or_path": args.model_name_or_path}
+    check_output_apart(args.output_dir, models, allowed="merged")
     check_output_dir(args.output_dir)
 
     # 2. Merge, compare and save

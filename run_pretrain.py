@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)
 
     # 5. Model: everything trains; its memory is forecast before weights are read
-    forecast_text_run(training_args, model_args, run_args, tokenizer, train_blocks, default_data_collator)
+    forecast_text_run(training_args, model_args, run_args, tokenizer, train_blocks, data_args.packing)
     with unpartitioned(training_args, whole=True):
         model = apply_stage(prepare_text_model(model_args, tokenizer), "pretrain")
 

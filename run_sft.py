@@ -41,6 +41,7 @@ from jnana.training.loading import frozen_dtype, prepare_model, prepare_processo
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.option_checks import check_computation, check_lora, check_quantization, check_run
+from jnana.training.output_checks import limit_to_context
 from jnana.training.part_checks import check_parts
 from jnana.training.recipe_record import check_same_recipe, recipe_options
 from jnana.training.recipes import parse_arguments, recipe_name
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> None:
     # 4. Processor and data: the first process prepares and checks them, the others read what it cached
     with main_process_first():
         processor = prepare_processor(model_args)
+    limit_to_context(data_args, model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)

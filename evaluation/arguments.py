@@ -32,6 +32,9 @@ class EvaluationArguments:
         metadata={"help": "Ask each question alone, not after the earlier turns with their true answers."},
     )
     prompt: str | None = field(default=None, metadata={"help": "Question to ask about each captioned image."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions or answers, where it has none of the known names."}
+    )
     streaming: bool = field(default=False)
     max_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of each test set."})
     max_image_pixels: int | None = field(default=None, metadata={"help": "Questions about larger images are skipped."})

@@ -16,6 +16,8 @@ from typing import Any
 from PIL import Image
 
 from jnana.processing.data import BadSampleError, check_image, load_image, load_rows, message_text, with_images
+from jnana.processing.data.checks import check_readable, check_turns
+from jnana.processing.data.rows import bad_sample
 
 from .arguments import EvaluationArguments
 
@@ -23,6 +25,7 @@ from .arguments import EvaluationArguments
 logger = logging.getLogger(__name__)
 
 GREY = (128, 128, 128)
+MAX_LISTED = 10  # rows in an error message
 
 
 @dataclass
@@ -69,12 +72,14 @@ class QuestionSet:
             included.
 
     Raises:
-        ValueError: if the rows hold no question.
+        ValueError: if the rows hold no question, or a row can't be scored: a value is no text, a question is missing,
+            or a reference answer is missing or empty.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]]):
         self.rows = rows if hasattr(rows, "__len__") else list(rows)
         self.questions: list[Question] = []
+        _check_rows(self.rows)
         for index, row in enumerate(self.rows):
             self.questions += _questions_of_row(row, index)
         if not self.questions:
@@ -160,10 +165,29 @@ def load_questions(args: EvaluationArguments) -> dict[str, QuestionSet]:
             independent_turns=args.independent_turns,
             prompt=args.prompt,
             max_rows=args.max_rows,
+            **({} if args.text_column is None else {"text_column": args.text_column}),
         )
         questions[name] = QuestionSet(rows)
         logger.info(f"{name}: {len(questions[name])} questions in {source}")
     return questions
+
+
+def _check_rows(rows: Iterable[dict[str, Any]]) -> None:
+    """Raise for rows that can't be scored. Their images are not opened; a question whose image can't be read fails."""
+    problems = []
+    for row in rows:
+        try:
+            for chat in row["conversations"]:
+                check_readable(chat, row["source"])
+                check_turns(chat, row["source"])
+            if any(not answer.strip() for accepted in row["answers"] for answer in accepted):
+                raise bad_sample(row["source"], "an empty accepted answer.", "Write it or remove it.")
+        except BadSampleError as error:
+            problems.append(str(error))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED])
+        more = f"\n  ... and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise ValueError(f"{len(problems)} rows of the evaluation data can't be scored:\n{listed}{more}")
 
 
 def _questions_of_row(row: dict[str, Any], index: int) -> list[Question]:

@@ -430,6 +430,11 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             num_additional_image_tokens = count_prefix_tokens(vision_config)
         # given here, because a side set afterwards is not saved
         tokenizer = AutoTokenizer.from_pretrained(text, **{"padding_side": "left", **kwargs})
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {str(text)!r} has no `eos_token`, so answers would have no end. Give it one of its "
+                f"tokens and save it: `AutoTokenizer.from_pretrained(path, eos_token=...).save_pretrained(path)`."
+            )
         add_jnana_tokens(tokenizer, image_token)
         if chat_template is None and tokenizer.chat_template is not None:
             template = adopt_chat_template(tokenizer.chat_template, tokenizer, image_token)

@@ -173,6 +173,9 @@ class DataArguments:
         default=True, metadata={"help": "Each question/answer pair is a conversation of its own."}
     )
     prompt: str | None = field(default=None, metadata={"help": "Question before every caption."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions or answers, where it has none of the known names."}
+    )
     answer_keywords: bool = field(
         default=False, metadata={"help": "Train answers without stop words and punctuation (phi35_pooled)."}
     )

@@ -31,6 +31,7 @@ def load_conversations(
     output_dir: str,
     *,
     evaluation: bool = False,
+    needs_images: bool = False,
     should_write: bool = True,
     seed: int = 0,
 ) -> Dataset | IterableDataset | None:
@@ -42,6 +43,7 @@ def load_conversations(
         processor (`JnanaProcessor`): measures the rows.
         output_dir (`str`): directory for the list of skipped rows.
         evaluation (`bool`, *optional*, defaults to `False`): the validation rows instead of the training rows.
+        needs_images (`bool`, *optional*, defaults to `False`): as run_align, take no conversation without an image.
         should_write (`bool`, *optional*, defaults to `True`): whether this process shows progress.
         seed (`int`, *optional*, defaults to 0): decides which training conversations share a packed row.
 
@@ -54,7 +56,7 @@ def load_conversations(
     source = args.eval_data if evaluation else args.train_data
     if source is None:
         return None
-    options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed)
+    options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed, needs_images)
     return endless(prepare(source, processor, options, check_rows_once), evaluation)
 
 
@@ -64,6 +66,7 @@ def prepare_options(
     evaluation: bool = False,
     progress: bool = True,
     seed: int | None = None,
+    needs_images: bool = False,
 ) -> PrepareOptions:
     """The data arguments as options of [`jnana.processing.data.prepare`]."""
     return PrepareOptions(
@@ -73,6 +76,8 @@ def prepare_options(
         streaming=args.streaming and not evaluation,
         independent_turns=args.independent_turns,
         prompt=args.prompt,
+        text_column=args.text_column,
+        needs_images=needs_images,
         max_rows=args.max_eval_rows if evaluation else args.max_train_rows,
         answer_keywords=args.answer_keywords,
         max_length=args.max_length,
@@ -87,9 +92,9 @@ def prepare_options(
     )
 
 
-def collator_options(args: DataArguments, output_dir: str) -> dict[str, Any]:
+def collator_options(args: DataArguments, output_dir: str, needs_images: bool = False) -> dict[str, Any]:
     """The options of `JnanaCollator` among the data arguments."""
-    return prepare_options(args, output_dir).for_collator
+    return prepare_options(args, output_dir, needs_images=needs_images).for_collator
 
 
 def check_rows_once(rows: Dataset, processor: JnanaProcessor, **options: Any) -> CheckReport:

@@ -7,6 +7,7 @@ of the data ([`trace_step`]). Evaluation, samples and merging are not forecast.
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from .arguments import (
     RunArguments,
     TextModelArguments,
 )
+from .attention import text_collator
 from .checkpoints import size_text
 from .data import collator_options
 from .distributed import run_on_main_process, sharding_of, unpartitioned
@@ -146,9 +148,10 @@ def forecast_text_run(
     run_args: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset | IterableDataset,
-    collator: Callable[[list], dict[str, Any]],
+    packing: str,
 ) -> Forecast | None:
     """As [`forecast_run`], for run_pretrain."""
+    made: list[nn.Module] = []
 
     def make_model() -> nn.Module:
         if model_args.model_name_or_path is not None:
@@ -158,9 +161,12 @@ def forecast_text_run(
         loading: dict[str, Any] = {"dtype": getattr(torch, model_args.dtype)}
         if model_args.attn_implementation is not None:
             loading["attn_implementation"] = model_args.attn_implementation
-        return apply_stage(AutoModelForCausalLM.from_config(config, **loading), "pretrain")
+        made.append(apply_stage(AutoModelForCausalLM.from_config(config, **loading), "pretrain"))
+        return made[-1]
 
     def make_batch() -> dict[str, Any]:
+        with quiet():
+            collator = text_collator(made[-1], packing, training_args.device)
         return collator(longest_rows(rows, training_args.per_device_train_batch_size))
 
     optimizer = partial(make_optimizer, training_args, run_args.optimizer, None)
@@ -256,6 +262,8 @@ def device_memory(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory - CUDA_CONTEXT
+    if not hasattr(os, "sysconf"):  # Windows
+        return "this machine", sys.maxsize
     return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -28,6 +28,7 @@ from .arguments import (
 from .attention import check_attention, check_documents
 from .device_map import check_device_map
 from .distributed import sharding_of
+from .output_checks import check_output_apart, check_trackers, models_read
 from .recipes import accelerate_config
 from .stages import adapter_targets
 
@@ -62,7 +63,9 @@ def check_run(
     else:
         check_text_arguments(model_args)
     check_models(model_args)
+    check_output_apart(args.output_dir, models_read(model_args))
     check_output_dir(args.output_dir)
+    check_trackers(args)
     check_data(args, data_args)
     for name, value in {**vars(data_args), **vars(run_args)}.items():
         if name in SMALLEST and value is not None and value < SMALLEST[name]:
@@ -157,9 +160,7 @@ def check_feature_cache(args: DataArguments) -> None:
 
 def check_models(args: ModelArguments | TextModelArguments) -> None:
     """Check that models which are given as paths exist; other names may be Hub ids."""
-    names = ("model_name_or_path", "vision_model", "text_model", "config_name_or_path", "tokenizer_name_or_path")
-    for name in names:
-        value = vars(args).get(name)
+    for name, value in models_read(args).items():
         if value is not None:
             check_source(
                 name, value, "give a directory or a Hub id; the earlier stages of a recipe write such directories"

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
 from jnana.processing import JnanaProcessor
@@ -55,6 +55,7 @@ def prepare_collator(
     model: nn.Module,
     processor: JnanaProcessor,
     data: list[Dataset | IterableDataset | None],
+    needs_images: bool = False,
 ) -> JnanaCollator:
     """The collator of align and sft, with the feature cache that the recipe asks for.
 
@@ -67,11 +68,12 @@ def prepare_collator(
         model (`JnanaForConditionalGeneration` or `PeftModel`): After [`apply_stage`].
         processor (`JnanaProcessor`): Renders and tokenises the conversations.
         data (`list[Dataset]`): Training rows and validation rows, or `None`.
+        needs_images (`bool`, defaults to `False`): Whether a conversation without an image can't be used.
     """
     images = prepare_feature_cache(data_args, model, processor, data, training_args)
     attention = choose_attention(model, data_args.packing, training_args.device)
     multiple = row_multiple(attention, data_args.packing)
-    options = collator_options(data_args, training_args.output_dir)
+    options = collator_options(data_args, training_args.output_dir, needs_images)
     return JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)
 
 
@@ -108,6 +110,7 @@ def train(
     check_disk_space(trainer, merge)
     if trainer.args.should_save:
         write_record(trainer.args.output_dir, options, fingerprint)
+    trainer.add_callback(MovedRunCallback())
     with watched(trainer), restored_signals(trainer), explain_full_disk(trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
@@ -131,7 +134,7 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
     Raises:
         ValueError: if the checkpoint holds sharded weights only.
     """
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    best = moved_checkpoint(state, trainer.args) if trainer.args.load_best_model_at_end else None
     source = best or checkpoint
     if not list(Path(source).glob("*.safetensors")):
         raise ValueError(
@@ -148,6 +151,32 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
             for file in published_files(source):
                 shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
     trainer.accelerator.wait_for_everyone()
+
+
+def moved_checkpoint(state: TrainerState, args: TrainingArguments) -> str | None:
+    """The best checkpoint of a run, in `output_dir` if the run was moved since: the state holds its old path.
+
+    Raises:
+        ValueError: if it is in neither place.
+    """
+    best = state.best_model_checkpoint
+    if best is None or Path(best).is_dir():
+        return best
+    moved = Path(args.output_dir) / Path(best).name
+    if not moved.is_dir():
+        raise ValueError(
+            f"load_best_model_at_end is true, but the best checkpoint {best!r} does not exist, nor {str(moved)!r}; "
+            "put it back, or set load_best_model_at_end: false"
+        )
+    return str(moved)
+
+
+class MovedRunCallback(TrainerCallback):
+    """After a resume, names the best checkpoint where it is now; the Trainer would not load it at the end."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end:
+            state.best_model_checkpoint = moved_checkpoint(state, args)
 
 
 def check_same_model(model: nn.Module, checkpoint: str) -> None:

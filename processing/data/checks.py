@@ -16,6 +16,7 @@ from jnana.processing.processing_jnana import JnanaProcessor
 from .images import MAX_IMAGE_PIXELS, check_image, image_size, load_image
 from .packing import ConversationSize, measure_conversation, shared_length
 from .rows import BadSampleError, append_bad_samples, bad_sample, iterate_rows, message_text
+from .values import shown
 
 
 IMAGE_CHECKS = ("none", "header", "decode")
@@ -54,6 +55,7 @@ def check_rows(
     max_length: int | None = None,
     image_check: str = "header",
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    needs_images: bool = False,
     on_bad_sample: str = "raise",
     bad_samples_file: str | Path | None = None,
     max_listed: int = 10,
@@ -72,6 +74,8 @@ def check_rows(
             `none`. Where images are cut into tiles, `none` reads the headers too, because the number of image tokens
             depends on an image's size.
         max_image_pixels (`int`, *optional*): larger images can't be used.
+        needs_images (`bool`, *optional*, defaults to `False`): whether a conversation without an image can't be used,
+            as in run_align.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`): `raise` one error that lists the bad rows, or `skip`
             them.
         bad_samples_file (`str` or `Path`, *optional*): JSON Lines file to which all bad rows are appended.
@@ -100,10 +104,10 @@ def check_rows(
         for row in iterate_rows(rows):
             block.append(row)
             if len(block) == batch_size:
-                _check_block(block, processor, max_length, images, report)
+                _check_block(block, processor, max_length, images, report, needs_images)
                 bar.update(len(block))
                 block = []
-        _check_block(block, processor, max_length, images, report)
+        _check_block(block, processor, max_length, images, report, needs_images)
         bar.update(len(block))
 
     if bad_samples_file is not None:
@@ -119,26 +123,24 @@ def check_rows(
     return report
 
 
-def check_row(row: dict) -> None:
+def check_row(row: dict, needs_images: bool = False) -> None:
     """
     Check the text of a row, without opening its images.
 
     Args:
         row (`dict`): with the columns of `ROW_FEATURES`.
+        needs_images (`bool`, *optional*, defaults to `False`): whether each conversation must be about an image.
 
     Raises:
-        BadSampleError: if it has no conversation, an answer is missing or empty, or image parts and images differ in
-            number.
+        BadSampleError: if a value of the record can't be read, it has no conversation, a question is missing, an
+            answer is missing or empty, or image parts and images differ in number.
     """
     source, num_images = row["source"], len(row["images"])
     if not row["conversations"]:
         raise bad_sample(source, "no conversation, so no answer to learn.", "Give it a caption or an answer.")
     for chat in row["conversations"]:
-        parts = [part for message in chat for part in message["content"]]
-        for part in parts:
-            if part["type"] == "audio":  # a recording without a transcript; its text is the reader's error
-                raise bad_sample(source, part["text"])
-        num_parts = sum(part["type"] == "image" for part in parts)
+        check_readable(chat, source)
+        num_parts = sum(part["type"] == "image" for m in chat for part in m["content"])
         if num_parts and not num_images:
             raise bad_sample(source, "asks about an image but has none.", "Add the image's file name to the record.")
         if num_parts not in (0, num_images):
@@ -147,17 +149,42 @@ def check_row(row: dict) -> None:
                 f"{num_images} images but {num_parts} image parts or <image> marks in the conversation.",
                 "Write one mark for each image, or none: then the images come first.",
             )
-        answers = [m for m in chat if m["role"] == "assistant"]
-        if not answers:
-            raise bad_sample(source, "no answer.", "Add an assistant (or gpt) turn.")
-        for answer in answers:
-            if not message_text(answer).strip():
-                raise bad_sample(
-                    source, "an answer or caption without text: no token to learn.", "Write it or remove it."
-                )
-        unknown = {m["role"] for m in chat} - {"system", "user", "assistant"}
-        if unknown:
-            raise bad_sample(source, f"unknown role {sorted(unknown)[0]!r}.", "Roles are system, user and assistant.")
+        if needs_images and not num_parts:
+            raise bad_sample(
+                source,
+                "a conversation without an image, which trains nothing in run_align.",
+                "Leave it out (on_bad_sample: skip does), or train it with run_sft.",
+            )
+        check_turns(chat, source)
+
+
+def check_readable(chat: list[dict], source: str) -> None:
+    """Raise the `BadSampleError` of a record that the reader could not read."""
+    for m in chat:
+        for part in m["content"]:
+            if part["type"] == "problem":
+                raise bad_sample(source, part["text"])
+
+
+def check_turns(chat: list[dict], source: str) -> None:
+    """
+    Check the roles and answers of a conversation.
+
+    Raises:
+        BadSampleError: if there is no question or no answer, an answer is empty, or a role is not known.
+    """
+    answers = [m for m in chat if m["role"] == "assistant"]
+    if not answers:
+        raise bad_sample(source, "no answer.", "Add an assistant (or gpt) turn.")
+    for answer in answers:
+        if not message_text(answer).strip():
+            raise bad_sample(source, "an answer or caption without text: no token to learn.", "Write it or remove it.")
+    roles = {m["role"] for m in chat}
+    unknown = roles - {"system", "user", "assistant"}
+    if unknown:
+        raise bad_sample(source, f"unknown role {shown(min(unknown))}.", "Roles are system, user and assistant.")
+    if "user" not in roles:
+        raise bad_sample(source, "an answer without a question.", "Add a user (or human) turn before it.")
 
 
 class ImageChecker:
@@ -200,14 +227,14 @@ class ImageChecker:
         return size
 
 
-def _check_block(block, processor, max_length, images: ImageChecker, report: CheckReport) -> None:
+def _check_block(block, processor, max_length, images: ImageChecker, report: CheckReport, needs_images: bool) -> None:
     good: list[tuple[int, dict]] = []
     image_sizes: list[list[ImageSize]] = []
     for row in block:
         index = report.num_rows
         report.num_rows += 1
         try:
-            check_row(row)
+            check_row(row, needs_images)
             image_sizes.append([images(image, row["source"]) for image in row["images"]])
         except BadSampleError as error:
             report.problems.append(str(error))

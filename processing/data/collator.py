@@ -68,6 +68,7 @@ class JnanaCollator:
         packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`.
         images (`PixelImages` or `FeatureCache`, *optional*): loads images as model inputs; by default `PixelImages`,
             as `pixel_values`.
+        needs_images (`bool`, *optional*, defaults to `False`): whether a conversation without an image can't be used.
 
     Attributes:
         num_bad_samples (`int`): rows that this object skipped. Each dataloader worker has a copy of the collator, so
@@ -84,6 +85,7 @@ class JnanaCollator:
         pad_to_multiple_of: int | None = None,
         packing: str = "none",
         images: PixelImages | FeatureCache | None = None,
+        needs_images: bool = False,
     ):
         for name, value, known in (
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
@@ -97,6 +99,7 @@ class JnanaCollator:
         self.bad_samples_file = bad_samples_file
         self.pad_to_multiple_of = pad_to_multiple_of
         self.packing = packing
+        self.needs_images = needs_images
         self.images = PixelImages(processor, max_image_pixels) if images is None else images
         self.num_bad_samples = 0
         self._last_good: tuple[EncodedConversation, list[Any]] | None = None
@@ -149,7 +152,7 @@ class JnanaCollator:
             usable.append([])
             for row in item:
                 try:
-                    check_row(row)
+                    check_row(row, self.needs_images)
                     usable[-1].append((row, [self._load(image, row["source"], images) for image in row["images"]]))
                 except BadSampleError as error:
                     self._handle(error, problems)

@@ -3,35 +3,42 @@
 Embedded images are not copied or decoded here: the rows use the Arrow buffers of the data set.
 """
 
-import glob
-import re
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet
 from datasets import Image, List
 
-from jnana.processing.chat_encoding_jnana import transcribe_chat
-from jnana.processing.speech.recordings import TranscriptionError
-
-from .paths import names_local_path
 from .records import RECORD_FILES, column_names, read_records
-from .rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset, text_part
-from .transcripts import StoredTranscripts, with_recordings
+from .rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset
+from .shards import IMAGE_ENDINGS, SHARDS, load_source
+from .transcripts import StoredTranscripts
+from .turns import chat_row
+from .values import (
+    UnusableValue,
+    encodable,
+    image_references,
+    name_of,
+    plain_columns,
+    plain_features,
+    problem_row,
+    record_name,
+    shown,
+    text_of,
+)
+
+
+logger = logging.getLogger(__name__)
 
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers", "txt")
-# The last four are WebDataset's names: it names a column after the ending of the files.
-IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", "jpg", "jpeg", "png", "webp")
-SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
+IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", *IMAGE_ENDINGS)
 QUESTION_COLUMNS = ("question", "query")
-
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PLACEHOLDER = "<image>"
-PLACEHOLDER_LINE = re.compile(r"(^|\n)\s*<image>\s*(\n|$)")
+CHAT_COLUMNS = ("conversations", "messages")
 
 
 def read_dataset(
@@ -42,6 +49,7 @@ def read_dataset(
     image_folder: str | Path | None = None,
     prompt: str | None = None,
     independent_turns: bool = True,
+    captions: bool = False,
     max_rows: int | None = None,
     image_column: str | None = None,
     text_column: str | None = None,
@@ -63,164 +71,243 @@ def read_dataset(
     """
     name = source if isinstance(source, str) else "dataset"
     suffix = Path(name).suffix.lower()
-    records, data = None, source
+    options = ReadOptions(
+        image_folder, prompt, independent_turns, captions, image_column, text_column, question_column, category_column
+    )
     if isinstance(source, str) and suffix in (*RECORD_FILES, *SHARDS):
         if load_options:
             raise ValueError(f"{', '.join(load_options)}: not an option of a local file ({name}).")
-        image_folder = Path(source).parent if image_folder is None else image_folder
+        options.image_folder = Path(source).parent if image_folder is None else image_folder
     if isinstance(source, str) and suffix in RECORD_FILES:
-        records = read_records(Path(source))[:max_rows]
+        records = read_records(Path(source), keep_others=True)[:max_rows]
         if not records:
             raise ValueError(f"source={source!r} holds no records.")
-        columns = column_names(records)
-    else:
-        data = _load(source, split, streaming, **load_options) if isinstance(source, str) else source
-        if max_rows is not None:
-            streamed = isinstance(data, datasets.IterableDataset)
-            data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
-        if isinstance(data, datasets.IterableDataset) and data.features is None:
-            data = data._resolve_features()
-        columns = list(data.features)
-        if "__key__" in columns and "json" in columns:  # the fields of a tar file's JSON object are the columns
-            columns = [column for column in columns if column != "json"] + list(data.features["json"])
-    image_column = image_column or next((column for column in IMAGE_COLUMNS if column in columns), None)
-    text_column = text_column or next((column for column in CAPTION_COLUMNS if column in columns), None)
-    for column in (image_column, text_column, question_column, category_column):
-        if column is not None and column not in columns:
-            raise ValueError(f"{name}: no column {column!r}; it has {columns}.")
-    if not {"messages", "conversations", text_column} & set(columns):
-        raise ValueError(
-            f"{name}: columns {columns} hold neither 'messages', 'conversations' nor a text column "
-            f"({', '.join(CAPTION_COLUMNS)}). Set text_column."
-        )
-    question_column = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
-    category_column = category_column or ("category" if "category" in columns else None)
-    convert = _TextConverter(name, columns, text_column, question_column, category_column, prompt, independent_turns)
-    whole_row = _RowConverter(convert, image_column, image_folder)
-    if records is not None:
-        rows = rows_to_dataset(whole_row(record, index) for index, record in enumerate(records))
+        rows = rows_of_records(records, name, options)
         return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
-    data = _undecoded(data, image_column)
-    if isinstance(data, datasets.IterableDataset):
-        return data.map(whole_row, with_indices=True, remove_columns=list(data.features), features=ROW_FEATURES)
-    return _map_style_rows(data, image_column, image_folder, convert)
+    data = load_source(source, split, streaming, **load_options) if isinstance(source, str) else source
+    streamed = isinstance(data, datasets.IterableDataset)
+    if max_rows is not None:
+        data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
+    if streamed and data.features is None:
+        data = data._resolve_features()
+    columns = list(data.features)
+    if "__key__" in columns and isinstance(data.features.get("json"), dict):
+        # the fields of a tar file's JSON object are the columns
+        columns = [column for column in columns if column != "json"] + list(data.features["json"])
+    features = {**data.features, **(data.features["json"] if isinstance(data.features.get("json"), dict) else {})}
+    convert = RecordConverter(name, columns, options, streamed)
+    convert.read_as_texts(dict.fromkeys(plain_features(features, convert.text_columns)))
+    data = _undecoded(data, convert.image_columns)
+    if streamed:
+        return data.map(convert, with_indices=True, remove_columns=list(data.features), features=ROW_FEATURES)
+    rows = _map_style_rows(data, convert)
+    convert.report()
+    return rows
 
 
-def _load(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
-    path = Path(source)
-    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(source)
-        data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        return data.to_iterable_dataset() if streaming else data
-    shards = SHARDS.get(path.suffix.lower())
-    if any(mark in source for mark in "*?[") and shards is not None and not path.exists():
-        if not glob.glob(source):
-            raise FileNotFoundError(f"source={source!r} names no file.")
-    elif not path.exists() and names_local_path(source):
-        raise FileNotFoundError(f"source={source!r} does not exist.")
-    elif path.is_file() and shards == "parquet" and not streaming:
-        return datasets.Dataset(pa.parquet.read_table(path, memory_map=True))  # `load_dataset` would write a cache
-    elif path.is_file() and shards is None:
-        raise ValueError(f"{source}: files read are {', '.join((*RECORD_FILES, *SHARDS))}.")
-    if shards is not None:
-        # a path that exists is that file, whatever characters it has
-        files = glob.escape(source) if path.exists() else source
-        return datasets.load_dataset(shards, data_files=files, split="train", streaming=streaming)
-    return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
+@dataclass
+class ReadOptions:
+    """The arguments of [`read_dataset`] that concern one record."""
+
+    image_folder: str | Path | None = None
+    prompt: str | None = None
+    independent_turns: bool = True
+    captions: bool = False
+    image_column: str | None = None
+    text_column: str | None = None
+    question_column: str | None = None
+    category_column: str | None = None
 
 
-def _undecoded(data: Any, image_column: str | None) -> Any:
+def rows_of_records(
+    records: list[Any], name: str, options: ReadOptions, source_of: Callable[[dict, int], str] | None = None
+) -> datasets.Dataset:
+    """
+    Rows of the records of a file.
+
+    Args:
+        records (`list`): of the file. What is no object becomes a row that `check_row` raises for.
+        name (`str`): the file, for errors.
+        options (`ReadOptions`): how records are read.
+        source_of (`Callable`, *optional*): names a record, from the record and its index.
+    """
+    objects = [record for record in records if isinstance(record, dict)]
+    convert = RecordConverter(name, column_names(objects), options, source_of=source_of)
+    convert.read_as_texts(plain_columns(objects, convert.text_columns))
+    rows = rows_to_dataset(convert(record, index) for index, record in enumerate(records))
+    convert.report()
+    return rows
+
+
+def _undecoded(data: Any, image_columns: list[str]) -> Any:
     """Images stay paths and bytes."""
-    if image_column is None:
-        return data
-    feature = data.features[image_column]
-    if isinstance(feature, Image):
-        return data.cast_column(image_column, Image(decode=False))
-    if isinstance(feature, List) and isinstance(feature.feature, Image):
-        return data.cast_column(image_column, List(Image(decode=False)))
+    for column in image_columns:
+        feature = data.features.get(column)
+        if isinstance(feature, Image):
+            data = data.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            data = data.cast_column(column, List(Image(decode=False)))
     return data
 
 
-class _TextConverter:
-    """Converts a record to a row, given its images. A class, so that it can be pickled and sent to workers."""
+class RecordConverter:
+    """
+    Converts a record to a row. A class, so that it can be pickled and sent to workers.
 
-    def __init__(self, name, columns, text_column, question_column, category_column, prompt, independent_turns):
-        self.name, self.columns, self.prompt, self.independent_turns = name, columns, prompt, independent_turns
-        self.text_column, self.question_column, self.category_column = text_column, question_column, category_column
+    Args:
+        name (`str`): the file or data set, for errors.
+        columns (`list[str]`): of the records.
+        options (`ReadOptions`): how records are read.
+        streamed (`bool`, *optional*, defaults to `False`): whether the number of records is unknown.
+        source_of (`Callable`, *optional*): names a record, from the record and its index.
+
+    Raises:
+        ValueError: if a column that is asked for is missing, or none holds conversations or texts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        columns: list[str],
+        options: ReadOptions,
+        streamed: bool = False,
+        source_of: Callable[[dict, int], str] | None = None,
+    ):
+        self.name, self.options, self.streamed, self.source_of = name, options, streamed, source_of
+        for column in (options.image_column, options.text_column, options.question_column, options.category_column):
+            if column is not None and column not in columns:
+                raise ValueError(f"{name}: no column {column!r}; it has {columns}.")
+        present = [column for column in IMAGE_COLUMNS if column in columns]
+        self.image_columns = [options.image_column] if options.image_column else present
+        self.text_column = options.text_column or next((c for c in CAPTION_COLUMNS if c in columns), None)
+        self.chat_columns = [column for column in CHAT_COLUMNS if column in columns]
+        if not self.chat_columns and self.text_column is None:
+            raise ValueError(
+                f"{name}: columns {columns} hold neither 'messages', 'conversations' nor a text column "
+                f"({', '.join(CAPTION_COLUMNS)}). Name the column of the texts: --text_column NAME."
+            )
+        question = next((column for column in QUESTION_COLUMNS if column in columns), None)
+        self.question_column = options.question_column or question
+        self.category_column = options.category_column or ("category" if "category" in columns else None)
+        self.text_columns = [column for column in (self.text_column, self.question_column) if column]
+        self.plain: set[str] = set()
+        self.num_opening = 0  # answers in front of the first question of their record, which are left out
         self.transcripts = StoredTranscripts(name)
 
-    def __call__(self, record: dict, images: list[dict], index: int) -> dict:
-        source = f"{self.name}, record {index}"
-        name = record.get("id", record.get("__key__"))
-        if name is not None:
-            source += f" (id {name})"
-        if "conversations" in self.columns:
-            return llava_row(record, images, source, self.independent_turns)
+    def read_as_texts(self, columns: dict[str, Any]) -> None:
+        """Read the numbers or booleans of these columns, given with an example of each, as texts; say so once."""
+        self.plain = set(columns)
+        for column, value in columns.items():
+            example = "" if value is None else f", {value!r} as {text_of(value, column, plain=True)!r}"
+            logger.warning(
+                f"{self.name}: column {column!r} holds numbers or booleans; they are read as texts{example}"
+            )
+
+    def report(self) -> None:
+        """Say how many answers were left out, after the last record."""
+        if self.num_opening:
+            logger.warning(
+                f"{self.name}: {self.num_opening:,} answers in front of the first question of a record are left out"
+            )
+
+    def __call__(self, record: Any, index: int, images: list[dict] | None = None) -> dict:
+        """
+        The row of a record.
+
+        Args:
+            record (`dict`): the record.
+            index (`int`): its number.
+            images (`list[dict]`, *optional*): its images, where they are not read from the record.
+        """
+        fields = _flat_record(record) if isinstance(record, dict) else {}
+        if self.source_of is not None:
+            source = self.source_of(fields, index)
+        else:
+            source = record_name(self.name, index, fields.get("id", fields.get("__key__")))
+        try:
+            if not isinstance(record, dict):
+                raise UnusableValue(f"the record is {shown(record)}, not an object.", "Write it with named fields.")
+            record = fields
+            return self._row(record, self._images(record) if images is None else images, source)
+        except UnusableValue as problem:
+            return problem_row(source, problem)
+
+    def _images(self, record: dict) -> list[dict]:
+        """The images of a record: of the first image column that holds some."""
+        for column in self.image_columns:
+            images = image_references(record.get(column), self.options.image_folder, column)
+            if images:
+                return images
+        return []
+
+    def _row(self, record: dict, images: list[dict], source: str) -> dict:
+        chat = next((column for column in self.chat_columns if record.get(column) is not None), None)
         category = record.get(self.category_column) if self.category_column else None
-        category = None if category is None else str(category)
-        if "messages" in self.columns:
-            messages = with_recordings(record.get("messages") or [], record)
-            chat = _chat_messages(messages, len(images), self.transcripts)
-            return make_row(images, [chat] if chat else [], source, categories=[category] if chat else None)
-        question = (record.get(self.question_column) if self.question_column else None) or self.prompt
-        texts = _texts(record.get(self.text_column))
+        if chat is not None:
+            row, num_opening = chat_row(
+                record,
+                chat,
+                images,
+                source,
+                folder=self.options.image_folder,
+                independent_turns=self.options.independent_turns and chat == "conversations",
+                captions=self.options.captions,
+                category=category,
+                transcripts=self.transcripts,
+            )
+            if num_opening and self.streamed and not self.num_opening:
+                logger.warning(
+                    f"{source}: an answer in front of the first question is left out, also in later records"
+                )
+            self.num_opening += num_opening
+            return row
+        if self.chat_columns and (self.text_column is None or record.get(self.text_column) is None):
+            return make_row(images, [], source)
+        return self._text_row(record, images, source, name_of(category, "category"))
+
+    def _text_row(self, record: dict, images: list[dict], source: str, category: str | None) -> dict:
+        """The row of a record with captions, or with a question and its accepted answers."""
+        question = None
+        if self.question_column is not None:
+            value = record.get(self.question_column)
+            question = text_of(value, self.question_column, self.question_column in self.plain)
+        question = question or self.options.prompt
+        text_column = str(self.text_column)
+        texts = _texts(record.get(text_column), text_column, text_column in self.plain)
         has_question = self.question_column is not None
         if has_question and len(texts) > 1:  # several accepted answers: the most frequent one is trained
             chat = _with_image_parts(caption_conversation(max(texts, key=texts.count), question), images)
             return make_row(images, [chat], source, categories=[category], answers=[texts])
-        chats = [
-            _with_image_parts(caption_conversation(text, question), images)
-            if has_question
-            else caption_conversation(text, question)
-            for text in texts
-        ]
+        chats = [caption_conversation(text, question) for text in texts]
+        if has_question:
+            chats = [_with_image_parts(chat, images) for chat in chats]
         return make_row(images, chats, source, categories=[category] * len(chats))
 
 
-class _RowConverter:
-    """Converts a record with its image column to a row."""
-
-    def __init__(self, convert: _TextConverter, image_column: str | None, image_folder: str | Path | None):
-        self.convert, self.image_column, self.image_folder = convert, image_column, image_folder
-
-    def __call__(self, record: dict, index: int) -> dict:
-        record = _flat_record(record)
-        value = record.pop(self.image_column, None) if self.image_column else None
-        values = value if isinstance(value, list) else [value]
-        images = [_reference(item, self.image_folder) for item in values if item]
-        return self.convert(record, images, index)
-
-
-def _reference(item: str | dict, image_folder: str | Path | None) -> dict:
-    if isinstance(item, dict):
-        return {"path": item.get("path"), "bytes": item.get("bytes")}
-    if image_folder is None or "://" in item:
-        return {"path": item, "bytes": None}
-    return {"path": str(Path(image_folder) / item), "bytes": None}
-
-
-def _map_style_rows(
-    data: Any, image_column: str | None, image_folder: Any, convert: _TextConverter
-) -> datasets.Dataset:
-    """Rows of a map-style data set. An image column of Arrow structs is used without copying it."""
+def _map_style_rows(data: Any, convert: RecordConverter) -> datasets.Dataset:
+    """Rows of a map-style data set. An image column of Arrow structs or bytes is used without copying it."""
     data = data.with_format(None)
+    held = [column for column in convert.image_columns if column in data.features and _holds_values(data, column)]
     arrow_images = None
-    if image_column is not None:
-        column = data.select_columns([image_column]).with_format("arrow")[:].column(image_column)
+    if held and (len(held) == 1 or held[0] not in IMAGE_ENDINGS):
+        column = data.select_columns(held[:1]).with_format("arrow")[:].column(held[0])
         value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
-        if pa.types.is_struct(value_type):
+        if pa.types.is_struct(value_type) or _is_binary(column.type):
             arrow_images = pa.chunked_array(
                 [_as_lists(chunk) for chunk in column.chunks], ROW_FEATURES.arrow_schema.field("images").type
             )
-            data = data.remove_columns([image_column])
+            data = data.remove_columns(held[:1])
     tables = []
     lengths = (
         iter(()) if arrow_images is None else (n for c in arrow_images.chunks for n in c.value_lengths().to_pylist())
     )
     for start in range(0, len(data), 1000):
-        block = list(
-            _converted(data, start, min(start + 1000, len(data)), image_column, image_folder, convert, lengths)
-        )
+        block = []
+        for index in range(start, min(start + 1000, len(data))):
+            # the images themselves are added from Arrow below; here only their number matters
+            images = None if arrow_images is None else [{"path": None, "bytes": None}] * (next(lengths) or 0)
+            row = convert(data[index], index, images)
+            block.append(row if arrow_images is None else {**row, "images": []})
         tables.append(pa.Table.from_pylist(block, schema=ROW_FEATURES.arrow_schema))
     table = pa.concat_tables(tables) if tables else ROW_FEATURES.arrow_schema.empty_table()
     if arrow_images is not None:
@@ -228,17 +315,13 @@ def _map_style_rows(
     return datasets.Dataset(table)
 
 
-def _converted(data, start, stop, image_column, image_folder, convert, lengths) -> Iterator[dict]:
-    for index in range(start, stop):
-        record = _flat_record(data[index])
-        if image_column in record:
-            values = record.pop(image_column)
-            values = values if isinstance(values, list) else [values]
-            images = [_reference(item, image_folder) for item in values if item]
-            yield convert(record, images, index)
-        else:  # `_map_style_rows` adds the images from Arrow; here only their number matters
-            placeholders = [{"path": None, "bytes": None}] * next(lengths, 0)
-            yield {**convert(record, placeholders, index), "images": []}
+def _holds_values(data: Any, column: str) -> bool:
+    values = data.select_columns([column]).with_format("arrow")[:].column(column)
+    return values.null_count < len(values)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _flat_record(record: dict) -> dict:
@@ -256,71 +339,17 @@ def _as_lists(chunk: pa.Array) -> pa.Array:
     valid = chunk.is_valid().to_numpy(zero_copy_only=False)
     offsets = pa.array([0, *valid.cumsum().tolist()], pa.int32())
     values = chunk.drop_null() if chunk.null_count else chunk
+    if _is_binary(values.type):
+        parts = [values.cast(pa.binary()), pa.nulls(len(values), pa.string())]
+        values = pa.StructArray.from_arrays(parts, ["bytes", "path"])
     return pa.ListArray.from_arrays(offsets, values.cast(target.value_type))
 
 
-def _chat_messages(messages: list[dict], num_images: int, transcripts: StoredTranscripts) -> list[dict]:
-    """Chat messages with `content` as text or parts. If no part is an image, the placeholders in user texts are the
-    positions of the images (LLaMA-Factory, ms-swift); without placeholders all images go before the first user text.
-
-    Recordings are replaced by their transcripts. A recording without a transcript stays an audio part whose text is
-    the error, which `check_row` raises.
-    """
-    chat = []
-    for item in messages:
-        content = item.get("content")
-        if not isinstance(content, list):
-            parts = [text_part("" if content is None else str(content))]
-        else:
-            parts = [_part(part) for part in content]
-            try:
-                [spoken] = transcribe_chat([message(str(item.get("role")), *parts)], transcripts)
-                parts = spoken["content"]
-            except (TranscriptionError, ValueError) as error:
-                parts = [{"type": "audio", "text": str(error)} if p["type"] == "audio" else p for p in parts]
-        chat.append(message(str(item.get("role")), *parts))
-    if not any(part["type"] == "image" for m in chat for part in m["content"]):
-        _place_images(chat, num_images)
-    return chat
-
-
-def _place_images(chat: list[dict], num_images: int) -> None:
-    """
-    Turn the placeholders in the texts of users into image parts; without any, put the images before the first user
-    text. `check_row` raises where there are not as many placeholders as images. In a record without images a
-    placeholder on a line of its own is a missing image, which `check_row` raises for too; elsewhere it is text.
-    """
-    users = [m for m in chat if m["role"] == "user"]
-    for m in users:
-        parts: list[dict] = []
-        for part in m["content"]:
-            text = part["text"] if part["type"] == "text" else ""
-            if num_images == 0 and PLACEHOLDER_LINE.search(text):
-                parts += [IMAGE_PART, text_part(PLACEHOLDER_LINE.sub(r"\1", text))]
-            elif num_images > 0 and PLACEHOLDER in text:
-                first, *pieces = (piece.strip() for piece in text.split(PLACEHOLDER))
-                parts += [text_part(first)] if first else []
-                for piece in pieces:
-                    parts += [IMAGE_PART, text_part(piece)] if piece else [IMAGE_PART]
-            else:
-                parts.append(part)
-        m["content"] = parts
-    if num_images and users and not any(part["type"] == "image" for m in users for part in m["content"]):
-        users[0]["content"] = [IMAGE_PART] * num_images + users[0]["content"]
-
-
-def _part(part: dict) -> dict:
-    """One content part: an image, a recording's path, or text."""
-    if part.get("type") == "audio":
-        return {"type": "audio", "path": part["path"]}
-    return IMAGE_PART if part.get("type") in ("image", "image_url") else text_part(part.get("text") or "")
-
-
-def _texts(value: Any) -> list[str]:
+def _texts(value: Any, name: str, plain: bool) -> list[str]:
     """One text, a list of texts, or VQA's list of `{"answer": ...}`, as a list of texts."""
     values = value if isinstance(value, list) else [value]
     values = [item.get("answer") if isinstance(item, dict) else item for item in values]
-    return ["" if item is None else str(item) for item in values]
+    return [encodable(text_of(item, name, plain)) for item in values]
 
 
 def _with_image_parts(chat: list[dict], images: list[dict]) -> list[dict]:
@@ -328,105 +357,3 @@ def _with_image_parts(chat: list[dict], images: list[dict]) -> list[dict]:
     user, answer = chat
     texts = [part for part in user["content"] if part["type"] == "text"]
     return [message("user", *[IMAGE_PART] * len(images), *texts), answer]
-
-
-# ---------------------------------------------------------------------- LLaVA-Instruct
-
-
-def llava_row(record: dict, images: list[dict], source: str, independent_turns: bool) -> dict:
-    """
-    The row of one LLaVA-Instruct record.
-
-    Besides `conversations`, a record or one of its assistant turns may hold `category` (a question type, or one for
-    each answer) and `answers` (the accepted answers of its one question, or a list of such lists, one for each
-    answer).
-
-    Args:
-        record (`dict`): the record.
-        images (`list[dict]`): references to its images.
-        source (`str`): file and record.
-        independent_turns (`bool`): each question with its answer becomes a conversation of its own.
-
-    Returns:
-        `dict`: with the columns of `ROW_FEATURES`.
-    """
-    turns = _llava_turns(record)
-    messages = _llava_messages(turns, len(images))
-    answering = [turn for turn in turns if _role(turn) == "assistant"]
-    categories = _one_each(record.get("category"), len(answering))
-    references = record.get("answers") or []
-    if references and not isinstance(references[0], list):
-        references = [references]
-    answers = [
-        turn.get("answers") or (references[i] if i < len(references) else []) for i, turn in enumerate(answering)
-    ]
-    categories = [turn.get("category") or categories[i] for i, turn in enumerate(answering)]
-    answers = [[str(answer) for answer in accepted] for accepted in answers]
-
-    if independent_turns:
-        chats = _split_turns(messages)
-    else:
-        chats = [messages] if messages else []
-        answers, categories = answers[-1:], categories[-1:]  # those of the last answer
-    missing = max(len(chats) - len(answers), 0)
-    answers, categories = answers[: len(chats)] + [[]] * missing, categories[: len(chats)] + [None] * missing
-    return make_row(images, chats, source, categories=categories, answers=answers)
-
-
-def _llava_messages(turns: list[dict], num_images: int) -> list[dict]:
-    """LLaVA's turns as messages, with image parts at the placeholders of users' texts ([`_place_images`])."""
-    messages = []
-    for turn in turns:
-        text = turn.get("value")
-        messages.append(message(_role(turn), text_part("" if text is None else str(text))))
-    _place_images(messages, num_images)
-    return messages
-
-
-def _role(turn: dict) -> str:
-    return LLAVA_ROLES.get(str(turn.get("from")), str(turn.get("from")))
-
-
-def _llava_turns(record: dict) -> list[dict]:
-    """The turns of a LLaVA record, its `system` text first; `role` and `content` are read as `from` and `value`."""
-    turns = [turn for turn in record.get("conversations") or [] if isinstance(turn, dict)]
-    turns = [
-        {**turn, "from": turn.get("role"), "value": turn.get("content")}
-        if "from" not in turn and isinstance(turn.get("content"), str)
-        else turn
-        for turn in turns
-    ]
-    system = record.get("system")
-    if isinstance(system, str) and system.strip() and not any(_role(turn) == "system" for turn in turns):
-        turns.insert(0, {"from": "system", "value": system})
-    return turns
-
-
-def _split_turns(messages: list[dict]) -> list[list[dict]]:
-    """Each question with its answer as a conversation, preceded by the system message and all images."""
-    image_parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
-    system = [m for m in messages if m["role"] == "system"]
-    chats: list[list[dict]] = []
-    question: list[dict] = []
-    for current in (m for m in messages if m["role"] != "system"):
-        question.append(current)
-        if current["role"] == "assistant":
-            chats.append(question)
-            question = []
-    if question:
-        chats.append(question)  # a question without an answer, which `check_row` reports
-    for chat in chats:
-        users = [m for m in chat if m["role"] == "user"]
-        held = sum(part["type"] == "image" for m in users for part in m["content"])
-        if users and held != len(image_parts):
-            for m in users:
-                m["content"] = [part for part in m["content"] if part["type"] != "image"]
-            users[0]["content"] = image_parts + users[0]["content"]
-    return [system + chat for chat in chats]
-
-
-def _one_each(value: Any, count: int) -> list:
-    """A list of `count` values, from one value for all or from a list."""
-    if isinstance(value, list):
-        return [value[i] if i < len(value) else None for i in range(count)]
-    return [value] * count

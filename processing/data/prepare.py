@@ -39,6 +39,9 @@ class PrepareOptions:
         format, image_folder, split, streaming, independent_turns, prompt, max_rows: as in [`load_rows`].
         answer_keywords (`bool`, *optional*, defaults to `False`): reduce answers to keywords
             ([`answers_as_keywords`]).
+        text_column (`str`, *optional*): the column of the texts, if it has none of the known names.
+        needs_images (`bool`, *optional*, defaults to `False`): as run_align, take no conversation without an image,
+            and answers without a question as captions of their image.
         max_length, max_image_pixels, image_check, on_bad_sample, bad_samples_file, progress: as in [`check_rows`].
         packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`, as in [`JnanaCollator`].
         max_row_tokens (`int`, *optional*, defaults to 1024): tokens a packed row may have.
@@ -51,6 +54,8 @@ class PrepareOptions:
     streaming: bool = False
     independent_turns: bool = True
     prompt: str | None = None
+    text_column: str | None = None
+    needs_images: bool = False
     max_rows: int | None = None
     answer_keywords: bool = False
     max_length: int | None = None
@@ -66,7 +71,7 @@ class PrepareOptions:
     @property
     def for_collator(self) -> dict[str, Any]:
         """The options that [`JnanaCollator`] takes."""
-        names = ("max_length", "on_bad_sample", "bad_samples_file", "max_image_pixels", "packing")
+        names = ("max_length", "needs_images", "on_bad_sample", "bad_samples_file", "max_image_pixels", "packing")
         return {name: getattr(self, name) for name in names}
 
 
@@ -103,7 +108,9 @@ def prepare(
         streaming=options.streaming,
         independent_turns=options.independent_turns,
         prompt=options.prompt,
+        captions=options.needs_images,
         max_rows=options.max_rows,
+        **({} if options.text_column is None else {"text_column": options.text_column}),
     )
     if options.answer_keywords:
         rows = rows.map(answers_as_keywords)
@@ -118,6 +125,7 @@ def prepare(
             max_row_tokens=options.max_row_tokens,
             max_length=options.max_length,
             max_image_pixels=options.max_image_pixels,
+            needs_images=options.needs_images,
         )
     report = check(
         rows,
@@ -125,6 +133,7 @@ def prepare(
         max_length=options.max_length,
         image_check=options.image_check,
         max_image_pixels=options.max_image_pixels,
+        needs_images=options.needs_images,
         on_bad_sample=options.on_bad_sample,
         bad_samples_file=options.bad_samples_file,
         progress=options.progress,
@@ -192,6 +201,7 @@ def packed_stream(
     max_row_tokens: int,
     max_length: int | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    needs_images: bool = False,
 ) -> IterableDataset:
     """
     Pack a stream while it is read, `STREAM_BUFFER` data rows at a time. Each buffer is packed independently, so the
@@ -205,13 +215,14 @@ def packed_stream(
         max_row_tokens (`int`): tokens a row may have.
         max_length (`int`, *optional*): conversations are cut to this length.
         max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images can't be used.
+        needs_images (`bool`, *optional*, defaults to `False`): as in [`check_rows`].
 
     Returns:
         `IterableDataset`: one column `groups`. Each data row that can't be used is a packed row by itself, which the
             collator raises for or skips. Reading it raises `BadSampleError` if none of the first rows can be used.
     """
     return rows.map(
-        _StreamPacker(processor, share, max_row_tokens, max_length, max_image_pixels),
+        _StreamPacker(processor, share, max_row_tokens, max_length, max_image_pixels, needs_images),
         batched=True,
         batch_size=STREAM_BUFFER,
         remove_columns=list(ROW_FEATURES),
@@ -229,8 +240,9 @@ class _StreamPacker:
         max_row_tokens: int,
         max_length: int | None,
         max_image_pixels: int,
+        needs_images: bool,
     ):
-        self.processor = processor
+        self.processor, self.needs_images = processor, needs_images
         self.share, self.max_row_tokens, self.max_length = share, max_row_tokens, max_length
         self.size_of = ImageChecker(processor, "none", max_image_pixels)  # the collator checks the images
         self.found_good = False
@@ -239,7 +251,7 @@ class _StreamPacker:
         good, image_sizes, bad, problems = [], [], [], []
         for row in unbatched(batch):
             try:
-                check_row(row)
+                check_row(row, self.needs_images)
                 image_sizes.append([self.size_of(image, row["source"]) for image in row["images"]])
                 good.append(row)
             except BadSampleError as error:

@@ -5,15 +5,17 @@ Readers convert records and check almost nothing: a record without an image or a
 file that does not parse, a missing file, a missing column.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from .dataset_readers import CAPTION_COLUMNS, llava_row, read_dataset
+from .dataset_readers import CAPTION_COLUMNS, CHAT_COLUMNS, ReadOptions, read_dataset, rows_of_records
 from .records import column_names, parse_json, read_records
 from .rows import caption_conversation, make_row, rows_to_dataset
+from .values import UnusableValue, identifier, image_references, problem_row, record_name, shown, text_of
 
 
 FORMATS = ("coco_captions", "llava_instruct", "imagefolder", "dataset")
@@ -29,6 +31,7 @@ def load_rows(
     streaming: bool = False,
     independent_turns: bool = True,
     prompt: str | None = None,
+    captions: bool = False,
     max_rows: int | None = None,
     **options: Any,
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -52,6 +55,8 @@ def load_rows(
             LLaVA-Instruct: each question with its answer is a conversation (as jnana and visualize_this train), else
             all turns are one conversation (as LLaVA does).
         prompt (`str`, *optional*): the question for captions that have none ("What do you see in this picture?").
+        captions (`bool`, *optional*, defaults to `False`): a conversation of answers without a question is a caption
+            of its images, as run_align trains it. Otherwise `check_rows` raises for it.
         max_rows (`int`, *optional*): read the first rows only.
         options: for `dataset`: `image_column`, `text_column`, `question_column`, `category_column`, and the options of
             `load_dataset`.
@@ -78,6 +83,7 @@ def load_rows(
             image_folder=image_folder,
             prompt=prompt,
             independent_turns=independent_turns,
+            captions=captions,
             max_rows=max_rows,
             **options,
         )
@@ -85,20 +91,15 @@ def load_rows(
         raise ValueError(f"{', '.join(options)}: options of format='dataset'; format={format!r} does not take them.")
     if not path.exists():
         raise FileNotFoundError(f"source={str(source)!r} does not exist.")
-    if format == "imagefolder":
-        iterator = _read_image_folder(path, split, image_folder, prompt)
-    else:
+    if format == "coco_captions":
         content = parse_json(path) if content is None else content
         folder = path.parent if image_folder is None else Path(image_folder)
-        if format == "coco_captions":
-            iterator = _read_coco(content, path, folder, prompt)
-        else:
-            iterator = _read_llava(content, path, folder, independent_turns)
-    rows = (
-        rows_to_dataset(row for row, _ in zip(iterator, range(max_rows), strict=False))
-        if max_rows is not None
-        else rows_to_dataset(iterator)
-    )
+        iterator = _read_coco(content, path, folder, prompt)
+        rows = rows_to_dataset(itertools.islice(iterator, max_rows))
+    else:
+        reading = ReadOptions(image_folder, prompt, independent_turns, captions)
+        read = _read_image_folder if format == "imagefolder" else _read_llava
+        rows = read(path, split if format == "imagefolder" else content, reading, max_rows)
     if len(rows) == 0:
         raise ValueError(f"source={str(source)!r} (format={format!r}) holds no records.")
     return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
@@ -133,66 +134,95 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
 
 def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> Iterator[dict]:
     """One row for each image, one conversation for each caption. Images without captions are skipped."""
-    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+    lists = isinstance(content, dict) and [content.get("images", []), content.get("annotations")]
+    if not lists or not all(isinstance(entries, list) for entries in lists):
         raise ValueError(f"{path}: COCO captions need an object with the lists 'images' and 'annotations'.")
     for field in ("images", "annotations"):
         for index, entry in enumerate(content.get(field, [])):
             if not isinstance(entry, dict):
                 raise ValueError(f"{path}, {field} {index}: an object with named fields is needed, not {entry!r:.80}.")
-    names = {image.get("id"): image.get("file_name") for image in content.get("images", [])}
-    captions: dict[Any, list[str]] = {}
+    names = _coco_names(content.get("images", []), path)
+    captions: dict[str | None, list[Any]] = {}
     for annotation in content["annotations"]:
-        captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
-    for index, (image_id, texts) in enumerate(captions.items()):
-        name = names.get(image_id)
-        images = [] if name is None else [_reference(folder, name)]
-        chats = [caption_conversation(text, prompt) for text in texts]
-        yield make_row(images, chats, f"{path.name}, image {index} (id {image_id})")
+        captions.setdefault(identifier(annotation.get("image_id")), []).append(annotation)
+    for index, (image_id, annotations) in enumerate(captions.items()):
+        source = f"{path.name}, image {index} (id {image_id})"
+        try:
+            if image_id not in names:
+                given = shown(annotations[0].get("image_id"))
+                raise UnusableValue(
+                    f"image_id {given} is the id of no image in 'images'.", "Add it, or correct the id."
+                )
+            images = image_references(names[image_id], folder, "file_name")
+            texts = [text_of(annotation.get("caption"), "a caption") for annotation in annotations]
+        except UnusableValue as problem:
+            yield problem_row(source, problem)
+            continue
+        yield make_row(images, [caption_conversation(text, prompt) for text in texts], source)
 
 
-def _reference(folder: Path, name: str) -> dict:
-    return {"path": str(folder / str(name)), "bytes": None}
+def _coco_names(images: list[dict], path: Path) -> dict[str | None, Any]:
+    """The file name of each image, by its id as a text. An id that two images have would put captions on a wrong one.
+
+    Raises:
+        ValueError: if two images have one id.
+    """
+    names: dict[str | None, Any] = {}
+    for index, image in enumerate(images):
+        image_id = identifier(image.get("id"))
+        if image_id is None:
+            continue  # no annotation can name it
+        if image_id in names:
+            raise ValueError(
+                f"{path}, images {index}: id {image_id} is that of {shown(names[image_id])} and of "
+                f"{shown(image.get('file_name'))}. Give each image an id of its own."
+            )
+        names[image_id] = image.get("file_name")
+    return names
 
 
 # ---------------------------------------------------------------------- LLaVA-Instruct
 
 
-def _read_llava(content: Any, path: Path, folder: Path, independent_turns: bool) -> Iterator[dict]:
+def _read_llava(path: Path, content: Any, options: ReadOptions, max_rows: int | None) -> datasets.Dataset:
+    content = parse_json(path) if content is None else content
     if not isinstance(content, list):
         raise ValueError(f"{path}: LLaVA-Instruct needs a list of records, not {type(content).__name__}.")
-    for index, record in enumerate(content):
-        source = f"{path.name}, record {index}"
-        if not isinstance(record, dict):
-            yield make_row([], [], f"{source} (not an object)")
-            continue
-        if "id" in record:
-            source += f" (id {record['id']})"
-        names = record.get("image") or record.get("images") or []
-        images = [_reference(folder, name) for name in ([names] if isinstance(names, str) else names)]
-        yield llava_row(record, images, source, independent_turns)
+    if not content:
+        raise ValueError(f"{path} holds no records.")
+    options.image_folder = path.parent if options.image_folder is None else options.image_folder
+
+    def source_of(record: dict, index: int) -> str:
+        return record_name(path.name, index, record.get("id"))
+
+    return rows_of_records(content[:max_rows], str(path), options, source_of)
 
 
 # ---------------------------------------------------------------------- image folder
 
 
-def _read_image_folder(path: Path, split: str, image_folder: str | Path | None, prompt: str | None) -> Iterator[dict]:
-    """Rows of `metadata.csv` or `.jsonl`: `file_name`, one of `CAPTION_COLUMNS`, and optionally `question`."""
+def _read_image_folder(path: Path, split: str, options: ReadOptions, max_rows: int | None) -> datasets.Dataset:
+    """
+    Rows of `metadata.csv` or `.jsonl`: `file_name`, and one of `CAPTION_COLUMNS` with an optional `question`, or
+    `conversations` or `messages`.
+    """
     candidates = [path] if path.is_file() else [f / name for f in (path, path / split) for name in METADATA_FILES]
     metadata = next((candidate for candidate in candidates if candidate.is_file()), None)
     if metadata is None:
         raise FileNotFoundError(f"{path}: no {' or '.join(METADATA_FILES)} in it, nor in its subdirectory {split!r}.")
-    folder = metadata.parent if image_folder is None else Path(image_folder)
-    records = read_records(metadata)
-    columns = column_names(records)
-    caption_column = next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if records and ("file_name" not in columns or caption_column is None):
+    options.image_folder = metadata.parent if options.image_folder is None else options.image_folder
+    records = read_records(metadata, keep_others=True)[:max_rows]
+    columns = column_names([record for record in records if isinstance(record, dict)])
+    has_chats = bool(set(CHAT_COLUMNS) & set(columns))
+    if records and not has_chats and ("file_name" not in columns or not set(CAPTION_COLUMNS) & set(columns)):
         raise ValueError(
             f"{metadata}: columns {columns}; needed are 'file_name' and one of {', '.join(CAPTION_COLUMNS)} "
-            "('question' is optional)."
+            "('question' is optional), or 'conversations' or 'messages'."
         )
-    for index, record in enumerate(records):
-        name = record.get("file_name")
-        images = [_reference(folder, name)] if name else []
-        chat = caption_conversation(record.get(caption_column), record.get("question") or prompt)
-        category = record.get("category") or None
-        yield make_row(images, [chat], f"{metadata.name}, record {index} ({name})", categories=[category])
+    if not records:
+        raise ValueError(f"{metadata} holds no records.")
+
+    def source_of(record: dict, index: int) -> str:
+        return f"{record_name(metadata.name, index, None)} ({str(record.get('file_name')):.200})"
+
+    return rows_of_records(records, str(metadata), options, source_of)

@@ -62,12 +62,14 @@ def read_json_lines(path: str | Path, torn: Literal["raise", "skip", "skip_last"
             yield record
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path, keep_others: bool = False) -> list[Any]:
     """
     The records of a file; those of a `.csv` have strings only.
 
     Args:
         path (`Path`): a file with an ending in `RECORD_FILES`.
+        keep_others (`bool`, *optional*, defaults to `False`): keep records that are no objects if some are, for the
+            reader to report them.
 
     Raises:
         FileNotFoundError, ValueError: as [`parse_json`], and if the file is not a list of records.
@@ -75,6 +77,8 @@ def read_records(path: Path) -> list[dict]:
     records = _read_csv(path) if path.suffix.lower() == ".csv" else parse_json(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: a list of records is needed, not {type(records).__name__}.")
+    if keep_others and any(isinstance(record, dict) for record in records):
+        return records
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(f"{path}, record {index}: an object with named fields is needed, not {record!r:.80}.")

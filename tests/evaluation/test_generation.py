@@ -294,6 +294,8 @@ def test_the_same_record_twice_is_asked_twice():
 
 def test_no_question_is_an_error():
     with pytest.raises(ValueError, match="holds no question"):
+        QuestionSet([row([])])
+    with pytest.raises(ValueError, match="no answer"):
         QuestionSet([row([[turn("user", part("text", "What?"))]])])
 
 

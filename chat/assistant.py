@@ -8,7 +8,7 @@ to one chat is in a `Chat`, and a handler checks at its end whether its chat has
 import logging
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,31 @@ class Visitor:
         return old
 
 
+class Turns:
+    """A lock that goes to those who wait for it in the order of their arrival. Any thread may release it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return
+            mine = threading.Event()
+            self._waiting.append(mine)
+        mine.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()  # it stays taken
+            else:
+                self._taken = False
+
+
 class Assistant:
     """
     The model that all visitors share, with its limits and its speech recogniser.
@@ -134,6 +159,9 @@ class Assistant:
         limits (`Limits`, *optional*): Limits on requests.
         transcriber (`Any`, *optional*): A [`jnana.Transcriber`]; without one, spoken questions are disabled.
         speech_note (`str`, *optional*): Note for visitors if spoken questions are disabled.
+
+    Attributes:
+        turn (`Turns`): Held while an answer is generated; the page and the API wait for it in order.
     """
 
     def __init__(
@@ -149,6 +177,7 @@ class Assistant:
         self.limits = limits or Limits()
         self.transcriber = transcriber
         self.speech_note = speech_note
+        self.turn = Turns()
         self._recent: OrderedDict[int, ChatSession] = OrderedDict()
         self._recent_lock = threading.Lock()
 
@@ -237,6 +266,11 @@ class Assistant:
                 old.forget_cache()
             except RuntimeError:  # its answer is being written; `keep_recent` is called again after it
                 continue
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, Python, or PyTorch on a CPU (which raises a plain `RuntimeError`) has run out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def keep_file(thumbnail: Image) -> str:

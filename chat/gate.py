@@ -1,4 +1,4 @@
-"""Middleware that lets only the page's own routes through, and limits the size of requests and of all uploads.
+"""Middleware that lets only the routes of page and API through, and limits the size of requests and of all uploads.
 
 Gradio's server has more routes than the page needs: one downloads any web address, one runs ffmpeg on videos, some
 access the Hugging Face Hub. The gate answers them with 404. Gradio limits the size of each uploaded file, but neither
@@ -9,6 +9,7 @@ before it checks the login.
 import asyncio
 import contextlib
 import ipaddress
+import json
 import os
 import re
 import time
@@ -28,6 +29,8 @@ OPEN = re.compile(
     r"|/gradio_api/(startup-events|login_check|user|app_id|theme\.css)/?"
     r"|/gradio_api/heartbeat/[^/]+|/gradio_api/file=(?!.*://).*"
 )
+API = re.compile(r"/v1/.*|/health")
+API_BODIES = 8  # of the largest size that may be in memory at one time
 ENVELOPE = 65_536  # bytes of a request in addition to its file or its question
 CHARACTER = 12  # largest size in bytes of one character in JSON
 ENTRY = 8_192  # smallest size in bytes of a file or a directory on the disk
@@ -48,21 +51,27 @@ class Gate:
             numbers. Another name in a request's Host header is that of a foreign site which resolves to this server
             (DNS rebinding).
         question_characters (`int`): Limit of one question, the largest content of any other request.
+        api_megabytes (`float`): Limit of one request of an API client; 0 closes the API's routes.
+        page (`bool`): Whether the page's routes answer.
     """
 
     def __init__(
         self,
         app: Any,
-        folder: Path,
-        upload_megabytes: float,
-        folder_megabytes: float,
+        folder: Path | None = None,
+        upload_megabytes: float = Limits.upload_megabytes,
+        folder_megabytes: float = Limits.all_uploads_megabytes,
         host_names: Collection[str] = (),
         question_characters: int = Limits.question_characters,
+        api_megabytes: float = 0,
+        page: bool = True,
     ):
         self.app, self.folder = app, folder
         self.host_names = {name.lower() for name in host_names}
         self.upload_megabytes, self.folder_megabytes = upload_megabytes, folder_megabytes
         self.other_bytes = question_characters * CHARACTER + ENVELOPE
+        self.api_bytes, self.page = int(api_megabytes * 1e6), page
+        self.api_arriving = 0  # bytes of the API's running requests
         self.counting = asyncio.Lock()
         self.counted_at = float("-inf")
         self.counted = 0  # bytes in the directory at the last measurement, and those accepted since
@@ -76,23 +85,30 @@ class Gate:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
-        upload = path.startswith("/gradio_api/upload") and scope["method"] == "POST"
+        upload = self.page and path.startswith("/gradio_api/upload") and scope["method"] == "POST"
         length = length_of(scope)
         status, problem = self.check_source(path, scope)
         if not problem:
             status, problem = self.check(path, upload, length)
         if upload and not problem and not await self.has_room(length or 0):
             status, problem = 503, "There is no room for uploads at the moment. Try again later."
+        api = self.is_api(path)
+        if api and not problem and self.api_arriving + (length or 0) > self.api_bytes * API_BODIES:
+            status, problem = 503, "Too many large requests are being answered. Try again later."
         if problem:
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": problem.encode()})
+            await refuse(send, status, problem, as_json=api)
             return
+        self.api_arriving += api and length or 0
         try:
             await self.app(scope, receive, send)
         finally:
             if upload:
                 self.arriving -= length or 0
+            self.api_arriving -= api and length or 0
+
+    def is_api(self, path: str) -> bool:
+        """Whether a path is one of the API, and the API is on."""
+        return self.api_bytes > 0 and API.fullmatch(path) is not None
 
     def check_source(self, path: str, scope: dict[str, Any]) -> tuple[int, str]:
         """
@@ -127,10 +143,15 @@ class Gate:
 
     def check(self, path: str, upload: bool, length: int | None) -> tuple[int, str]:
         """Check the header of a request. Returns status and error message; the message of an allowed one is empty."""
-        if not OPEN.fullmatch(path):
+        api = self.is_api(path)
+        if not (api or (self.page and OPEN.fullmatch(path))):
             return 404, "Not found."
         if length is None:
             return 411, "A request must state its length."
+        if api:
+            if length > self.api_bytes:
+                return 413, f"The request has {length:,} bytes; at most {self.api_bytes:,} are allowed."
+            return 200, ""
         if upload and length > self.upload_megabytes * 1e6 + ENVELOPE:
             return 413, f"The request exceeds the maximum allowed size of {self.upload_megabytes:g} MB."
         if not upload and length > self.other_bytes:
@@ -141,6 +162,7 @@ class Gate:
         """Whether `length` more bytes fit into the upload directory; if so, they are counted as arriving."""
         async with self.counting:  # one measurement at a time, in a thread, because it takes long with many files
             if time.monotonic() - self.counted_at > COUNT_HOLDS:
+                assert self.folder is not None
                 arriving = self.arriving  # partly on the disk already; counted twice rather than missed
                 self.counted = arriving + await asyncio.to_thread(tidy_size_of, self.folder)
                 self.counted_at = time.monotonic()
@@ -149,6 +171,21 @@ class Gate:
             self.counted += length
             self.arriving += length
             return True
+
+
+def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def refuse(send: Any, status: int, problem: str, as_json: bool) -> None:
+    """Answer a request with an error, as text or for API clients, and close the connection."""
+    body = json.dumps(error_object(status, problem)) if as_json else problem
+    kind = b"application/json" if as_json else b"text/plain; charset=utf-8"
+    headers = [(b"content-type", kind), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body.encode()})
 
 
 def host_name(address: str) -> str | None:

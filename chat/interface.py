@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from .api import Api
 from .assistant import Assistant
 from .gate import Gate
 from .limits import Refused, check_files
@@ -239,7 +240,9 @@ def _on(
     return event(guarded, inputs, outputs, show_progress="hidden", api_visibility="private", **options)
 
 
-def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[str] = ()) -> dict[str, Any]:
+def launch_options(
+    assistant: Assistant, uploads: Path, host_names: Collection[str] = (), api: Api | None = None
+) -> dict[str, Any]:
     """
     Options of `Blocks.launch`: no tracebacks and no API documentation for visitors, no fonts from other servers, only
     the page's own routes, and no chat history in the browser.
@@ -249,6 +252,7 @@ def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[s
         uploads (`Path`): Gradio's upload directory.
         host_names (`Collection[str]`, *optional*): Names under which the page may be opened, besides `localhost` and
             addresses in numbers.
+        api (`Api`, *optional*): Answers OpenAI clients beside the page.
     """
     limits = assistant.limits
     gate = Middleware(
@@ -258,12 +262,13 @@ def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[s
         upload_megabytes=limits.upload_megabytes,
         host_names=host_names,
         folder_megabytes=limits.all_uploads_megabytes,
+        api_megabytes=api.body_megabytes if api else 0,
     )
     return {
         "show_error": False,
         "max_file_size": int(limits.upload_megabytes * 1e6),
         "state_session_capacity": limits.visitors,
-        "app_kwargs": {"middleware": [gate], "openapi_url": None},
+        "app_kwargs": {"middleware": [gate], "openapi_url": None, "routes": api.routes if api else None},
         "run_history": False,
         "footer_links": [],
         "share": False,

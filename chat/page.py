@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
-import torch
 
-from .assistant import Assistant, Chat, QueuedQuestion, Visitor
+from .assistant import Assistant, Chat, QueuedQuestion, Visitor, is_out_of_memory
 from .limits import Refused, check_question
 from .session import ContextFullError
 
@@ -193,7 +192,8 @@ class Page:
             if answer is None:  # the question was withdrawn, or the chat was cleared
                 yield self._unchanged()
                 return
-            yield from self._write(visitor, chat, answer)
+            with self.assistant.turn:  # page and API take turns
+                yield from self._write(visitor, chat, answer)
             view = self._summary(visitor, chat)
         except Exception as error:  # the session has restored its state; restore the page too
             problem, view = error, self._restore(visitor, chat, chat.answering)
@@ -326,11 +326,6 @@ class Page:
         """The visitor, the gallery of waiting images, and the button that removes them."""
         files = [image.thumbnail for image in visitor.chat.waiting]
         return visitor, gr.update(value=files, visible=bool(files)), gr.update(visible=bool(files))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, Python, or PyTorch on a CPU (which raises a plain `RuntimeError`) has run out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def as_plain_text(transcript: list[dict]) -> list[dict]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from jnana.chat.api import Api, find_api_key
 from jnana.chat.assistant import Assistant
+from jnana.chat.connections import limit_connections
 from jnana.chat.interface import EXAMPLES, build_interface, launch_options
 from jnana.chat.limits import Limits, check_decoder
 from jnana.chat.startup import DEMO, add_options, find_host_names, load_assistant, read_limits
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> None:
     assistant = load(arguments)
     logger.info(assistant.describe())
     handle_signals()
+    limit_connections()
     with upload_directory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:

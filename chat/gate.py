@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ API_BODIES = 8  # of the largest size that may be in memory at one time
 ENVELOPE = 65_536  # bytes of a request in addition to its file or its question
 CHARACTER = 12  # largest size in bytes of one character in JSON
 ENTRY = 8_192  # smallest size in bytes of a file or a directory on the disk
+STALL_SECONDS = 20.0  # between two parts of a body
+BODY_SECONDS = 30.0  # for a whole body, in addition to its length at `BYTES_A_SECOND`
+BYTES_A_SECOND = 32_768  # of a slow telephone
 COUNT_HOLDS = 1.0  # seconds between two measurements of the upload directory
 REST = 3_600  # seconds without change after which empty directories and files of aborted uploads are deleted
 
@@ -75,7 +79,7 @@ class Gate:
         self.counting = asyncio.Lock()
         self.counted_at = float("-inf")
         self.counted = 0  # bytes in the directory at the last measurement, and those accepted since
-        self.arriving = 0  # bytes of running uploads
+        self.arriving: Counter[str | None] = Counter()  # bytes of running uploads, by the client's address
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -90,7 +94,8 @@ class Gate:
         status, problem = self.check_source(path, scope)
         if not problem:
             status, problem = self.check(path, upload, length)
-        if upload and not problem and not await self.has_room(length or 0):
+        address = (scope.get("client") or [None])[0]
+        if upload and not problem and not await self.has_room(length or 0, address):
             status, problem = 503, "There is no room for uploads at the moment. Try again later."
         api = self.is_api(path)
         if api and not problem and self.api_arriving + (length or 0) > self.api_bytes * API_BODIES:
@@ -99,12 +104,19 @@ class Gate:
             await refuse(send, status, problem, as_json=api)
             return
         self.api_arriving += api and length or 0
+        body = Body(receive, send, length or 0)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, body.receive, body.send)
+        except Exception:
+            if not body.stalled:
+                raise
         finally:
             if upload:
-                self.arriving -= length or 0
+                self.arriving[address] -= length or 0
+                self.arriving = +self.arriving
             self.api_arriving -= api and length or 0
+        if body.stalled and not body.answered:
+            await refuse(send, 408, "The request took too long to arrive.", as_json=api)
 
     def is_api(self, path: str) -> bool:
         """Whether a path is one of the API, and the API is on."""
@@ -158,19 +170,63 @@ class Gate:
             return 413, f"The request exceeds the maximum allowed size of {self.other_bytes} bytes."
         return 200, ""
 
-    async def has_room(self, length: int) -> bool:
-        """Whether `length` more bytes fit into the upload directory; if so, they are counted as arriving."""
+    async def has_room(self, length: int, address: str | None = None) -> bool:
+        """
+        Whether `length` more bytes fit into the upload directory, and into the half of it that the running uploads of
+        one address may take; if so, they are counted as arriving.
+        """
+        share = max(self.folder_megabytes / 2, self.upload_megabytes) * 1e6
+        if address is not None and self.arriving[address] + length > share:
+            return False
         async with self.counting:  # one measurement at a time, in a thread, because it takes long with many files
             if time.monotonic() - self.counted_at > COUNT_HOLDS:
                 assert self.folder is not None
-                arriving = self.arriving  # partly on the disk already; counted twice rather than missed
+                arriving = self.arriving.total()  # partly on the disk already; counted twice rather than missed
                 self.counted = arriving + await asyncio.to_thread(tidy_size_of, self.folder)
                 self.counted_at = time.monotonic()
             if self.counted + length > self.folder_megabytes * 1e6:
                 return False
             self.counted += length
-            self.arriving += length
+            self.arriving[address] += length
             return True
+
+
+class Body:
+    """
+    A request whose body must arrive in time; of one that does not, the application sees a client that has left.
+
+    Args:
+        receive, send (`Callable`): Those of the request.
+        length (`int`): Of the body, in bytes.
+
+    Attributes:
+        stalled (`bool`): Whether the body did not arrive in time.
+        answered (`bool`): Whether the application has begun to answer.
+    """
+
+    def __init__(self, receive: Any, send: Any, length: int):
+        self._receive, self._send = receive, send
+        self._left = length
+        self._deadline = time.monotonic() + BODY_SECONDS + length / BYTES_A_SECOND
+        self.stalled = self.answered = False
+
+    async def receive(self) -> dict[str, Any]:
+        if self._left <= 0:
+            return await self._receive()
+        try:
+            seconds = min(STALL_SECONDS, self._deadline - time.monotonic())
+            message = await asyncio.wait_for(self._receive(), max(seconds, 0))
+        except TimeoutError:
+            self.stalled = True
+            return {"type": "http.disconnect"}
+        self._left -= len(message.get("body", b""))
+        return message
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if self.stalled and not self.answered:
+            return  # the application's answer to a client that has left; the gate answers
+        self.answered = True
+        await self._send(message)
 
 
 def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

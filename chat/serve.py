@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 
 from .api import Api, find_api_key
 from .assistant import Assistant
+from .connections import limit_connections
 from .gate import Gate
 from .limits import check_decoder
 from .startup import add_options, find_host_names, load_assistant, read_limits
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"The server can't start: {error}") from None
     assistant = load_assistant(arguments, limits)
     logger.info(assistant.describe())
+    limit_connections()
     uvicorn.run(
         build_server(assistant, host_names, key), host=arguments.host, port=arguments.port, log_level="warning"
     )

@@ -164,7 +164,9 @@ def test_the_spaces_files_in_the_docs_are_of_this_version():
     front, requirements = re.findall(r"```(?:yaml)?\n([^`]*)```", spaces)
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
-    needed = [setup["options"]["install_requires"], setup["options.extras_require"]["train"]]
+    extras = setup["options.extras_require"]
+    needed = [setup["options"]["install_requires"], extras["train"], extras["photos"]]
     assert requirements.split() == [line for block in needed for line in block.split()]
+    assert extras["photos"].strip() in extras["app"]
     pinned = re.search(r"^gradio==(\S+)", (root / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None and f"sdk_version: {pinned[1]}\n" in front and "app_file: app.py\n" in front

@@ -27,6 +27,7 @@ from .session import ChatSession, PreparedImage
 
 
 logger = logging.getLogger(__name__)
+TABS = 10  # as a multiple of `visitors`: browser tabs whose visitors are remembered after they were deleted
 THUMBNAIL_SIDE = 512  # pixels, of the copy that the page shows
 # Kinds of `TranscriptionError` whose message is shown to visitors; others may contain paths of this machine
 VISITOR_ERRORS = ("audio", "too_long", "timeout")
@@ -108,10 +109,14 @@ class Visitor:
     Args:
         model (`nn.Module`): As [`ChatSession`] takes it.
         processor (`JnanaProcessor`): Its processor.
+
+    Attributes:
+        token (`object`): Tells a visitor from the one that replaces it, without keeping its chat in memory.
     """
 
     def __init__(self, model: nn.Module, processor: JnanaProcessor):
         self.model, self.processor = model, processor
+        self.token = object()
         self.chat = Chat(ChatSession(model, processor))
 
     def __deepcopy__(self, memo: dict) -> "Visitor":
@@ -180,10 +185,32 @@ class Assistant:
         self.turn = Turns()
         self._recent: OrderedDict[int, ChatSession] = OrderedDict()
         self._recent_lock = threading.Lock()
+        self._tabs: OrderedDict[str, object] = OrderedDict()  # the token of each tab's visitor
 
     def new_visitor(self) -> Visitor:
         """A new visitor, with an empty chat."""
         return Visitor(self.model, self.processor)
+
+    def has_lost_chat(self, tab: str, visitor: Visitor) -> bool:
+        """
+        Whether a browser tab had a chat that Gradio has deleted. The tab's visitor is then the new one.
+
+        Args:
+            tab (`str`): Gradio's name of the tab.
+            visitor (`Visitor`): Its visitor now.
+        """
+        with self._recent_lock:
+            before = self._tabs.pop(tab, visitor.token)
+            self._tabs[tab] = visitor.token
+            while len(self._tabs) > TABS * self.limits.visitors:
+                self._tabs.popitem(last=False)
+        return before is not visitor.token
+
+    def forget_tab(self, visitor: Visitor) -> None:
+        """Call when a visitor's page is emptied; there is nothing more to lose."""
+        with self._recent_lock:
+            for tab in [tab for tab, token in self._tabs.items() if token is visitor.token]:
+                del self._tabs[tab]
 
     def close_chat(self, visitor: Visitor) -> None:
         """Close a visitor's chat: stop its answer and free its cache. The visitor gets a new chat."""

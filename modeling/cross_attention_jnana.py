@@ -221,6 +221,8 @@ class JnanaCrossAttentionMixin:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         assert inputs_embeds is not None  # for mypy; checked by the caller
         image_mask = self._find_tokens(config.image_token_id, input_ids, inputs_embeds)
+        if images is not None:  # a chunk of a prompt (`prefill_chunk_size`) gets all its images in one tensor
+            images = [vector for image in images for vector in image.split(1)]
         if images is not None or inputs_embeds.shape[1] > 1:  # a single new token is never an image
             shown = images if image_indices is None else self._select_images(images, image_indices)
             self._check_counts(image_mask, 0 if shown is None else len(shown))

@@ -119,19 +119,20 @@ def make_data(arguments: argparse.Namespace) -> None:
     names = write_images(folder / "single", singles, rngs["single"], SINGLE_SIZE)
     write_json(folder / "captions_single.json", coco_captions(singles, names, SINGLE_SIZE))
 
-    train = draw_scenes(rngs["train"], arguments.train_images, pairs)
-    names = write_images(folder / "train", train, rngs["train"], IMAGE_SIZE)
-    write_json(folder / "captions_train.json", coco_captions(train, names, IMAGE_SIZE))
+    size = arguments.image_size
+    train = draw_scenes(rngs["train"], arguments.train_images, pairs, image_size=size)
+    names = write_images(folder / "train", train, rngs["train"], size)
+    write_json(folder / "captions_train.json", coco_captions(train, names, size))
     write_json(folder / "instruct_train.json", instruct_records(train, names, rngs["train"]))
     everything["train"] = train
 
     questions = {"validation": arguments.validation_questions, "validation_unseen": arguments.validation_questions}
     questions |= {"test": arguments.test_questions, "unseen": arguments.unseen_questions}
     for part, number in questions.items():
-        scenes = draw_scenes(rngs[part], number, pairs, unseen="unseen" in part)
-        names = write_images(folder / part, scenes, rngs[part], IMAGE_SIZE)
+        scenes = draw_scenes(rngs[part], number, pairs, unseen="unseen" in part, image_size=size)
+        names = write_images(folder / part, scenes, rngs[part], size)
         write_json(folder / f"instruct_{part}.json", question_records(scenes, names, rngs[part], number))
-        write_json(folder / f"captions_{part}.json", coco_captions(scenes, names, IMAGE_SIZE))
+        write_json(folder / f"captions_{part}.json", coco_captions(scenes, names, size))
         everything[part] = scenes
 
     described = {
@@ -147,7 +148,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything except the test and unseen images")
     parser.add_argument("--test_seed", type=int, default=1000, help="seed of the test and unseen images")
     parser.add_argument("--part", choices=("all", "text", "images"), default="all", help="to make both in parallel")
-    parser.add_argument("--documents", type=int, default=22400, help="number of documents in the corpus")
+    parser.add_argument("--documents", type=int, default=30400, help="number of documents in the corpus")
+    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="pixels; pieces keep their size")
     parser.add_argument("--single_images", type=int, default=4000)
     parser.add_argument("--train_images", type=int, default=8000)
     parser.add_argument("--validation_questions", type=int, default=270)

@@ -64,7 +64,14 @@ def example(script: str | Path, **options: object) -> list[str]:
 
 
 def assistant_commands(
-    data: Path, clip: Path, text_model: Path, output: Path, seed: int, align_options: dict, evaluate_options: dict
+    data: Path,
+    clip: Path,
+    text_model: Path,
+    output: Path,
+    seed: int,
+    align_options: dict | None = None,
+    evaluate_options: dict | None = None,
+    sft_options: dict | None = None,
 ) -> dict[str, list[str]]:
     """The command lines of align, sft and evaluate, once the vision tower `clip` and `text_model` are trained."""
     images = {"image_folder": data / "train", "seed": seed}
@@ -76,7 +83,7 @@ def assistant_commands(
         train_data=data / "captions_train.json",
         output_dir=output / "align",
         **images,
-        **align_options,
+        **(align_options or {}),
     )
     sft = launch(
         "run_sft.py",
@@ -85,6 +92,7 @@ def assistant_commands(
         train_data=data / "instruct_train.json",
         output_dir=output / "sft",
         **images,
+        **(sft_options or {}),
     )
     evaluate = launch(
         "run_evaluate.py",
@@ -93,7 +101,7 @@ def assistant_commands(
         eval_data=json.dumps({name: str(data / f"instruct_{name}.json") for name in ("test", "unseen")}),
         image_folder=json.dumps({name: str(data / name) for name in ("test", "unseen")}),
         output_dir=output / "evaluation",
-        **evaluate_options,
+        **(evaluate_options or {}),
     )
     return {"align": align, "sft": sft, "evaluate": evaluate}
 
@@ -113,7 +121,7 @@ def demo_stages(output: Path, seed: int, cores: int) -> list[Stage]:
     pretrain = launch(
         "run_pretrain.py", "pretrain.yaml", train_data=data / "corpus.txt", output_dir=output / "pretrain", seed=seed
     )
-    later = assistant_commands(data, output / "clip", output / "pretrain", output, seed, {}, {})
+    later = assistant_commands(data, output / "clip", output / "pretrain", output, seed)
     return [
         Stage("draw images, write captions, questions and text", parts),
         Stage("train the vision tower and the language model", [Job("clip", clip, 1), Job("pretrain", pretrain, 1)]),

@@ -78,11 +78,12 @@ def draw_scenes(
     pairs: list[tuple[str, str]],
     unseen: bool = False,
     shares: tuple[float, float, float] = (0.2, 0.4, 0.4),
+    image_size: int = IMAGE_SIZE,
 ) -> list[Scene]:
-    """`number` scenes without held-out pairs or, if `unseen`, each with at least one."""
+    """`number` scenes without held-out pairs or, if `unseen`, each with at least one, on images of `image_size`."""
     scenes: list[Scene] = []
     while len(scenes) < number:
-        scene = draw_scene(rng, int(rng.choice(3, p=shares)) + 1)
+        scene = draw_scene(rng, int(rng.choice(3, p=shares)) + 1, image_size)
         if shows_held_out_pair(scene, pairs) == unseen:
             scenes.append(scene)
     return scenes

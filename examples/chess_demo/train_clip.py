@@ -198,7 +198,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--single_steps", type=int, default=250)
     parser.add_argument("--single_batch_size", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--muon_lr", type=float, default=3e-3)
     parser.add_argument("--adamw_lr", type=float, default=1.5e-3)

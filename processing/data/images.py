@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
@@ -34,6 +34,10 @@ MAX_ASPECT_RATIO = 100
 # Without EPS, which runs an interpreter on the file. JPEG opens MPO too. HEIC is opened by heif.py.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
 ORIENTATION = ExifTags.Base.Orientation
+BITS_PER_SAMPLE = ExifTags.Base.BitsPerSample
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
 def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -48,8 +52,8 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
             decoded.
 
     Returns:
-        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency on white, 16-bit greys scaled to 8 bits,
-            CMYK converted as PIL does it, colour profiles ignored.
+        `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency on white, greys of 9 to 16 bits scaled to
+            8, CMYK converted as PIL does it, colour profiles ignored.
 
     Raises:
         BadSampleError: if it is missing, not an image, truncated, too large, or more than 100 times as long as wide.
@@ -94,14 +98,38 @@ def image_size(image: Image.Image) -> tuple[int, int]:
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after the EXIF orientation is applied, without decoding pixels."""
     height, width = image_size(image)
-    # PIL applies the orientation of a TIFF itself, and would decode a PNG to look for EXIF data at its end.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    if image.format == "TIFF":  # PIL applies its orientation itself
         return height, width
     try:
+        if image.format == "PNG" and "exif" not in image.info:
+            if not _has_metadata_behind_pixels(image):
+                return height, width
+            image.load()  # PIL reads what lies behind the pixels after them
         turned = image.getexif().get(ORIENTATION, 1) in range(5, 9)  # by 90 degrees to the left or right
     except Exception:  # unreadable EXIF data: `_decode` keeps the stored orientation too
         turned = False
     return (width, height) if turned else (height, width)
+
+
+def _has_metadata_behind_pixels(image: Image.Image) -> bool:
+    """Whether a PNG that is open has EXIF data or text, which may hold an orientation, behind its pixels. Reads the
+    headers of its chunks (PNG specification, section 5.3) and leaves the file where it was."""
+    file = getattr(image, "fp", None)
+    if file is None:  # decoded already
+        return False
+    start = file.tell()
+    try:
+        file.seek(len(PNG_SIGNATURE))
+        seen_pixels = False
+        while len(header := file.read(8)) == 8:
+            kind = header[4:]
+            if seen_pixels and kind in PNG_METADATA:
+                return True
+            seen_pixels = seen_pixels or kind == b"IDAT"
+            file.seek(int.from_bytes(header[:4], "big") + 4, 1)  # the content and its checksum
+        return False
+    finally:
+        file.seek(start)
 
 
 def read_image_bytes(image: dict, *, source: str = "image") -> bytes:
@@ -238,6 +266,7 @@ def _check_size(image: Image.Image, name: str, source: str, max_image_pixels: in
 
 
 def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
+    bits = _grey_bits(image)
     try:
         image.load()
     except Exception as error:  # PIL's decoders raise many types of errors for broken files
@@ -249,16 +278,28 @@ def _decode(image: Image.Image, name: str, source: str) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # unreadable EXIF data: keep the stored orientation
         logger.debug("%s: %s has unreadable EXIF data (%s)", source, name, error)
-    return _to_rgb(image)
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise bad_sample(
+            source, f"{name} has values that are NaN or infinite.", "Replace them, or save the image as 8-bit PNG."
+        )
+    return _to_rgb(image, bits)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _grey_bits(image: Image.Image) -> int:
+    """Bits of a grey value in the file: 9 to 15 in some TIFFs, which PIL opens as 16-bit greys without scaling."""
+    bits = image.tag_v2.get(BITS_PER_SAMPLE) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    return bits[0] if bits and 8 < bits[0] < 16 else 16
+
+
+def _to_rgb(image: Image.Image, grey_bits: int) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         # PIL would clip most 16-bit greys to white
         values = np.asarray(image, dtype=np.float64)
-        top = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
+        top = 2.0**grey_bits - 1
+        if values.max() <= 255 and not image.mode.startswith("I;16"):
+            top = 255.0
         if image.mode == "F" and values.max() <= 1:
             top = 1.0
         values = np.clip(values / top, 0, 1) * 255

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, PhiConfig
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids
 
@@ -308,6 +310,15 @@ def test_beams_samples_and_chunks(tmp_path):
     for row, own in ((0, images[:1]), (1, None), (2, images[1:])):
         assert torch.equal(beams[row : row + 1], generate(model, IDS[row : row + 1], own, num_beams=3))
     assert generate(model, IDS, images, do_sample=True, num_return_sequences=2).shape == (6, 6)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="generate can't split images there")
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_a_prompt_read_in_chunks_gives_the_same_answers(tmp_path, size):
+    model = make(tmp_path)
+    images = pictures(IMAGES)
+    assert torch.equal(generate(model, IDS, images, prefill_chunk_size=size), generate(model, IDS, images))
+    assert not torch.equal(generate(model, IDS, images.flip(0), prefill_chunk_size=size), generate(model, IDS, images))
 
 
 def test_left_padded_batch_equals_rows_one_by_one(tmp_path):

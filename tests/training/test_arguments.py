@@ -13,9 +13,8 @@ from jnana.training.arguments import (
     RunArguments,
     TextDataArguments,
     TextModelArguments,
-    parse_arguments,
-    read_recipe,
 )
+from jnana.training.recipes import parse_arguments, read_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -78,6 +77,26 @@ def test_command_line_beats_recipe(tmp_path):
     assert model.projector_fields == {"vision_feature_layer": -2}
     model, *_ = parse_arguments(CLASSES, [recipe])
     assert model.projector_fields == {"vision_feature_layer": -1}
+
+
+@pytest.mark.parametrize("word", [["null"], ["~"], None])
+def test_null_on_the_command_line_takes_an_option_out_of_the_recipe(tmp_path, word):
+    text = "output_dir: out\nlora_vision_target_modules: [q_proj, v_proj]\nmax_length: 77\nlora_r: 5\nreport_to: all"
+    recipe = write(tmp_path, text)
+    options = ["lora_vision_target_modules", "max_length", "lora_r", "report_to"]
+    given = [w for key in options for w in ((f"--{key}", *word) if word else (f"--{key.replace('_', '-')}=null",))]
+    _, data, lora, *_, training = parse_arguments(CLASSES, [recipe, *given, "--seed", "3"])
+    assert lora.lora_vision_target_modules is None and data.max_length is None and training.seed == 3
+    assert lora.lora_r == LoraArguments().lora_r and training.report_to == []  # their defaults
+    _, data, lora, *_, training = parse_arguments(CLASSES, [recipe])  # negative control
+    assert lora.lora_vision_target_modules == ["q_proj", "v_proj"] and data.max_length == 77 and lora.lora_r == 5
+
+
+def test_null_among_several_values_is_a_value(tmp_path):
+    given = ["--output_dir", "out", "--lora_target_modules", "null", "q_proj", "null"]
+    assert parse_arguments(CLASSES, given)[2].lora_target_modules == ["null", "q_proj", "null"]
+    with pytest.raises(ValueError, match="'lora_targets'"):
+        parse_arguments(CLASSES, ["--output_dir", "out", "--lora_targets", "null"])
 
 
 def test_nested_numbers_of_a_text_config(tmp_path):

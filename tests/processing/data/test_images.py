@@ -64,6 +64,27 @@ def test_exif_orientation_is_applied():
         assert load_image(plain).size == (40, 20) and check_image(plain) == (20, 40)
 
 
+def with_exif_behind_pixels(reference: dict) -> dict:
+    """The same PNG with its eXIf chunk moved to its end, where the specification allows it too."""
+    data = reference["bytes"]
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    return {"path": None, "bytes": data[:start] + data[end:-12] + data[start:end] + data[-12:]}
+
+
+def test_a_png_with_exif_behind_its_pixels_is_measured_as_it_is_decoded(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (40, 20), "red")
+    reference = with_exif_behind_pixels(encoded(image, exif=exif))
+    assert "exif" not in Image.open(io.BytesIO(reference["bytes"])).info  # behind the pixels, not before them
+    assert load_image(reference).size == (20, 40) and check_image(reference) == (40, 20)
+    (tmp_path / "turned.png").write_bytes(reference["bytes"])
+    assert check_image(tmp_path / "turned.png") == (40, 20)
+    plain = encoded(image)
+    assert load_image(plain).size == (40, 20) and check_image(plain) == (20, 40)
+
+
 def test_unreadable_exif_is_no_reason_to_lose_an_image():
     data = encoded(Image.new("RGB", (4, 4), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
     assert load_image(data).size == (4, 4) and check_image(data) == (4, 4)
@@ -80,12 +101,55 @@ def test_unreadable_exif_is_no_reason_to_lose_an_image():
         (Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16)), (128, 128, 128)),
         (Image.fromarray(np.full((2, 2), 200, dtype=np.int32)), (200, 200, 200)),
         (Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)), (128, 128, 128)),
+        (Image.new("L", (2, 2), 77), (77, 77, 77)),
+        (Image.new("RGB", (2, 2), (1, 2, 3)), (1, 2, 3)),
+        (Image.new("LA", (2, 2), (10, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)).convert("RGBa"), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)).convert("PA"), (255, 255, 255)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("YCbCr", (2, 2), (128, 128, 128)), (128, 128, 128)),
+        (Image.new("HSV", (2, 2), (0, 255, 255)), (255, 0, 0)),
+        (Image.new("LAB", (2, 2), (255, 128, 128)), (254, 255, 254)),  # as LittleCMS rounds
+        (Image.fromarray(np.full((2, 2), 40000, dtype=np.int32)), (156, 156, 156)),
+        (Image.fromarray(np.full((2, 2), 32896, dtype=">u2")), (128, 128, 128)),
+        (Image.fromarray(np.full((2, 2), 51.0, dtype=np.float32)), (51, 51, 51)),
     ],
-    ids=["transparent", "opaque", "grey with alpha", "palette", "bilevel", "16 bit", "32 bit", "float"],
+    ids=[
+        *("transparent", "opaque", "grey with alpha", "palette", "bilevel", "16 bit", "32 bit", "float", "grey"),
+        *("rgb", "transparent grey", "premultiplied alpha", "palette with alpha", "cmyk", "ycbcr", "hsv", "lab"),
+        *("32 bit, large", "16 bit big-endian", "float to 255"),
+    ],
 )
 def test_every_mode_becomes_rgb(image, expected):
     loaded = load_image(image)
     assert loaded.mode == "RGB" and loaded.getpixel((1, 1)) == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(value):
+    pixels = np.full((4, 4), 0.5, dtype=np.float32)
+    assert load_image(encoded(Image.fromarray(pixels), "TIFF")).getpixel((0, 0)) == (128, 128, 128)
+    pixels[1, 2] = value
+    with pytest.raises(BadSampleError, match="row 7: embedded image has values that are NaN or infinite"):
+        load_image(encoded(Image.fromarray(pixels), "TIFF"), source="row 7")
+
+
+def grey_tiff_of_12_bits(value: int) -> dict:
+    """PIL writes no such file: 2 x 2 pixels of 12 bits, each row in 3 bytes, little-endian header."""
+    row = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255])
+    entries = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1)]
+    entries += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 2), (279, 4, 1, 6)]
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return {
+        "path": None,
+        "bytes": b"II*\0" + struct.pack("<I", 14) + 2 * row + struct.pack("<H", len(entries)) + table + b"\0" * 4,
+    }
+
+
+@pytest.mark.parametrize("value, expected", [(4095, 255), (2056, 128), (0, 0)])
+def test_12_bit_greys_are_scaled(value, expected):
+    """As 16-bit greys they would have at most 16 of 255."""
+    assert load_image(grey_tiff_of_12_bits(value)).getpixel((1, 1)) == (expected,) * 3
 
 
 def test_16_bit_png_and_cmyk_jpeg_files():

@@ -10,28 +10,24 @@ Hugging Face Spaces runs a file of this name; there JNANA_MODEL names the model.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import logging
 import os
-import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from jnana.chat.api import Api, find_api_key
 from jnana.chat.assistant import Assistant
+from jnana.chat.connections import limit_connections
 from jnana.chat.interface import EXAMPLES, build_interface, launch_options
 from jnana.chat.limits import Limits, check_decoder
-from jnana.modeling import available_device
+from jnana.chat.startup import DEMO, add_options, find_host_names, load_assistant, read_limits
 from jnana.processing.speech import Transcriber
-from jnana.training.loading import load_model
 
 
 try:
@@ -40,7 +36,6 @@ except ImportError:  # Windows: upload directories of killed apps are not delete
     fcntl = None  # type: ignore[assignment]
 
 
-DEMO = Path("outputs/chess_demo/sft/merged")
 NO_SPEECH = (
     "Spoken questions are disabled, because no speech recogniser is set up. The operator of this app can enable them "
     "with --speech_model small."
@@ -52,14 +47,6 @@ logger = logging.getLogger("app")
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help=f"default: JNANA_MODEL, else {DEMO}")
-    parser.add_argument("--name", help="the model's name on the page; default: the last part of its path")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: an available accelerator, else cpu")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16; default: the checkpoint's")
-    parser.add_argument(
-        "--quantization",
-        choices=["none", "nf4", "int8"],
-        help="of the language model; default: as in training for an adapter's base, else as saved",
-    )
     parser.add_argument(
         "--speech_model", help="WhisperX model: small, large-v3-turbo, a directory ...; 'none' disables speech"
     )
@@ -67,41 +54,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", help="default: GRADIO_SERVER_NAME, else 127.0.0.1 (this machine only)")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, else 7860 or the next free one")
     parser.add_argument(
-        "--host_names",
-        help="names under which the page may be opened, separated by commas, besides localhost, addresses in numbers, "
-        "this machine's name, the name given as --host and that of a Space; default: JNANA_HOST_NAMES",
+        "--api", action="store_true", help="also answer OpenAI clients under /v1, with the key of --api_key"
     )
     parser.add_argument("--login", help="name:password; JNANA_LOGIN is safer, because process lists show options")
-    for limit in dataclasses.fields(Limits):
-        text = f"limit; default: {limit.default}"
-        parser.add_argument(f"--{limit.name}", type=limit.type, default=limit.default, help=text)
+    add_options(parser)
     return parser.parse_args(argv)
-
-
-def find_model(given: str | None) -> str:
-    """The model of the option, else of the environment variable, else the demo's checkpoint."""
-    name = given or os.environ.get("JNANA_MODEL")
-    if name:
-        return name
-    if not DEMO.is_dir():
-        raise SystemExit(
-            "No model is given, and there is no checkpoint of the demo. Run `make demo` first, or give a model: "
-            "--model_name_or_path DIRECTORY_OR_HUB_ID, or JNANA_MODEL."
-        )
-    return str(DEMO)
-
-
-def find_host_names(host: str | None, given: str | None) -> set[str]:
-    """The names in a request's Host header that are answered."""
-    given = os.environ.get("JNANA_HOST_NAMES", "") if given is None else given
-    chosen = {name.strip() for name in given.split(",") if name.strip()}
-    for name in chosen:
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise SystemExit(
-                f"--host_names has {name!r}; give names alone, without http:// and port: chat.example.org"
-            )
-    others = {host or os.environ.get("GRADIO_SERVER_NAME", ""), os.environ.get("SPACE_HOST", ""), socket.gethostname()}
-    return chosen | (others - {""})
 
 
 def find_login(given: str | None) -> tuple[str, str] | None:
@@ -122,29 +79,18 @@ def find_speech(model: str | None, limits: Limits) -> Transcriber | None:
     return Transcriber(model, max_seconds=limits.audio_seconds)
 
 
-def load_assistant(arguments: argparse.Namespace) -> Assistant:
+def load(arguments: argparse.Namespace) -> Assistant:
     try:  # checks come before the model is loaded
-        limits = Limits(**{name: getattr(arguments, name) for name in vars(Limits())})
+        limits = read_limits(arguments)
         transcriber = find_speech(arguments.speech_model, limits)
     except ValueError as error:
         raise SystemExit(f"{error}") from None
     if not arguments.examples_folder.is_dir():
         raise SystemExit(f"--examples_folder {arguments.examples_folder} is not a directory.")
-    path = find_model(arguments.model_name_or_path)
-    device = arguments.device or str(available_device())
-    try:
-        # loaded straight onto its device, because a quantised model cannot be moved afterwards
-        model, processor = load_model(
-            path, dtype=arguments.dtype, quantization=arguments.quantization, device_map={"": torch.device(device)}
-        )
-    except (ImportError, OSError, ValueError) as error:  # ImportError: bitsandbytes is not installed
-        raise SystemExit(f"The model can't be loaded: {error}") from None
-    name = arguments.name or Path(path.rstrip("/")).name
-    if name == "merged":  # run_sft's merged model: the names of the run are more informative
-        name = "/".join(Path(path).resolve().parts[-3:-1])
+    assistant = load_assistant(arguments, limits, transcriber=transcriber, speech_note=NO_SPEECH)
     if transcriber is not None:
         transcriber.start()
-    return Assistant(model, processor, name, limits, transcriber, NO_SPEECH)
+    return assistant
 
 
 def main(argv: list[str]) -> None:
@@ -157,13 +103,19 @@ def main(argv: list[str]) -> None:
         check_decoder()
     except RuntimeError as error:
         raise SystemExit(f"The app can't start: {error}") from None
-    assistant = load_assistant(arguments)
+    api_key = find_api_key(arguments.api_key)
+    if arguments.api and login and not api_key:
+        raise SystemExit("The page has a login, and the API would answer anybody. Give a key too: JNANA_API_KEY.")
+    assistant = load(arguments)
     logger.info(assistant.describe())
     handle_signals()
+    limit_connections()
     with upload_directory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:
-            options: dict[str, Any] = launch_options(assistant, uploads, host_names)
+            options: dict[str, Any] = launch_options(
+                assistant, uploads, host_names, Api(assistant, api_key) if arguments.api else None
+            )
             build_interface(assistant, arguments.examples_folder).launch(
                 server_name=arguments.host, server_port=arguments.port, auth=login, **options
             )

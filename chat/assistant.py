@@ -8,7 +8,7 @@ to one chat is in a `Chat`, and a handler checks at its end whether its chat has
 import logging
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .session import ChatSession, PreparedImage
 
 
 logger = logging.getLogger(__name__)
+TABS = 10  # as a multiple of `visitors`: browser tabs whose visitors are remembered after they were deleted
 THUMBNAIL_SIDE = 512  # pixels, of the copy that the page shows
 # Kinds of `TranscriptionError` whose message is shown to visitors; others may contain paths of this machine
 VISITOR_ERRORS = ("audio", "too_long", "timeout")
@@ -108,10 +109,14 @@ class Visitor:
     Args:
         model (`nn.Module`): As [`ChatSession`] takes it.
         processor (`JnanaProcessor`): Its processor.
+
+    Attributes:
+        token (`object`): Tells a visitor from the one that replaces it, without keeping its chat in memory.
     """
 
     def __init__(self, model: nn.Module, processor: JnanaProcessor):
         self.model, self.processor = model, processor
+        self.token = object()
         self.chat = Chat(ChatSession(model, processor))
 
     def __deepcopy__(self, memo: dict) -> "Visitor":
@@ -121,6 +126,31 @@ class Visitor:
         """Start a new chat; returns the old one (`Chat`)."""
         old, self.chat = self.chat, Chat(ChatSession(self.model, self.processor))
         return old
+
+
+class Turns:
+    """A lock that goes to those who wait for it in the order of their arrival. Any thread may release it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return
+            mine = threading.Event()
+            self._waiting.append(mine)
+        mine.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()  # it stays taken
+            else:
+                self._taken = False
 
 
 class Assistant:
@@ -134,6 +164,9 @@ class Assistant:
         limits (`Limits`, *optional*): Limits on requests.
         transcriber (`Any`, *optional*): A [`jnana.Transcriber`]; without one, spoken questions are disabled.
         speech_note (`str`, *optional*): Note for visitors if spoken questions are disabled.
+
+    Attributes:
+        turn (`Turns`): Held while an answer is generated; the page and the API wait for it in order.
     """
 
     def __init__(
@@ -149,12 +182,35 @@ class Assistant:
         self.limits = limits or Limits()
         self.transcriber = transcriber
         self.speech_note = speech_note
+        self.turn = Turns()
         self._recent: OrderedDict[int, ChatSession] = OrderedDict()
         self._recent_lock = threading.Lock()
+        self._tabs: OrderedDict[str, object] = OrderedDict()  # the token of each tab's visitor
 
     def new_visitor(self) -> Visitor:
         """A new visitor, with an empty chat."""
         return Visitor(self.model, self.processor)
+
+    def has_lost_chat(self, tab: str, visitor: Visitor) -> bool:
+        """
+        Whether a browser tab had a chat that Gradio has deleted. The tab's visitor is then the new one.
+
+        Args:
+            tab (`str`): Gradio's name of the tab.
+            visitor (`Visitor`): Its visitor now.
+        """
+        with self._recent_lock:
+            before = self._tabs.pop(tab, visitor.token)
+            self._tabs[tab] = visitor.token
+            while len(self._tabs) > TABS * self.limits.visitors:
+                self._tabs.popitem(last=False)
+        return before is not visitor.token
+
+    def forget_tab(self, visitor: Visitor) -> None:
+        """Call when a visitor's page is emptied; there is nothing more to lose."""
+        with self._recent_lock:
+            for tab in [tab for tab, token in self._tabs.items() if token is visitor.token]:
+                del self._tabs[tab]
 
     def close_chat(self, visitor: Visitor) -> None:
         """Close a visitor's chat: stop its answer and free its cache. The visitor gets a new chat."""
@@ -237,6 +293,11 @@ class Assistant:
                 old.forget_cache()
             except RuntimeError:  # its answer is being written; `keep_recent` is called again after it
                 continue
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, Python, or PyTorch on a CPU (which raises a plain `RuntimeError`) has run out of memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def keep_file(thumbnail: Image) -> str:

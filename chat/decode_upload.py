@@ -26,13 +26,16 @@ except ImportError:  # Windows: only the time limit of the caller applies
 
 
 # Without TIFF: the fax decoders of libtiff have crashed on crafted files.
-UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIC")
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 MEMORY = 2 * 1024**3  # bytes of address space
 CPU_SECONDS = 20
 DESCRIPTORS = 16
 # The largest sides of a JPEG that is scaled down while it is decoded, as a multiple of those that `max_pixels` allows.
 JPEG_REDUCTION = 4
+# Larger images of these formats are scaled down after they are decoded, which takes the memory of the whole image.
+PHOTOGRAPHS = ("HEIF", "AVIF")  # pillow-heif names HEIC so
+PHOTOGRAPH_PIXELS = 2  # as a multiple of `max_pixels`
 BAD_IMAGE = 3
 
 
@@ -42,25 +45,41 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
     Args:
         data (`bytes`): The file.
-        max_pixels (`int`): A larger JPEG is scaled down while it is decoded; other larger images are refused.
+        max_pixels (`int`): A larger JPEG is scaled down while it is decoded, an HEIC or AVIF image of up to twice as
+            many pixels afterwards; other larger images are refused.
 
     Raises:
         ValueError, OSError: If it is too large, or not a complete image of one of the formats.
     """
     Image.MAX_IMAGE_PIXELS = None  # the size is checked below
-    image: Image.Image = Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=known_formats())
     pixels = image.width * image.height
     # MPO: a JPEG with further pictures behind the first, as phones write it
     if pixels > max_pixels and image.format in ("JPEG", "MPO") and pixels <= max_pixels * JPEG_REDUCTION**2:
         scale = (max_pixels / pixels) ** 0.5
         image.draft(None, (int(image.width * scale / 2), int(image.height * scale / 2)))
-    if image.width * image.height > max_pixels:
+    photograph = image.format in PHOTOGRAPHS and pixels <= max_pixels * PHOTOGRAPH_PIXELS
+    if image.width * image.height > max_pixels and not photograph:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
     image.load()
+    if image.width * image.height > max_pixels:
+        scale = (max_pixels / pixels) ** 0.5
+        image = image.resize((int(image.width * scale), int(image.height * scale)))
     image = ImageOps.exif_transpose(image)
     if "transparency" in image.info:  # in any mode; `load_image` puts it on white
         image = image.convert("RGBA")
     return image if image.mode in PNG_MODES else image.convert("RGB")
+
+
+def known_formats() -> list[str]:
+    """The formats that Pillow opens here; HEIC only with the package pillow-heif."""
+    formats = [name for name in UPLOAD_FORMATS if name != "HEIC"]
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return formats
+    register_heif_opener()  # in this process alone
+    return [*formats, "HEIF"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Middleware that lets only the page's own routes through, and limits the size of requests and of all uploads.
+"""Middleware that lets only the routes of page and API through, and limits the size of requests and of all uploads.
 
 Gradio's server has more routes than the page needs: one downloads any web address, one runs ffmpeg on videos, some
 access the Hugging Face Hub. The gate answers them with 404. Gradio limits the size of each uploaded file, but neither
@@ -9,9 +9,11 @@ before it checks the login.
 import asyncio
 import contextlib
 import ipaddress
+import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,14 @@ OPEN = re.compile(
     r"|/gradio_api/(startup-events|login_check|user|app_id|theme\.css)/?"
     r"|/gradio_api/heartbeat/[^/]+|/gradio_api/file=(?!.*://).*"
 )
+API = re.compile(r"/v1/.*|/health")
+API_BODIES = 8  # of the largest size that may be in memory at one time
 ENVELOPE = 65_536  # bytes of a request in addition to its file or its question
 CHARACTER = 12  # largest size in bytes of one character in JSON
 ENTRY = 8_192  # smallest size in bytes of a file or a directory on the disk
+STALL_SECONDS = 20.0  # between two parts of a body
+BODY_SECONDS = 30.0  # for a whole body, in addition to its length at `BYTES_A_SECOND`
+BYTES_A_SECOND = 32_768  # of a slow telephone
 COUNT_HOLDS = 1.0  # seconds between two measurements of the upload directory
 REST = 3_600  # seconds without change after which empty directories and files of aborted uploads are deleted
 
@@ -48,25 +55,31 @@ class Gate:
             numbers. Another name in a request's Host header is that of a foreign site which resolves to this server
             (DNS rebinding).
         question_characters (`int`): Limit of one question, the largest content of any other request.
+        api_megabytes (`float`): Limit of one request of an API client; 0 closes the API's routes.
+        page (`bool`): Whether the page's routes answer.
     """
 
     def __init__(
         self,
         app: Any,
-        folder: Path,
-        upload_megabytes: float,
-        folder_megabytes: float,
+        folder: Path | None = None,
+        upload_megabytes: float = Limits.upload_megabytes,
+        folder_megabytes: float = Limits.all_uploads_megabytes,
         host_names: Collection[str] = (),
         question_characters: int = Limits.question_characters,
+        api_megabytes: float = 0,
+        page: bool = True,
     ):
         self.app, self.folder = app, folder
         self.host_names = {name.lower() for name in host_names}
         self.upload_megabytes, self.folder_megabytes = upload_megabytes, folder_megabytes
         self.other_bytes = question_characters * CHARACTER + ENVELOPE
+        self.api_bytes, self.page = int(api_megabytes * 1e6), page
+        self.api_arriving = 0  # bytes of the API's running requests
         self.counting = asyncio.Lock()
         self.counted_at = float("-inf")
         self.counted = 0  # bytes in the directory at the last measurement, and those accepted since
-        self.arriving = 0  # bytes of running uploads
+        self.arriving: Counter[str | None] = Counter()  # bytes of running uploads, by the client's address
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -76,23 +89,38 @@ class Gate:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
-        upload = path.startswith("/gradio_api/upload") and scope["method"] == "POST"
+        upload = self.page and path.startswith("/gradio_api/upload") and scope["method"] == "POST"
         length = length_of(scope)
         status, problem = self.check_source(path, scope)
         if not problem:
             status, problem = self.check(path, upload, length)
-        if upload and not problem and not await self.has_room(length or 0):
+        address = (scope.get("client") or [None])[0]
+        if upload and not problem and not await self.has_room(length or 0, address):
             status, problem = 503, "There is no room for uploads at the moment. Try again later."
+        api = self.is_api(path)
+        if api and not problem and self.api_arriving + (length or 0) > self.api_bytes * API_BODIES:
+            status, problem = 503, "Too many large requests are being answered. Try again later."
         if problem:
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": problem.encode()})
+            await refuse(send, status, problem, as_json=api)
             return
+        self.api_arriving += api and length or 0
+        body = Body(receive, send, length or 0)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, body.receive, body.send)
+        except Exception:
+            if not body.stalled:
+                raise
         finally:
             if upload:
-                self.arriving -= length or 0
+                self.arriving[address] -= length or 0
+                self.arriving = +self.arriving
+            self.api_arriving -= api and length or 0
+        if body.stalled and not body.answered:
+            await refuse(send, 408, "The request took too long to arrive.", as_json=api)
+
+    def is_api(self, path: str) -> bool:
+        """Whether a path is one of the API, and the API is on."""
+        return self.api_bytes > 0 and API.fullmatch(path) is not None
 
     def check_source(self, path: str, scope: dict[str, Any]) -> tuple[int, str]:
         """
@@ -127,28 +155,93 @@ class Gate:
 
     def check(self, path: str, upload: bool, length: int | None) -> tuple[int, str]:
         """Check the header of a request. Returns status and error message; the message of an allowed one is empty."""
-        if not OPEN.fullmatch(path):
+        api = self.is_api(path)
+        if not (api or (self.page and OPEN.fullmatch(path))):
             return 404, "Not found."
         if length is None:
             return 411, "A request must state its length."
+        if api:
+            if length > self.api_bytes:
+                return 413, f"The request has {length:,} bytes; at most {self.api_bytes:,} are allowed."
+            return 200, ""
         if upload and length > self.upload_megabytes * 1e6 + ENVELOPE:
             return 413, f"The request exceeds the maximum allowed size of {self.upload_megabytes:g} MB."
         if not upload and length > self.other_bytes:
             return 413, f"The request exceeds the maximum allowed size of {self.other_bytes} bytes."
         return 200, ""
 
-    async def has_room(self, length: int) -> bool:
-        """Whether `length` more bytes fit into the upload directory; if so, they are counted as arriving."""
+    async def has_room(self, length: int, address: str | None = None) -> bool:
+        """
+        Whether `length` more bytes fit into the upload directory, and into the half of it that the running uploads of
+        one address may take; if so, they are counted as arriving.
+        """
+        share = max(self.folder_megabytes / 2, self.upload_megabytes) * 1e6
+        if address is not None and self.arriving[address] + length > share:
+            return False
         async with self.counting:  # one measurement at a time, in a thread, because it takes long with many files
             if time.monotonic() - self.counted_at > COUNT_HOLDS:
-                arriving = self.arriving  # partly on the disk already; counted twice rather than missed
+                assert self.folder is not None
+                arriving = self.arriving.total()  # partly on the disk already; counted twice rather than missed
                 self.counted = arriving + await asyncio.to_thread(tidy_size_of, self.folder)
                 self.counted_at = time.monotonic()
             if self.counted + length > self.folder_megabytes * 1e6:
                 return False
             self.counted += length
-            self.arriving += length
+            self.arriving[address] += length
             return True
+
+
+class Body:
+    """
+    A request whose body must arrive in time; of one that does not, the application sees a client that has left.
+
+    Args:
+        receive, send (`Callable`): Those of the request.
+        length (`int`): Of the body, in bytes.
+
+    Attributes:
+        stalled (`bool`): Whether the body did not arrive in time.
+        answered (`bool`): Whether the application has begun to answer.
+    """
+
+    def __init__(self, receive: Any, send: Any, length: int):
+        self._receive, self._send = receive, send
+        self._left = length
+        self._deadline = time.monotonic() + BODY_SECONDS + length / BYTES_A_SECOND
+        self.stalled = self.answered = False
+
+    async def receive(self) -> dict[str, Any]:
+        if self._left <= 0:
+            return await self._receive()
+        try:
+            seconds = min(STALL_SECONDS, self._deadline - time.monotonic())
+            message = await asyncio.wait_for(self._receive(), max(seconds, 0))
+        except TimeoutError:
+            self.stalled = True
+            return {"type": "http.disconnect"}
+        self._left -= len(message.get("body", b""))
+        return message
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if self.stalled and not self.answered:
+            return  # the application's answer to a client that has left; the gate answers
+        self.answered = True
+        await self._send(message)
+
+
+def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def refuse(send: Any, status: int, problem: str, as_json: bool) -> None:
+    """Answer a request with an error, as text or for API clients, and close the connection."""
+    body = json.dumps(error_object(status, problem)) if as_json else problem
+    kind = b"application/json" if as_json else b"text/plain; charset=utf-8"
+    headers = [(b"content-type", kind), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body.encode()})
 
 
 def host_name(address: str) -> str | None:

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from .api import Api
 from .assistant import Assistant
 from .gate import Gate
 from .limits import Refused, check_files
@@ -18,14 +19,70 @@ from .page import Page, for_visitors, in_status_line, with_notice
 
 EXAMPLES = Path(__file__).parent / "examples"
 QUESTIONS = ("What do you see in this picture?", "How many pieces are there?", "Which piece is at the top?")
+UPLOAD_NAME = "Drop an image file here to upload"  # Gradio's name of the button, which its text must be part of
+# Gradio's image takes a pasted file only while its clipboard tab is open, its audio no .webm (to browsers a video)
+SCRIPT = """<script>
+(() => {
+  const inputOf = (id) => document.querySelector(`#${id} input[type=file]`);
+  const put = (input, file) => {
+    const data = new DataTransfer(); data.items.add(file);
+    input.files = data.files; input.dispatchEvent(new Event('change', {bubbles: true}));
+  };
+  const asAudio = (file) => new File([file], file.name, {type: 'audio/webm'});
+  const isFilm = (file) => file.type === 'video/webm';
+  const waiting = [];
+  let begun = 0, seen = false;
+  setInterval(() => {  // Gradio gives these buttons no name
+    for (const button of document.querySelectorAll('#chat .image-container > button:not([aria-label])'))
+      button.setAttribute('aria-label', 'Enlarge the picture');
+  }, 500);
+  setInterval(() => {  // one after the other: an image stands in the input until the server has taken or refused it
+    const input = inputOf('picture'), shown = document.querySelector('#picture img');
+    if (begun && shown) seen = true;
+    else if (begun && (seen || Date.now() - begun > 10000)) begun = 0;  // 10 s: the page itself refused it
+    if (begun || shown || !input || !waiting.length) return;
+    begun = Date.now(); seen = false;
+    put(input, waiting.shift());
+  }, 50);
+  const take = (event, files) => {
+    if (!files || !files.length) return;
+    event.preventDefault(); event.stopPropagation();
+    for (const file of files) {
+      if (isFilm(file) && inputOf('recording')) put(inputOf('recording'), asAudio(file)); else waiting.push(file);
+    }
+  };
+  document.addEventListener('paste', (event) => take(event, event.clipboardData.files), true);
+  document.addEventListener('dragover', (event) => event.preventDefault());
+  document.addEventListener('drop', (event) => {
+    const files = event.dataTransfer.files;
+    if (event.target.closest('#recording') && ![...files].some(isFilm)) return;
+    take(event, files);
+  }, true);
+  document.addEventListener('change', (event) => {
+    const file = event.target.files && event.target.files[0];
+    if (file && isFilm(file) && event.target.closest('#recording')) {
+      event.stopPropagation(); put(event.target, asAudio(file));
+    }
+  }, true);
+  window.addEventListener('beforeunload', (event) => {
+    if (document.querySelector('#chat .message')) event.preventDefault();  // the chat would be lost
+  });
+})();
+</script>"""
 CSS = """
 .gradio-container {width: 100%; max-width: 1180px !important; margin: 0 auto !important}
 #about {opacity: .75; font-size: .85rem}
 #status {font-size: .8rem; opacity: .75; min-height: 1.2rem}
 #waiting .grid-wrap {min-height: 0}
-#waiting .grid-container {grid-template-columns: repeat(4, 1fr); grid-template-rows: auto; margin-top: 1.6rem}
+#waiting .grid-container {grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)); grid-template-rows: auto;
+ margin-top: 1.6rem; height: auto}
+#refused {color: var(--error-text-color)}
+body:not(.dark)
+ :is([data-testid="block-label"], [data-testid="block-info"], #picture .wrap, #picture .or, #examples .label)
+ {color: #3730a3 !important}
 #picture .upload-container .wrap {min-height: 0}
 #chat button[aria-label="Share"] {display: none}
+@media (max-width: 760px) {#talk {order: -1}}
 footer {display: none !important}
 """
 
@@ -90,7 +147,7 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 inputs = _build_inputs(assistant, page)
-            with gr.Column(scale=3, min_width=360):
+            with gr.Column(scale=3, min_width=360, elem_id="talk"):
                 chat = _build_chat(limits.question_characters)
         images = [visitor, inputs.waiting, inputs.drop]
         everything = [*images, chat.messages, chat.question, chat.status]
@@ -107,19 +164,20 @@ def _build_inputs(assistant: Assistant, page: Page) -> SimpleNamespace:
         label="Picture: upload, paste or take one",
         sources=["upload", "webcam", "clipboard"],
         type="filepath",
+        placeholder=UPLOAD_NAME,
         height=220,
         buttons=[],
         elem_id="picture",
     )
     waiting = gr.Gallery(
         label="For the next question",
-        columns=4,
-        height=150,
+        columns=assistant.limits.images,
         object_fit="contain",
         visible=False,
         buttons=[],
         elem_id="waiting",
     )
+    refused = gr.Markdown("", elem_id="refused")
     drop = gr.Button("Remove", size="sm", visible=False, elem_id="drop")
     recording = gr.Audio(
         label="Speak, or upload a recording",
@@ -139,6 +197,7 @@ def _build_inputs(assistant: Assistant, page: Page) -> SimpleNamespace:
     return SimpleNamespace(
         image=pass_file(image),
         waiting=waiting,
+        refused=refused,
         drop=drop,
         recording=pass_file(recording),
         examples=examples,
@@ -181,10 +240,13 @@ def _build_chat(question_characters: int) -> SimpleNamespace:
 def _connect_images(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace, images: list) -> None:
     visitor = images[0]
     if inputs.examples is not None:
-        _on(inputs.examples.click, page.choose_example, [inputs.examples, visitor], [*images, chat.question])
+        chosen = [*images, chat.question, inputs.refused]
+        _on(inputs.examples.click, page.choose_example, [inputs.examples, visitor], chosen, queue=False)
     # `change`, because Gradio's image sends no `input` event when an image is pasted
-    _on(inputs.image.change, page.add_image, [inputs.image, visitor], [*images, inputs.image])
-    _on(inputs.drop.click, page.drop_images, [visitor], images)
+    # Outside the queue, because a queue full of questions would refuse images too
+    added = [*images, inputs.image, inputs.refused]
+    _on(inputs.image.change, page.add_image, [inputs.image, visitor], added, queue=False)
+    _on(inputs.drop.click, page.drop_images, [visitor], [*images, inputs.refused], queue=False)
 
 
 def _connect_voice(page: Page, inputs: SimpleNamespace, chat: SimpleNamespace) -> None:
@@ -239,7 +301,9 @@ def _on(
     return event(guarded, inputs, outputs, show_progress="hidden", api_visibility="private", **options)
 
 
-def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[str] = ()) -> dict[str, Any]:
+def launch_options(
+    assistant: Assistant, uploads: Path, host_names: Collection[str] = (), api: Api | None = None
+) -> dict[str, Any]:
     """
     Options of `Blocks.launch`: no tracebacks and no API documentation for visitors, no fonts from other servers, only
     the page's own routes, and no chat history in the browser.
@@ -249,6 +313,7 @@ def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[s
         uploads (`Path`): Gradio's upload directory.
         host_names (`Collection[str]`, *optional*): Names under which the page may be opened, besides `localhost` and
             addresses in numbers.
+        api (`Api`, *optional*): Answers OpenAI clients beside the page.
     """
     limits = assistant.limits
     gate = Middleware(
@@ -258,12 +323,13 @@ def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[s
         upload_megabytes=limits.upload_megabytes,
         host_names=host_names,
         folder_megabytes=limits.all_uploads_megabytes,
+        api_megabytes=api.body_megabytes if api else 0,
     )
     return {
         "show_error": False,
         "max_file_size": int(limits.upload_megabytes * 1e6),
         "state_session_capacity": limits.visitors,
-        "app_kwargs": {"middleware": [gate], "openapi_url": None},
+        "app_kwargs": {"middleware": [gate], "openapi_url": None, "routes": api.routes if api else None},
         "run_history": False,
         "footer_links": [],
         "share": False,
@@ -271,7 +337,13 @@ def launch_options(assistant: Assistant, uploads: Path, host_names: Collection[s
         "ssr_mode": False,
         "_frontend": False,  # no start-up request to the page, whose limit of 3 s is too short on a busy machine
         "css": CSS,
-        "theme": gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        "head": SCRIPT,
+        "theme": gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+            button_primary_background_fill="*primary_700",  # enough contrast with its text
+            button_primary_background_fill_dark="*primary_700",
+            button_primary_background_fill_hover="*primary_800",
+            button_primary_background_fill_hover_dark="*primary_800",
+        ),
     }
 
 

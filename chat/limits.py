@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from . import decode_upload
 logger = logging.getLogger(__name__)
 
 DECODE_SECONDS = 30  # of the process that decodes an upload, its start included
+DECODERS = threading.BoundedSemaphore(4)  # processes at one time; each may take `decode_upload.MEMORY`
 NO_UPLOAD = "That file was not uploaded here. Upload it again."
 
 
@@ -96,7 +98,12 @@ def read_image(path: str | Path, limits: Limits) -> Image:
     Raises:
         Refused: if it is not an image, is truncated, or is too large.
     """
-    data, pixels = read_upload(path, limits), int(limits.image_megapixels * 1e6)
+    return decode_image(read_upload(path, limits), limits)
+
+
+def decode_image(data: bytes, limits: Limits) -> Image:
+    """As [`read_image`], of the bytes of a file."""
+    pixels = int(limits.image_megapixels * 1e6)
     try:
         return load_image({"path": None, "bytes": _decode(data, pixels)}, source="upload", max_image_pixels=pixels)
     except (BadSampleError, ValueError, subprocess.TimeoutExpired) as error:
@@ -133,7 +140,8 @@ def _decode(data: bytes, max_pixels: int) -> bytes:
     """
     command = [sys.executable, "-I", decode_upload.__file__, str(max_pixels), str(Path(PIL.__file__).parents[1])]
     environment = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS, env=environment)
+    with DECODERS:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_SECONDS, env=environment)
     if done.returncode == 0:
         return done.stdout
     reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
-import torch
 
-from .assistant import Assistant, Chat, QueuedQuestion, Visitor
+from .assistant import Assistant, Chat, QueuedQuestion, Visitor, is_out_of_memory
 from .limits import Refused, check_question
 from .session import ContextFullError
 
@@ -26,6 +25,10 @@ logger = logging.getLogger(__name__)
 GENERAL_ERROR = "Something went wrong on the server, and was logged. Try again, or clear the chat."
 STILL_ANSWERING = "Your last question is still being answered. Wait for the answer, or stop it."
 STILL_RECEIVING = "Your picture is still being uploaded. Send again in a moment."
+CHAT_LOST = (
+    "This chat was closed after a long time without a question, or because many others have come. Its pictures are "
+    "gone: send them again with the question."
+)
 WAITING = "waiting for the model ..."
 
 
@@ -111,23 +114,26 @@ class Page:
         self.assistant = assistant
         self.examples = examples
 
-    def add_image(self, path: str | None, visitor: Visitor):
+    def add_image(self, path: str | None, visitor: Visitor, request: gr.Request | None = None):
         """Add an uploaded image to the waiting ones, and empty the input for the next image."""
-        if path is None:  # the input was emptied
-            return *((gr.skip(),) * 3), None
+        if path is None:  # the input was emptied; another `None` would end an upload that has begun since
+            return (gr.skip(),) * 5
+        refusal = ""
         try:
+            self._check_lost(visitor, request)
             self.assistant.receive(visitor.chat, path)
-        except Refused as error:
-            gr.Warning(str(error), title="Not possible")
-        return *self._waiting_images(visitor), None
+        except Exception as error:
+            refusal = line_for_visitor(self.add_image, error)
+        return *self._waiting_images(visitor), None, refusal
 
     def drop_images(self, visitor: Visitor):
         chat = visitor.chat
         with chat.lock:
             chat.waiting = []
-        return self._waiting_images(visitor)
+        return *self._waiting_images(visitor), ""
 
-    def choose_example(self, index: int, visitor: Visitor):
+    def choose_example(self, index: int, visitor: Visitor, request: gr.Request | None = None):
+        self._check_lost(visitor, request)
         path, question = self.examples[int(index)]
         chat = visitor.chat
         with chat.lock:
@@ -138,7 +144,7 @@ class Page:
             with chat.lock:
                 chat.waiting = [*before, *chat.waiting]
             raise
-        return *self._waiting_images(visitor), question
+        return *self._waiting_images(visitor), question, ""
 
     def notice(self, path: str | None) -> str:
         """The status line while a recording is transcribed."""
@@ -156,8 +162,9 @@ class Page:
         """Append a transcript to the question box, where the visitor can correct it; and an empty status line."""
         return (f"{question} {transcript}".strip() if transcript else question), ""
 
-    def take(self, question: str, visitor: Visitor):
+    def take(self, question: str, visitor: Visitor, request: gr.Request | None = None):
         """Queue the question with the waiting images."""
+        self._check_lost(visitor, request)
         chat, question = visitor.chat, check_question(question, self.assistant.limits)
         with chat.lock:
             chat.notice = ""
@@ -172,8 +179,9 @@ class Page:
             chat.waiting = []
         return self._view(visitor, "", WAITING)
 
-    def take_again(self, visitor: Visitor):
+    def take_again(self, visitor: Visitor, request: gr.Request | None = None):
         """Queue the last question again."""
+        self._check_lost(visitor, request)
         chat = visitor.chat
         with chat.lock:
             chat.notice = ""
@@ -193,7 +201,8 @@ class Page:
             if answer is None:  # the question was withdrawn, or the chat was cleared
                 yield self._unchanged()
                 return
-            yield from self._write(visitor, chat, answer)
+            with self.assistant.turn:  # page and API take turns
+                yield from self._write(visitor, chat, answer)
             view = self._summary(visitor, chat)
         except Exception as error:  # the session has restored its state; restore the page too
             problem, view = error, self._restore(visitor, chat, chat.answering)
@@ -219,6 +228,7 @@ class Page:
 
     def clear(self, visitor: Visitor):
         self.assistant.close_chat(visitor)
+        self.assistant.forget_tab(visitor)
         return self._view(visitor, "", "")
 
     def show_notice(self, visitor: Visitor):
@@ -239,6 +249,17 @@ class Page:
             return self._unchanged() if queued is None else self._restore(visitor, chat, queued)
 
     # ------------------------------------------------------------------ helpers
+
+    def _check_lost(self, visitor: Visitor, request: gr.Request | None) -> None:
+        """
+        Refuse once, so that the page is emptied, if the tab had another visitor before: Gradio has deleted that one.
+
+        Raises:
+            Refused: with the reason.
+        """
+        tab = None if request is None else request.session_hash
+        if tab is not None and self.assistant.has_lost_chat(tab, visitor):
+            raise Refused(CHAT_LOST)
 
     def _begin(self, chat: Chat, temperature: float, new_tokens: int) -> Iterator[str] | None:
         """Start answering the queued question, under the lock that Stop takes too; `None` if none is queued."""
@@ -326,11 +347,6 @@ class Page:
         """The visitor, the gallery of waiting images, and the button that removes them."""
         files = [image.thumbnail for image in visitor.chat.waiting]
         return visitor, gr.update(value=files, visible=bool(files)), gr.update(visible=bool(files))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, Python, or PyTorch on a CPU (which raises a plain `RuntimeError`) has run out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def as_plain_text(transcript: list[dict]) -> list[dict]:

@@ -6,6 +6,7 @@ neither the vision tower nor the image's tokens in the language model. The prefi
 image tokens the image's digest too; the session does not assume that a chat template only appends.
 """
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -115,6 +116,7 @@ class ChatSession:
             temperature (`float`, *optional*, defaults to 0): Sampling temperature; 0 decodes greedily.
             top_p (`float`, *optional*, defaults to 1): Sample from the smallest set of likeliest tokens whose
                 probabilities add up to this value.
+            seed (`int`, *optional*): Of the sampling, which then leaves PyTorch's global generators as they were.
 
         Returns:
             `Iterator[str]`: The answer so far, once for each token. Closing the iterator stops the answer; the text
@@ -160,6 +162,39 @@ class ChatSession:
             raise ValueError("nothing has been asked yet; call ask first")
         return self._answer(self.messages[:-1], self._images, time.perf_counter(), **options)
 
+    def answer(self, messages: list[dict], images: Sequence[PreparedImage] = (), **options: Any) -> Iterator[str]:
+        """
+        Answer a whole chat, which replaces the session's own. The cache is used as far as both begin alike.
+
+        Args:
+            messages (`list[dict]`): The chat as chat templates take it, up to the last question; image parts hold no
+                image.
+            images (`Sequence[PreparedImage]`, *optional*): Its images, in reading order.
+
+        The options, the returned iterator and the errors are those of [`~ChatSession.ask`].
+        """
+        return self._answer(messages, list(images), time.perf_counter(), **options)
+
+    def encode(self, messages: list[dict], images: Sequence[PreparedImage] = ()) -> list[int]:
+        """
+        The token ids (`list[int]`) of a chat up to its next answer, image tokens included.
+
+        Raises:
+            ContextFullError: if the model's context leaves no room for an answer.
+        """
+        ids = self.processor.encode_chat(messages, image_sizes=[image.size for image in images])
+        limit = self._context
+        if len(ids) >= limit:
+            raise ContextFullError(
+                f"the chat has {len(ids):,} tokens, and the model reads at most {limit:,}. Clear the chat and ask "
+                "again, with fewer images or a shorter question"
+            )
+        return ids
+
+    def count_cached(self, ids: list[int], images: Sequence[PreparedImage] = ()) -> int:
+        """How many of a chat's first tokens (`int`) have their keys and values in the cache."""
+        return self._common_length(self._keys(ids, list(images)))
+
     def stop(self) -> None:
         """Stop the current answer after its next token. May be called from any thread."""
         self._stop.set()
@@ -201,6 +236,7 @@ class ChatSession:
         max_new_tokens: int = 200,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        seed: int | None = None,
     ) -> Iterator[str]:
         """Check the arguments, then return the generator, so that errors are raised before the first token."""
         if max_new_tokens < 1:
@@ -212,17 +248,11 @@ class ChatSession:
         if self.busy:
             raise RuntimeError(BUSY)
         stop = self._stop = threading.Event()
-        ids = self.processor.encode_chat(chat, image_sizes=[image.size for image in images])
-        limit = self.model.config.text_config.max_position_embeddings
-        if len(ids) >= limit:
-            raise ContextFullError(
-                f"the chat has {len(ids):,} tokens, and the model reads at most {limit:,}. Clear the chat and ask "
-                "again, with fewer images or a shorter question"
-            )
+        ids = self.encode(chat, images)
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
-            sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-        room = min(max_new_tokens, limit - len(ids))
+            sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0, "seed": seed}
+        room = min(max_new_tokens, self._context - len(ids))
         turn = Turn(prompt_tokens=len(ids), cached_tokens=0)
         return self._write(chat, images, ids, started, room, room < max_new_tokens, sampling, turn, stop)
 
@@ -290,7 +320,7 @@ class ChatSession:
     ) -> None:
         """Runs in a separate thread, so that tokens can be read while the model generates."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), seeded(options.pop("seed", None), self.model.device):
                 stream.output = self.model.generate(
                     **inputs,
                     **options,
@@ -366,6 +396,10 @@ class ChatSession:
 
     # ------------------------------------------------------------------ helpers
 
+    @property
+    def _context(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
     def _forget(self) -> None:
         self._cache, self._cached_keys = None, []
 
@@ -378,6 +412,17 @@ def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = model.generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seeds PyTorch's global generators and restores them afterwards; `None` leaves them alone."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 class Exclusive:

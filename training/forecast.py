@@ -421,7 +421,7 @@ def traceable(batch: dict[str, Any], config: JnanaConfig, stored_features: bool)
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What the run itself will log about parameters and learning rates is not logged within the block."""
-    loggers = [logging.getLogger(f"jnana.training.{name}") for name in ("stages", "optimizers")]
+    loggers = [logging.getLogger(f"jnana.training.{name}") for name in ("attention", "stages", "optimizers")]
     before = [one.disabled for one in loggers]
     for one in loggers:
         one.disabled = True

@@ -2,7 +2,7 @@
 
 Image files are untrusted. The size is read from the header before pixels are decoded, so a decompression bomb is
 rejected at once; only raster formats are opened; URLs are not downloaded. HEIC is read from named files only: the
-decoder, libheif, never gets uploads to the chat page, which have no name.
+decoder, libheif, gets uploads to the chat page, which have no name, in a process of their own only.
 """
 
 import base64

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("gradio", reason="the app extra (gradio) is not installed")
 
 from jnana import app  # noqa: E402
+from jnana.chat import startup  # noqa: E402
 from jnana.chat.limits import Limits  # noqa: E402
 
 
@@ -22,28 +23,28 @@ def test_the_model_is_the_flags_the_environments_or_the_demos(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JNANA_MODEL", raising=False)
     with pytest.raises(SystemExit, match="make demo"):
-        app.find_model(None)
-    (tmp_path / app.DEMO).mkdir(parents=True)
-    assert app.find_model(None) == str(app.DEMO)
+        startup.find_model(None)
+    (tmp_path / startup.DEMO).mkdir(parents=True)
+    assert startup.find_model(None) == str(startup.DEMO)
     monkeypatch.setenv("JNANA_MODEL", "someone/model")
-    assert app.find_model(None) == "someone/model"
-    assert app.find_model("mine") == "mine"
+    assert startup.find_model(None) == "someone/model"
+    assert startup.find_model("mine") == "mine"
     with pytest.raises(SystemExit, match="can't be loaded"):
-        app.load_assistant(app.parse_arguments(["--model_name_or_path", str(tmp_path)]))
+        app.load(app.parse_arguments(["--model_name_or_path", str(tmp_path)]))
 
 
 def test_host_names_are_the_flags_the_environments_and_this_machines(monkeypatch):
     for name in ("GRADIO_SERVER_NAME", "SPACE_HOST", "JNANA_HOST_NAMES"):
         monkeypatch.delenv(name, raising=False)
     own = {socket.gethostname()}
-    assert app.find_host_names(None, None) == own
-    assert app.find_host_names("box", " a.example ,b ") == own | {"box", "a.example", "b"}
+    assert startup.find_host_names(None, None) == own
+    assert startup.find_host_names("box", " a.example ,b ") == own | {"box", "a.example", "b"}
     monkeypatch.setenv("SPACE_HOST", "me-chess.hf.space")
     monkeypatch.setenv("JNANA_HOST_NAMES", "chess.example.org")
-    assert app.find_host_names(None, None) == own | {"me-chess.hf.space", "chess.example.org"}
+    assert startup.find_host_names(None, None) == own | {"me-chess.hf.space", "chess.example.org"}
     for wrong in ("http://a.example", "a.example:8443", "a b"):
         with pytest.raises(SystemExit, match="without http:// and port"):
-            app.find_host_names(None, wrong)
+            startup.find_host_names(None, wrong)
 
 
 def test_a_login_has_a_name_and_a_password(monkeypatch):
@@ -92,25 +93,25 @@ def test_the_bits_of_the_language_model_reach_the_loader(monkeypatch):
         taken.update(options)
         raise ImportError("quantization is 'nf4', which needs bitsandbytes")
 
-    monkeypatch.setattr(app, "load_model", load)
+    monkeypatch.setattr(startup, "load_model", load)
     given = ["--model_name_or_path", "mine", "--device", "cpu"]
     with pytest.raises(SystemExit, match="can't be loaded: quantization is 'nf4', which needs bitsandbytes"):
-        app.load_assistant(app.parse_arguments([*given, "--quantization", "nf4"]))
+        app.load(app.parse_arguments([*given, "--quantization", "nf4"]))
     assert (taken["quantization"], taken["device_map"]) == ("nf4", {"": torch.device("cpu")})
     with pytest.raises(SystemExit, match="can't be loaded"):
-        app.load_assistant(app.parse_arguments(given))
+        app.load(app.parse_arguments(given))
     assert taken["quantization"] is None  # as the checkpoint says
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(app, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(startup, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for given, words in (
         (["--queue_length", "0"], "queue_length is 0"),
         (["--speech_model", str(tmp_path)], "lacks model.bin"),
         (["--examples_folder", str(tmp_path / "none")], "is not a directory"),
     ):
         with pytest.raises(SystemExit, match=words):
-            app.load_assistant(app.parse_arguments(["--model_name_or_path", "mine", *given]))
+            app.load(app.parse_arguments(["--model_name_or_path", "mine", *given]))
 
 
 def test_uploads_go_with_the_app_and_those_of_a_killed_one_with_the_next(tmp_path, monkeypatch):
@@ -163,7 +164,9 @@ def test_the_spaces_files_in_the_docs_are_of_this_version():
     front, requirements = re.findall(r"```(?:yaml)?\n([^`]*)```", spaces)
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
-    needed = [setup["options"]["install_requires"], setup["options.extras_require"]["train"]]
+    extras = setup["options.extras_require"]
+    needed = [setup["options"]["install_requires"], extras["train"], extras["photos"]]
     assert requirements.split() == [line for block in needed for line in block.split()]
+    assert extras["photos"].strip() in extras["app"]
     pinned = re.search(r"^gradio==(\S+)", (root / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None and f"sdk_version: {pinned[1]}\n" in front and "app_file: app.py\n" in front

@@ -98,6 +98,14 @@ def toast(tab, name: str) -> str:
     return text
 
 
+def refusal(tab, name: str) -> str:
+    """The text beside the images about a file that was refused; a screenshot is saved."""
+    sync_api.expect(tab.locator("#picture img")).to_have_count(0)  # the server has answered
+    sync_api.expect(tab.locator("#refused")).to_contain_text(re.compile("[a-z]{3}"))  # not Gradio's timer alone
+    screenshot(tab, name)
+    return tab.inner_text("#refused")
+
+
 def chats(chess: Path) -> list[tuple[Path, list[str]]]:
     """Each image file, with question, answer, question, answer."""
     records = json.loads((chess / "chats.json").read_text())
@@ -127,8 +135,8 @@ def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, running, tm
     assert (tmp_path / "large.png").stat().st_size > 2e6
     for name in ("text", "bomb", "large"):
         show(tab, tmp_path / f"{name}.png")
-        said = toast(tab, f"hostile_{name}")
         # The page itself refuses large files; tests/chat/test_gate.py has the server's refusal
+        said = toast(tab, "hostile_large") if name == "large" else refusal(tab, f"hostile_{name}")
         assert ("maximum allowed size" if name == "large" else "can't be used as a picture") in said
         assert str(tmp_path) not in said and "Traceback" not in said and "/tmp" not in said
         tab.reload()
@@ -149,7 +157,8 @@ def test_the_second_image_of_a_tab_is_checked_as_the_first(tab, chess, running, 
     bomb(tmp_path / "bomb.png", 13_000, 13_700)
     for name in ("fax.tiff", "bomb.png"):
         show(tab, tmp_path / name)
-        assert "can't be used as a picture" in toast(tab, f"second_{name}")
+        tab.wait_for_selector("#picture img", state="attached")
+        assert "can't be used as a picture" in refusal(tab, f"second_{name}")
         sync_api.expect(files).to_have_count(1)
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "transparent.png")
     show(tab, tmp_path / "transparent.png")
@@ -312,3 +321,86 @@ def test_a_chat_cleared_while_it_is_answered_stays_cleared(tab, running, chess):
     ask(tab, "why?")  # one answer is written at a time: the old one is over
     sync_api.expect(tab.locator("#chat .user.message")).to_have_text(["why?"])
     assert tab.locator("#chat .bot.message").count() == 1
+
+
+PASTE = """([data, names, kind]) => {
+    const transfer = new DataTransfer();
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    for (const name of names) transfer.items.add(new File([bytes], name, {type: "image/png"}));
+    const event = kind === "paste"
+        ? new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true, cancelable: true})
+        : new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
+    document.querySelector(kind === "paste" ? "#question textarea" : "#chat").dispatchEvent(event);
+}"""
+
+
+def bring(tab, file: Path, kind: str, number: int = 1) -> None:
+    """Paste a file into the question box, or drop it (several times) onto the chat."""
+    data = base64.b64encode(file.read_bytes()).decode()
+    tab.evaluate(PASTE, [data, [f"{index}.png" for index in range(number)], kind])
+
+
+def test_images_are_pasted_and_dropped_anywhere_and_all_are_shown(tab, chess, tmp_path):
+    file, turns = chats(chess)[0]
+    images = tab.locator("#waiting .thumbnail-item")
+    tab.focus("#question textarea")
+    bring(tab, file, "paste")
+    sync_api.expect(images).to_have_count(1)
+    assert ask(tab, turns[0]) == turns[1]
+    bring(tab, file, "drop", number=5)  # six with the first one
+    sync_api.expect(images).to_have_count(5)
+    gallery = tab.locator("#waiting").bounding_box()
+    for index in range(5):
+        box = images.nth(index).bounding_box()
+        assert box["height"] > 30 and box["y"] + box["height"] <= gallery["y"] + gallery["height"] + 1, index
+    screenshot(tab, "waiting_images")
+    bring(tab, file, "drop")
+    assert "at most 6 pictures" in refusal(tab, "seventh_image")
+    left = []
+    tab.on("dialog", lambda dialog: (left.append(dialog.type), dialog.accept()))
+    tab.reload()
+    assert left == ["beforeunload"]  # a reload says that the chat would be lost
+    tab.wait_for_selector("#question textarea")
+    Image.new("RGB", (8064, 6048), "red").save(tmp_path / "phone.jpg")  # 48 megapixels
+    show(tab, tmp_path / "phone.jpg")
+    sync_api.expect(images).to_have_count(1)
+
+
+def test_a_webm_recording_is_taken(tab, running, chess, tmp_path):
+    """Browsers call its type a video. The speech worker then hears, or refuses, what is in it."""
+    if running.deaf:
+        pytest.skip(running.deaf)
+    (tmp_path / "said.webm").write_bytes(b"\x1a\x45\xdf\xa3 not really a recording")
+    hand_over(tab, tmp_path / "said.webm")
+    assert "OGG and WebM can be read" in toast(tab, "webm")  # said by the worker, which it reached
+
+
+AXE = Path(os.environ.get("JNANA_AXE", Path(__file__).parents[2] / ".axe/node_modules/axe-core/axe.min.js"))
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed: npm install --prefix .axe axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser, running, chess, scheme):
+    """An empty page, and one with a conversation and a waiting image, at the widths of a desktop and a phone."""
+    file, turns = chats(chess)[0]
+    for width, height in ((1180, 940), (390, 844)):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.set_default_timeout(TIMEOUT)
+        page.goto(running.address)
+        page.wait_for_selector("#question textarea")
+        chat, image = (page.locator(name).bounding_box() for name in ("#chat", "#picture"))
+        assert chat["y"] < image["y"] if width < 400 else chat["x"] > image["x"]  # on a phone the chat comes first
+        page.evaluate(AXE.read_text())
+        violations = page.evaluate("axe.run()")["violations"]
+        bring(page, file, "paste")
+        page.wait_for_selector("#waiting img")
+        assert ask(page, turns[0]) == turns[1]
+        bring(page, file, "paste")
+        page.wait_for_selector("#waiting img")
+        screenshot(page, f"page_{'phone' if width < 400 else 'desktop'}_{scheme}")
+        violations += page.evaluate("axe.run()")["violations"]
+        found = [(v["id"], v["impact"], [node["html"][:200] for node in v["nodes"]]) for v in violations]
+        assert found == [], (width, scheme)
+        page.evaluate("document.body.append(Object.assign(document.createElement('button'), {id: 'nameless'}))")
+        assert "button-name" in [v["id"] for v in page.evaluate("axe.run()")["violations"]]  # the control
+        page.close()

@@ -62,9 +62,7 @@ def test_each_session_has_one_visitor_from_the_start(assistant):  # noqa: F811
     assert other is not first and other.chat is not first.chat and other.chat.session is not first.chat.session
     state = next(block for block in blocks.blocks.values() if isinstance(block, gradio.State) and block.value)
     assert state.value is not first and state.delete_callback == assistant.close_chat
-    asyncio.run(
-        blocks.postprocess_data(functions["drop_images"], [first, gradio.skip(), gradio.skip()], holder["one"])
-    )
+    asyncio.run(blocks.postprocess_data(functions["drop_images"], [first, *[gradio.skip()] * 3], holder["one"]))
     holder.delete_state("one")  # as after idle_seconds
     assert visitor("clear", "one") is not first
 

@@ -71,9 +71,9 @@ def unchanged(value) -> bool:
 
 def test_a_chat(page, png):
     visitor = page.assistant.new_visitor()
-    same, row, button, cleared = page.add_image(png, visitor)
+    same, row, button, cleared, refusal = page.add_image(png, visitor)
     assert same is visitor
-    assert len(row["value"]) == 1 and button["visible"] and cleared is None
+    assert len(row["value"]) == 1 and button["visible"] and cleared is None and refusal == ""
     same, row, _, transcript, question, status = page.take("what do you see?", visitor)
     assert same is visitor and row["value"] == [] and question == "" and status.startswith("waiting")
     assert [message["role"] for message in transcript] == ["user", "user"]
@@ -97,7 +97,7 @@ def test_a_chat(page, png):
 
 
 def test_examples_are_clicked(page):
-    visitor, row, _, question = page.choose_example(1, page.assistant.new_visitor())
+    visitor, row, _, question, _ = page.choose_example(1, page.assistant.new_visitor())
     assert question == "How many pieces are there?" and len(visitor.chat.waiting) == len(row["value"]) == 1
 
 
@@ -332,16 +332,44 @@ def test_refusals_outside_the_queue_are_words_in_the_status_line(page, assistant
 
 
 def test_every_handler_outside_the_queue_can_speak(assistant):
-    """Its last output is the status line."""
+    """Its last output is the status line, or the line beside the images."""
     blocks = build_interface(assistant)
     unqueued = [f for f in blocks.fns.values() if not f.queue and f.outputs and f.name not in (None, "<lambda>")]
     assert len(unqueued) >= 8
-    assert all(getattr(function.outputs[-1], "elem_id", None) == "status" for function in unqueued)
+    assert all(getattr(function.outputs[-1], "elem_id", None) in ("status", "refused") for function in unqueued)
     events = {f._id: f for f in blocks.fns.values()}
     for name in ("take", "take_again"):  # a refusal starts no answer, which would take a place in the queue
         taken = next(f._id for f in events.values() if f.name == name)
         after = {f.name: f.trigger_only_on_success for f in events.values() if f.trigger_after == taken}
         assert after["answer"] and "show_notice" in after
+
+
+def test_images_and_examples_need_no_place_in_the_queue(assistant):
+    """A queue full of questions refused them too."""
+    for function in build_interface(assistant).fns.values():
+        if function.name in ("add_image", "choose_example", "drop_images"):
+            assert not function.queue, function.name
+        elif function.name in ("answer", "transcribe"):  # the control
+            assert function.queue
+
+
+def test_a_chat_that_was_deleted_says_so_once(page, assistant, png):
+    """Gradio puts a new visitor in the place of one that it has deleted."""
+    tab, another = SimpleNamespace(session_hash="tab"), SimpleNamespace(session_hash="another")
+    visitor = assistant.new_visitor()
+    assert page.add_image(png, visitor, tab)[-1] == ""
+    page.take("why?", visitor, tab)
+    list(page.answer(0.0, 4, visitor))
+    following = assistant.new_visitor()
+    with pytest.raises(Refused, match="Its pictures are gone"):
+        page.take("and which is at the top?", following, tab)
+    assert following.chat.queued is None
+    page.take("and which is at the top?", following, tab)  # sent again
+    page.take("why?", visitor, another)  # the control: another tab
+    page.clear(following)
+    page.take("why?", assistant.new_visitor(), tab)  # nothing was left on the page
+    last = assistant.new_visitor()
+    assert "Its pictures are gone" in page.add_image(png, last, tab)[-1] and last.chat.waiting == []
 
 
 def test_a_refused_question_leaves_the_queued_one(page, assistant):

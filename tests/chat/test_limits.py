@@ -47,13 +47,25 @@ def test_a_picture_within_the_limits_is_read(tmp_path):
         read_image(tmp_path / "good.png", Limits(image_megapixels=0.5))
 
 
-def test_an_heic_upload_is_refused(tmp_path):
-    """Training reads such files; an upload never reaches their decoder, whatever its name."""
-    for name in ("photo.heic", "photo.jpg"):
-        pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / name)
-        assert load_image(tmp_path / name).size == (64, 64)  # negative control
-        with pytest.raises(Refused, match="can't be used as a picture. It must be a complete JPEG, PNG"):
-            read_image(tmp_path / name, LIMITS)
+def test_heic_and_avif_uploads_are_decoded_in_the_process_of_uploads_alone(tmp_path):
+    """Also larger ones than the limit, as telephones make them: they are scaled down."""
+    image = Image.new("RGB", (1200, 800), "red")
+    image.paste("blue", (0, 0, 600, 800))
+    pillow_heif.from_pillow(image).save(tmp_path / "photo.heic")
+    image.save(tmp_path / "photo.avif")
+    limits = Limits(image_megapixels=0.5)
+    for name in ("photo.heic", "photo.avif"):
+        got = read_image(tmp_path / name, limits)
+        assert 0.49e6 < got.width * got.height <= 0.5e6 and got.width == pytest.approx(1.5 * got.height, abs=2)
+        red, green, blue = got.getpixel((got.width // 4, 10))
+        assert blue > 200 and red < 60 and green < 60
+        assert read_image(tmp_path / name, LIMITS).size == (1200, 800)
+        with pytest.raises(Refused):  # the control: more than twice the limit
+            read_image(tmp_path / name, Limits(image_megapixels=0.4))
+    assert "HEIF" not in Image.OPEN  # nothing else of this process opens HEIC
+    (tmp_path / "cut.heic").write_bytes((tmp_path / "photo.heic").read_bytes()[:300])
+    with pytest.raises(Refused, match="complete JPEG, PNG, .* HEIC file"):
+        read_image(tmp_path / "cut.heic", LIMITS)
 
 
 def test_hostile_pictures_are_refused_without_naming_paths(tmp_path):
@@ -125,7 +137,7 @@ def test_formats_whose_decoders_crash_are_not_opened(tmp_path):
     Image.new("1", (64, 64)).save(tmp_path / "fax.tiff", compression="group4")
     Image.new("RGB", (64, 64)).save(tmp_path / "plain.tiff")
     for name in ("fax.tiff", "plain.tiff"):
-        with pytest.raises(Refused, match="JPEG, PNG, WEBP, GIF, BMP, AVIF file"):
+        with pytest.raises(Refused, match="JPEG, PNG, WEBP, GIF, BMP, AVIF, HEIC file"):
             read_image(tmp_path / name, LIMITS)
 
 

@@ -12,7 +12,7 @@ INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/pro
 	tests/processing/data/test_images.py \
 	tests/training/test_stages.py tests/training/test_loading.py tests/training/test_quantization.py \
 	tests/training/test_device_map.py tests/evaluation/test_generation.py tests/chat/test_session.py \
-	tests/scripts/test_chain.py tests/scripts/test_tower.py
+	tests/scripts/test_chain.py tests/scripts/test_tower.py tests/interfaces
 TEST_SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: demo test test-lowest test-newest update-newest bench quality links style clean

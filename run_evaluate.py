@@ -32,10 +32,10 @@ from jnana.evaluation import (
     write_results,
 )
 from jnana.evaluation.arguments import EvaluationArguments
-from jnana.training.arguments import parse_arguments
 from jnana.training.cards import EvaluationResult, add_evaluation_results
 from jnana.training.loading import load_model
 from jnana.training.option_checks import check_output_dir, check_quantization, check_source
+from jnana.training.recipes import parse_arguments
 
 
 logger = logging.getLogger(__name__)

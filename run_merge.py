@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jnana.training.adapters import is_adapter
-from jnana.training.arguments import parse_arguments
 from jnana.training.merging import merge_adapter
 from jnana.training.option_checks import check_output_dir, check_source
+from jnana.training.recipes import parse_arguments
 
 
 @dataclass
 class MergeArguments:
     """The adapter, the base to merge it into, and the folder of the merged checkpoint."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Adapter folder of run_sft, or Hub id."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Adapter directory of run_sft, or Hub id."})
     output_dir: str | None = field(default=None, metadata={"help": "The merged checkpoint."})
     merge_base: Literal["dequantized", "full"] = field(
         default="dequantized",
@@ -43,11 +43,11 @@ def main(argv: list[str]) -> None:
     for name in ("model_name_or_path", "output_dir"):
         if not getattr(args, name):
             raise ValueError(f"{name} is not set; give it as --{name}")
-    check_source("model_name_or_path", args.model_name_or_path, "give an adapter folder of run_sft, or a Hub id")
+    check_source("model_name_or_path", args.model_name_or_path, "give an adapter directory of run_sft, or a Hub id")
     if not is_adapter(args.model_name_or_path):
         raise ValueError(
-            f"model_name_or_path {args.model_name_or_path!r} is not an adapter; give a folder that run_sft wrote with "
-            "lora_r > 0"
+            f"model_name_or_path {args.model_name_or_path!r} is not an adapter; give a directory that run_sft "
+            "wrote with lora_r > 0"
         )
     check_output_dir(args.output_dir)
 

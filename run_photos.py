@@ -28,8 +28,8 @@ from huggingface_hub.utils import validate_repo_id
 from jnana.processing.data.captions import SPLITS, captioned_images, read_captions
 from jnana.processing.data.images import MAX_IMAGE_PIXELS
 from jnana.processing.data.photos import assign_splits, check_photos, find_photos, report, write_copies
-from jnana.training.arguments import parse_arguments
 from jnana.training.option_checks import check_output_dir
+from jnana.training.recipes import parse_arguments
 
 
 logger = logging.getLogger("run_photos")
@@ -66,7 +66,7 @@ def check_arguments(args: PhotoArguments) -> None:
     if args.output_dir is None or (args.photos is None and args.push_to_hub is None):
         raise ValueError("give photos and output_dir, or output_dir and push_to_hub")
     if args.photos is not None and not Path(args.photos).is_dir():
-        raise ValueError(f"photos {args.photos!r} is not a directory; give the folder of your photographs")
+        raise ValueError(f"photos {args.photos!r} is not a directory; give the directory of your photographs")
     if args.photos is not None:
         check_apart(Path(args.photos), Path(args.output_dir))
     if args.test_files is not None and not Path(args.test_files).is_file():

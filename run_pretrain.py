@@ -19,7 +19,7 @@ import sys
 
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments, parse_arguments, recipe_name
+from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
@@ -27,6 +27,8 @@ from jnana.training.interruption import StopSignalCallback
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.option_checks import check_computation, check_run
+from jnana.training.recipe_record import check_same_recipe, recipe_options
+from jnana.training.recipes import parse_arguments, recipe_name
 from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> None:
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
     )
+    options = recipe_options(model_args, data_args, run_args, training_args)
+    check_same_recipe(checkpoint, options, run_args)
 
     # 4. Tokenizer and data: the first process prepares them, the others read what it cached
     with main_process_first():
@@ -73,7 +77,7 @@ def main(argv: list[str]) -> None:
     )
 
     # 7. Train, save, share
-    train(trainer, checkpoint, overwrite=run_args.overwrite_output_dir)
+    train(trainer, checkpoint, run_args, options)
     finish_run(trainer, "pretrain", model_args, data_args, recipe_name(argv))
 
 

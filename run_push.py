@@ -23,7 +23,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--revision", help="branch to push to")
     options = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # each request of an upload
+        logging.getLogger(name).setLevel(logging.WARNING)
     push_folder(options.folder, options.repo_id, private=options.private, revision=options.revision)
 
 

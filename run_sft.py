@@ -31,15 +31,7 @@ from jnana.training.adapters import (
     quantization_settings,
     with_fingerprints,
 )
-from jnana.training.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    PartArguments,
-    RunArguments,
-    parse_arguments,
-    recipe_name,
-)
+from jnana.training.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
@@ -49,6 +41,8 @@ from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.option_checks import check_computation, check_lora, check_quantization, check_run
 from jnana.training.part_checks import check_parts
+from jnana.training.recipe_record import check_same_recipe, recipe_options
+from jnana.training.recipes import parse_arguments, recipe_name
 from jnana.training.run import finish_run, merge_trained_adapter, prepare_collator, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
@@ -77,6 +71,8 @@ def main(argv: list[str]) -> None:
     checkpoint = checkpoint_to_resume(
         training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
     )
+    options = recipe_options(model_args, data_args, lora_args, part_args, run_args, training_args)
+    check_same_recipe(checkpoint, options, run_args)
 
     # 4. Processor and data: the first process prepares and checks them, the others read what it cached
     with main_process_first():
@@ -111,7 +107,7 @@ def main(argv: list[str]) -> None:
 
     # 7. Train, save, share
     merge = with_adapter and lora_args.merge_adapter
-    train(trainer, checkpoint, overwrite=run_args.overwrite_output_dir, merge=merge)
+    train(trainer, checkpoint, run_args, options, merge=merge)
     if with_adapter and training_args.should_save:
         complete_adapter_folder(trainer.model, reference, training_args.output_dir, training_args.push_to_hub)
     finish_run(trainer, "sft", model_args, data_args, recipe_name(argv))

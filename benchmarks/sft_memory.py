@@ -26,9 +26,9 @@ from benchmarks.machine import PeakMemory, describe_machine, write_result
 from benchmarks.workloads import SCALES, Scale, built_as, make_images, make_processor, make_rows
 from jnana import run_sft
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
-from jnana.training.arguments import as_command_line, read_recipe, typed
 from jnana.training.loading import load_model
 from jnana.training.merging import merge_adapter
+from jnana.training.recipes import as_command_line, read_recipe, typed
 from jnana.training.stages import part_of
 
 

@@ -21,7 +21,13 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import NOT_QUANTIZED, NOT_QUANTIZED_TEXT, adopt_quantization, without_parts
+from .loading_jnana import (
+    NOT_QUANTIZED,
+    NOT_QUANTIZED_TEXT,
+    adopt_quantization,
+    explain_missing_safetensors,
+    without_parts,
+)
 from .projector_jnana import build_projector
 
 
@@ -126,7 +132,9 @@ def load_vision_tower(name: str, config: JnanaConfig, **kwargs: Any) -> PreTrain
     """
     loader: Any = CLIPVisionModelWithProjection if _needs_clip_projection(config) else AutoModel
     vision_config = copy.deepcopy(config.vision_config)
-    tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
+    kwargs = {"use_safetensors": True, **kwargs}
+    with explain_missing_safetensors(name):
+        tower, info = loader.from_pretrained(name, config=vision_config, output_loading_info=True, **kwargs)
     _refuse_remote(name, tower)
     if info["missing_keys"]:  # some ViT checkpoints lack the pooler that AutoModel adds, which is not used here
         refuse_missing(name, "vision", set(info["missing_keys"]) - set(find_unused_parameters(tower, config)))
@@ -148,7 +156,9 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: If the checkpoint lacks some of the model's weights.
     """
     loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+    kwargs = {"use_safetensors": True, **kwargs}
+    with explain_missing_safetensors(name):
+        model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
     _refuse_remote(name, model)
     refuse_missing(name, "text", info["missing_keys"])
     return model

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .configuration_jnana import JnanaConfig
-from .loading_jnana import HUB_ARGUMENTS, NOT_QUANTIZED, REPOSITORY_ARGUMENTS, without_parts
+from .loading_jnana import HUB_ARGUMENTS, NOT_QUANTIZED, REPOSITORY_ARGUMENTS, held_dtype, without_parts
 
 
 IDEFICS_MODEL_TYPE = "idefics"
@@ -179,7 +179,7 @@ def load_idefics(
         suppressed = find_image_tokens(path, **files)
     jnana_config = jnana_config_from_idefics(config, suppressed[0])  # type: ignore[arg-type]  # no longer None
     if dtype in (None, "auto"):
-        dtype = torch.bfloat16 if config.dtype == torch.float16 else "auto"
+        dtype = held_dtype(config.dtype) or "auto"
     loaded: Any = IdeficsForVisionText2Text.from_pretrained(
         path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **files
     )

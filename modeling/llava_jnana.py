@@ -18,6 +18,7 @@ from .loading_jnana import (
     NOT_QUANTIZED,
     REPOSITORY_ARGUMENTS,
     adopt_quantization,
+    held_dtype,
     without_parts,
 )
 
@@ -57,7 +58,7 @@ def jnana_config_from_llava(config: PreTrainedConfig) -> JnanaConfig:
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
-        dtype=torch.bfloat16 if stored == torch.float16 else stored,
+        dtype=held_dtype(stored),
     )
 
 

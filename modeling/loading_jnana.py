@@ -10,6 +10,8 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,30 @@ def model_type_of(path: str | Path, **hub_arguments: Any) -> str | None:
     """`str` or `None`: The `model_type` in the config.json of a checkpoint; `None` if it has none."""
     file = _find_file(path, "config.json", **hub_arguments)
     return None if file is None else json.loads(file.read_text(encoding="utf-8")).get("model_type")
+
+
+def held_dtype(stored: torch.dtype | None) -> torch.dtype | None:
+    """
+    The dtype that weights are held in where nobody chose one: the one they are stored in, but bfloat16 for float16,
+    whose range activations of language models can exceed.
+    """
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
+@contextmanager
+def explain_missing_safetensors(name: str | Path) -> Iterator[None]:
+    """Add the remedy to the error of a `from_pretrained(name, use_safetensors=True)` that finds no such file."""
+    try:
+        yield
+    except OSError as error:
+        if ".safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{name} has no weights in safetensors, and pickled ones (pytorch_model.bin) are not read. If you trust "
+            f"them, convert them once: `AutoModel.from_pretrained({str(name)!r}, use_safetensors=False)"
+            ".save_pretrained(directory)`, with the class that the checkpoint needs, and its tokenizer or image "
+            "processor saved beside it."
+        ) from error
 
 
 def weights_fingerprint(name: str | Path, **hub_arguments: Any) -> str | None:

@@ -1,22 +1,13 @@
-"""The options of the three training scripts, and the one function that reads them.
+"""The options of the three training scripts, beside the stock `transformers.TrainingArguments`.
 
-A recipe is a flat YAML file; every key of it may be overridden on the command line as `--key value`. The options are
-the dataclasses below and the stock `transformers.TrainingArguments`. All values, from YAML too, are parsed by argparse
-as text, so `1e-4` is a number and `no` is a string (YAML 1.1 reads it as `false`). An unknown key raises an error that
-names the nearest known one.
+`recipes.py` reads them from a recipe and the command line.
 """
 
-import dataclasses
-import difflib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
 from jnana.modeling import PROJECTOR_FIELDS
 
@@ -346,147 +337,11 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete output_dir's checkpoints and start anew instead of resuming."}
     )
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options that may differ from those with which the resumed run was started."},
+    )
     optimizer: Literal["stock", "muon"] = field(
         default="stock",
         metadata={"help": "stock: the one named by `optim`; muon: Muon for matrices, AdamW for other weights."},
     )
-
-
-UNSET = ("null", "~")  # YAML's words for no value
-
-
-def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
-    """Read `[recipe.yaml] [--key value ...]` into one instance of each dataclass.
-
-    Args:
-        classes (`Sequence[type]`): Dataclasses, `TrainingArguments` among them; no field name may occur twice.
-        argv (`Sequence[str]`): Command line without the program's name.
-
-    Returns:
-        `tuple`: One instance of each class, in the order given.
-
-    Raises:
-        ValueError: if the recipe cannot be read, a value follows no option, or a key is unknown (the message names
-            the nearest known key).
-    """
-    recipe = recipe_name(argv)
-    argv = list(argv[0 if recipe is None else 1 :])
-    known = sorted({f.name for cls in classes for f in dataclasses.fields(cls) if f.init})
-    values: dict[str, Any] = dict(TRAINING_DEFAULTS) if TrainingArguments in classes else {}
-    if recipe is not None:
-        from_recipe = read_recipe(recipe)
-        for key in from_recipe:
-            if key not in known:
-                raise ValueError(unknown_key_message(key, known, where=recipe))
-        values.update(from_recipe)
-    argv, unset = split_unset(argv, known)
-    values = {key: value for key, value in values.items() if key not in unset}
-    parser = HfArgumentParser(list(classes), allow_abbrev=False)
-    # nargs="+" would take values that follow an option of the recipe, hence recipe first, command line after it
-    *parsed, remaining = parser.parse_args_into_dataclasses(
-        [*as_command_line(values), *argv], return_remaining_strings=True, look_for_args_file=False
-    )
-    if remaining and not remaining[0].startswith("-"):
-        raise ValueError(
-            f"{remaining[0]!r} belongs to no option; give the recipe as the first argument, and one value to an "
-            "option that takes one"
-        )
-    if remaining:
-        key = remaining[0].lstrip("-").split("=")[0].replace("-", "_")
-        raise ValueError(unknown_key_message(key, known, where="the command line"))
-    return tuple(parsed)
-
-
-def split_unset(argv: Sequence[str], known: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Take `--key null` from a command line: like `key: null` in a recipe, it leaves an option at its default.
-
-    Args:
-        argv (`Sequence[str]`): Options and values.
-        known (`Sequence[str]`): The options that exist; others are kept, for the error that names them.
-
-    Returns:
-        `tuple[list[str], set[str]]`: The remaining command line, and the options that are unset.
-    """
-    remaining: list[str] = []
-    unset: set[str] = set()
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        key, equals, value = word.removeprefix("--").partition("=")
-        key, size = key.replace("-", "_"), 1
-        if not equals and position + 1 < len(argv):
-            value, size = argv[position + 1], 2
-        followed = position + size < len(argv) and not argv[position + size].startswith("-")  # one of several values
-        if word.startswith("--") and key in known and value in UNSET and not followed:
-            unset.add(key)
-            position += size
-        else:
-            remaining.append(word)
-            position += 1
-    return remaining, unset
-
-
-def recipe_name(argv: Sequence[str]) -> str | None:
-    """The recipe on a command line: its first argument, unless that is an option."""
-    return argv[0] if argv and not argv[0].startswith("-") else None
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A recipe file as a dict whose scalars are text; keys with an empty value or `null` are left out.
-
-    Raises:
-        ValueError: if the file does not exist, is not YAML, is not a mapping, or names a key twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"recipe {str(path)!r} is not a file; the first argument is a YAML file, or starts with `--`")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":  # JSON is YAML, except for tabs as indentation
-            text = text.replace("\t", " ")
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-        values = yaml.load(text, Loader=yaml.BaseLoader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {str(path)!r} is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe {str(path)!r} holds a {type(values).__name__}; it must be a mapping `key: value`")
-    keys = [key.value for key, _ in root.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"recipe {str(path)!r} sets {key!r} {keys.count(key)} times; keep one")
-    return {key: value for key, value in values.items() if value not in ("", *UNSET, [])}
-
-
-def as_command_line(values: dict[str, Any]) -> list[str]:
-    """`{"learning_rate": "1e-4"}` as `["--learning_rate=1e-4"]`; lists as several arguments, mappings as JSON."""
-    words: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, list):
-            words += [f"--{key}", *value]
-        elif isinstance(value, dict):
-            words.append(f"--{key}={json.dumps(typed(value))}")
-        else:
-            words.append(f"--{key}={value}")
-    return words
-
-
-def typed(value: Any) -> Any:
-    """The scalars of a nested value as JSON types: `"1e-5"` -> 1e-05, `"true"` -> True; other text is unchanged."""
-    if isinstance(value, dict):
-        return {key: typed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [typed(item) for item in value]
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
-
-
-def unknown_key_message(key: str, known: Sequence[str], where: str) -> str:
-    """The error for an unknown option, with the most similar known one."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return f"unknown key {key!r} in {where}; the nearest known key is {nearest!r} (--help lists all)"

@@ -17,6 +17,7 @@ from jnana.modeling import JnanaConfig, model_type_of
 from .adapters import is_adapter
 from .arguments import ModelArguments
 from .distributed import sharding_of
+from .recipes import accelerate_config
 
 
 def check_device_map(args: ModelArguments, training_args: TrainingArguments, quantization: str = "none") -> None:
@@ -44,7 +45,7 @@ def check_device_map(args: ModelArguments, training_args: TrainingArguments, qua
         raise ValueError(
             f"device_map is {args.device_map!r} and quantization {quantization!r}, which needs a Jnana checkpoint as "
             "model_name_or_path: another model is spread after it is built, and quantised weights can't be moved. "
-            "Give a folder of run_align or a merged one, or leave one of the two options out"
+            "Give a directory of run_align or a merged one, or leave one of the two options out"
         )
 
 
@@ -95,10 +96,10 @@ def check_spread(model: nn.Module, args: TrainingArguments) -> None:
         raise ValueError(
             f"device_map: the GPUs hold only a part of the model, and {len(offloaded)} modules stay outside of them "
             f"({', '.join(offloaded[:3])}, ...), where they can't train; use more GPUs, quantization: nf4, or "
-            "recipes/accelerate/fsdp2.yaml"
+            f"{accelerate_config('fsdp2.yaml')}"
         )
     if len(gpus) <= 1 < args.n_gpu:
         raise ValueError(
             f"device_map put the whole model on one of {args.n_gpu} GPUs; leave it out, and start with "
-            "recipes/accelerate/ddp.yaml"
+            f"{accelerate_config('ddp.yaml')}"
         )

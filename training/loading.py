@@ -30,6 +30,7 @@ from jnana.modeling import (
     JnanaForConditionalGeneration,
     find_image_tokens,
     grow_embeddings,
+    held_dtype,
     jnana_config_from_idefics,
     jnana_config_from_llava,
     load_adapter_base,
@@ -61,7 +62,7 @@ def load_model(
     chat_template: str | None = None,
     **loading_kwargs,
 ) -> tuple[nn.Module, JnanaProcessor]:
-    """Load a Jnana checkpoint (a full one, a Trainer's `checkpoint-N`, or the adapter folder of run_sft), or a
+    """Load a Jnana checkpoint (a full one, a Trainer's `checkpoint-N`, or the adapter directory of run_sft), or a
     published LLaVA or IDEFICS checkpoint.
 
     The model computes what `AutoModelForImageTextToText.from_pretrained(path)` computes: weights, dtypes and
@@ -231,7 +232,7 @@ def load_processor(
         raise ValueError(
             f"{str(folder)!r} is not a Jnana checkpoint: it has no processor_config.json. "
             + (f"Its run was cut off: take one of {unfinished} in it, or finish the run. " if unfinished else "")
-            + "Give a folder written by run_align or run_sft, or name two backbones as vision_model and text_model"
+            + "Give a directory written by run_align or run_sft, or name two backbones as vision_model and text_model"
         )
     processor = JnanaProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **hub_arguments)
     if chat_template is not None:
@@ -297,7 +298,7 @@ def frozen_dtype(args: ModelArguments) -> str:
         ]
         stored = next((field for field in fields if field is not None), None)
     stored = str(stored or "float32").removeprefix("torch.")
-    held = "bfloat16" if stored == "float16" else stored
+    held = str(held_dtype(getattr(torch, stored))).removeprefix("torch.")
     logger.info(f"dtype auto: {name} is stored in {stored}; frozen weights are held in {held}")
     return held
 

@@ -89,7 +89,7 @@ def merge_adapter(
         ValueError: if `path` is not an adapter of run_sft.
     """
     if not is_adapter(path):
-        raise ValueError(f"model_name_or_path {path!r} is not an adapter; give a folder of run_sft with lora_r > 0")
+        raise ValueError(f"model_name_or_path {path!r} is not an adapter; give a directory of run_sft with lora_r > 0")
     reference = adapter_reference(path)
     method, dtype = reference["quantization"]["quantization"], dtype or reference["dtype"] or "float32"
     placed: dict[str, Any] = {"device_map": {"": device or available_device()}}

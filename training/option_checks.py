@@ -28,6 +28,7 @@ from .arguments import (
 from .attention import check_attention
 from .device_map import check_device_map
 from .distributed import sharding_of
+from .recipes import accelerate_config
 from .stages import adapter_targets
 
 
@@ -144,8 +145,8 @@ def check_feature_cache(args: DataArguments) -> None:
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             f"feature_cache is {args.feature_cache!r}, but ZeRO-3 partitions the tower's weights over the processes "
-            "while it loads them, so no process can compute features; train with recipes/accelerate/fsdp2.yaml or "
-            "zero2.yaml, or leave it out"
+            "while it loads them, so no process can compute features; train with "
+            f"{accelerate_config('fsdp2.yaml')} or zero2.yaml, or leave it out"
         )
     folder = Path(args.feature_cache)
     if not (folder / KEY_FILE).is_file():  # a finished cache may be read-only
@@ -389,12 +390,12 @@ def check_computation(
     if optimizer == "muon" and sharding is not None and sharding.startswith("zero"):
         raise ValueError(
             "optimizer is 'muon', which steps whole matrices, but DeepSpeed's ZeRO flattens all weights; start with "
-            "recipes/accelerate/fsdp2.yaml or ddp.yaml, or set `optimizer: stock`"
+            f"{accelerate_config('fsdp2.yaml')} or ddp.yaml, or set `optimizer: stock`"
         )
     if quantization == "int8" and sharding == "fsdp":
         raise ValueError(
             "quantization is 'int8', whose weights FSDP cannot shard; set `quantization: nf4`, or start with "
-            "recipes/accelerate/ddp.yaml"
+            f"{accelerate_config('ddp.yaml')}"
         )
     attention, dtype = model_args.attn_implementation, "float32" if trains_language_model else model_args.dtype
     if attention is not None and "flash" in attention and dtype == "float32" and not (args.bf16 or args.fp16):

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,7 +18,7 @@ from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator
 
-from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
+from .arguments import DataArguments, ModelArguments, RunArguments, TextDataArguments, TextModelArguments
 from .attention import choose_attention, row_multiple
 from .cards import write_model_card
 from .checkpoints import ADAMW_BYTES, check_disk_space, delete_checkpoints, size_text
@@ -26,6 +27,8 @@ from .distributed import sharding_of, unpartitioned
 from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
+from .recipe_record import check_same_data, data_fingerprint, write_record
+from .recipes import accelerate_config
 from .sharing import published_files, push_folder
 from .stages import parameter_count
 
@@ -39,7 +42,7 @@ def start_run(args: TrainingArguments) -> None:
     """Log to stdout, each line once per process group, and seed: weights are initialised before the Trainer seeds."""
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stdout, level=level, format="%(message)s", force=True)
-    for name in ("httpx", "fsspec", "datasets", "matplotlib", "PIL"):
+    for name in ("httpx", "httpx2", "fsspec", "datasets", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logger.info(
         f"{args.world_size} process(es), {args.parallel_mode.value}, on {args.device}; output in {args.output_dir}"
@@ -75,7 +78,9 @@ def prepare_collator(
     return JnanaCollator(processor, images=images, pad_to_multiple_of=multiple, **options)
 
 
-def train(trainer: Trainer, checkpoint: str | None, *, overwrite: bool = False, merge: bool = False) -> None:
+def train(
+    trainer: Trainer, checkpoint: str | None, run_args: RunArguments, options: dict[str, Any], *, merge: bool = False
+) -> None:
     """Train from `checkpoint` on and save the final weights, configs and processor in `output_dir`.
 
     If the checkpoint is the end of the run, nothing is trained and its files are copied to `output_dir`.
@@ -83,15 +88,18 @@ def train(trainer: Trainer, checkpoint: str | None, *, overwrite: bool = False, 
     Args:
         trainer (`Trainer`): The run's.
         checkpoint (`str`, *optional*): Directory of the checkpoint to resume from.
-        overwrite (`bool`, defaults to `False`): Delete the run's old checkpoints first.
+        run_args (`RunArguments`): With `overwrite_output_dir` the run's old checkpoints are deleted first.
+        options (`dict`): [`recipe_options`] of this start, for the record that a later start is compared with.
         merge (`bool`, defaults to `False`): Whether a merged model is written at the end, and needs space.
 
     Raises:
-        ValueError: if the checkpoint is of another model, or the disk has no space for one checkpoint.
+        ValueError: if the checkpoint is of another model or other data, or the disk has no space for one checkpoint.
     """
-    if overwrite and trainer.args.should_save:
+    if run_args.overwrite_output_dir and trainer.args.should_save:
         delete_checkpoints(trainer.args.output_dir)
+    fingerprint = data_fingerprint(trainer.train_dataset)
     if checkpoint is not None:
+        check_same_data(checkpoint, fingerprint, run_args)
         check_same_model(trainer.model, checkpoint)
     # set after the data was tokenised, which is faster in parallel; the dataloader's workers would warn
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -102,6 +110,8 @@ def train(trainer: Trainer, checkpoint: str | None, *, overwrite: bool = False, 
             return
     check_disk_space(trainer, merge)
     check_memory(trainer.model, trainer.args)
+    if trainer.args.should_save:
+        write_record(trainer.args.output_dir, options, fingerprint)
     with restored_signals(trainer), explain_full_disk(trainer.args):
         trainer.train(resume_from_checkpoint=checkpoint)
         # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
@@ -136,8 +146,8 @@ def check_memory(model: nn.Module, args: TrainingArguments) -> None:
     available = torch.cuda.get_device_properties(args.device).total_memory if args.device.type == "cuda" else math.inf
     if total > available:
         logger.warning(
-            f"this GPU has {size_text(available)}, which is less; start with recipes/accelerate/fsdp2.yaml on more "
-            "GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
+            f"this GPU has {size_text(available)}, which is less; start with {accelerate_config('fsdp2.yaml')} on "
+            "more GPUs, or set optim: adamw_bnb_8bit, whose state is a quarter of AdamW's"
         )
 
 

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from jnana.modeling import explain_missing_safetensors
 from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
 
 from .arguments import TextModelArguments
@@ -57,7 +58,8 @@ def prepare_text_model(args: TextModelArguments, tokenizer: PreTrainedTokenizerB
     if args.attn_implementation is not None:
         loading["attn_implementation"] = args.attn_implementation
     if args.model_name_or_path is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **loading)
+        with explain_missing_safetensors(args.model_name_or_path):
+            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, use_safetensors=True, **loading)
     else:
         model = AutoModelForCausalLM.from_config(text_model_config(args, tokenizer), **loading)
     model.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)

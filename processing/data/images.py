@@ -114,7 +114,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _has_metadata_behind_pixels(image: Image.Image) -> bool:
     """Whether a PNG that is open has EXIF data or text, which may hold an orientation, behind its pixels. Reads the
     headers of its chunks (PNG specification, section 5.3) and leaves the file where it was."""
-    file = image.fp
+    file = getattr(image, "fp", None)
     if file is None:  # decoded already
         return False
     start = file.tell()

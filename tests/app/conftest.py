@@ -88,7 +88,7 @@ def running(checkpoint, tmp_path_factory):
         environment["JNANA_WHISPERX_PYTHON"] = whisperx_python()
     except RuntimeError as error:
         deaf, speech_model = f"no environment with WhisperX: {error}", "none"
-    command = [sys.executable, "-m", "tests.app.unhurried_app", str(dawdle), "--model_name_or_path", str(checkpoint)]
+    command = [sys.executable, "-m", "tests.app.slow_app", str(dawdle), "--model_name_or_path", str(checkpoint)]
     command += ["--name", "chess", "--speech_model", speech_model, "--upload_megabytes", "2"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)

@@ -17,8 +17,8 @@ from jnana.training.arguments import (
     RunArguments,
     TextDataArguments,
     TextModelArguments,
-    parse_arguments,
 )
+from jnana.training.recipes import parse_arguments
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,10 +34,7 @@ def wheel(tmp_path_factory) -> Path:
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True)
     for name in filter(None, tracked.stdout.decode().split("\0")):
-        if (
-            name.split("/")[0] not in ("tests", "benchmarks", "docs", "examples", "recipes")
-            and (ROOT / name).is_file()
-        ):
+        if name.split("/")[0] not in ("tests", "benchmarks", "docs", "examples") and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     command = [
@@ -75,7 +72,7 @@ def test_site_packages_gets_jnana_and_nothing_else(installed):
     assert {path.name.split("-")[0] for path in installed.iterdir()} == {"jnana"}
     files = {path.relative_to(installed / "jnana").as_posix() for path in (installed / "jnana").rglob("*")}
     assert {f"{script}.py" for script in SCRIPTS} <= files
-    folders = ("modeling", "processing", "training", "evaluation", "chat", "model_cards")
+    folders = ("modeling", "processing", "training", "evaluation", "chat", "model_cards", "recipes")
     for folder in folders:
         tracked = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
         tracked = {name for name in tracked if "__pycache__" not in name}
@@ -87,6 +84,17 @@ def test_the_installed_package_is_the_one_that_runs(installed, tmp_path):
     code = "import jnana, jnana.modeling, jnana.run_sft; print(jnana.__file__, jnana.run_sft.__file__, jnana.__path__)"
     out = python(installed, "-c", code, cwd=tmp_path)
     assert out.count(str(installed)) == 3 and str(ROOT) not in out
+
+
+def test_recipes_are_found_where_there_is_no_clone(installed, tmp_path):
+    """By the names that README and messages give, and messages name files that exist."""
+    code = "from jnana.training.recipes import accelerate_config, read_recipe, recipe_path\n"
+    code += "print(read_recipe('recipes/jnana/sft.yaml')['lora_r'], recipe_path('recipes/none.yaml'))\n"
+    code += "print(accelerate_config('fsdp2.yaml'))"
+    recipe, config = python(installed, "-c", code, cwd=tmp_path).splitlines()[-2:]
+    assert recipe == "64 recipes/none.yaml"
+    assert (tmp_path / config).resolve() == (installed / "jnana/recipes/accelerate/fsdp2.yaml").resolve()
+    assert (tmp_path / config).is_file()
 
 
 def test_in_a_clone_the_clone_runs(installed):

@@ -9,7 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from jnana.modeling import JnanaForConditionalGeneration, available_device, quantization_config, read_base_reference
+from jnana.modeling import (
+    JnanaForConditionalGeneration,
+    available_device,
+    held_dtype,
+    quantization_config,
+    read_base_reference,
+)
 from jnana.processing import JnanaProcessor
 from jnana.training.adapters import base_reference, complete_adapter_folder
 from jnana.training.arguments import LoraArguments, ModelArguments
@@ -317,3 +323,29 @@ class TestBaseReference:
         for load in (load_model, AutoModelForImageTextToText.from_pretrained):
             with pytest.raises(ValueError, match=message):
                 load(folder)
+
+
+class TestSafetensorsOnly:
+    """Pickled weights are never read, whichever half of a pair they are of."""
+
+    @pytest.mark.parametrize("part", ["vision", "text"])
+    def test_a_backbone_with_pickled_weights_only(self, tmp_path, part):
+        folders = {"vision": save_tiny_vision(tmp_path / "vision"), "text": save_tiny_text(tmp_path / "text")}
+        JnanaForConditionalGeneration.from_vision_text_pretrained(*map(str, folders.values()), image_token_id=120)
+        file = folders[part] / "model.safetensors"
+        torch.save(load_file(file), folders[part] / "pytorch_model.bin")
+        file.unlink()
+        with pytest.raises(OSError, match=rf"{part} has no weights in safetensors, and pickled ones .* convert them"):
+            JnanaForConditionalGeneration.from_vision_text_pretrained(*map(str, folders.values()), image_token_id=120)
+
+    def test_another_error_is_left_as_it_is(self, tmp_path):
+        with pytest.raises(OSError) as raised:
+            JnanaForConditionalGeneration.from_vision_text_pretrained(
+                str(tmp_path / "none"), str(tmp_path / "none"), image_token_id=120
+            )
+        assert "pickled" not in str(raised.value)
+
+
+def test_float16_is_held_in_bfloat16():
+    assert held_dtype(torch.float16) == torch.bfloat16
+    assert held_dtype(torch.float32) == torch.float32 and held_dtype(None) is None

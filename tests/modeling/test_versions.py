@@ -1,4 +1,4 @@
-"""A checkpoint saved under one of the supported versions of all dependencies gives the same answers under each other.
+"""Checkpoints and adapters saved under one of the supported versions of all dependencies answer the same under each.
 
 Three environments: `.venv` (constraints.txt), `.venv-lowest` and `.venv-newest`; `make test-lowest` and
 `make test-newest` build the last two. Checkpoints are loaded in fresh interpreters that can't import `jnana`.
@@ -67,6 +67,22 @@ model.save_pretrained(target)
 processor.save_pretrained(target)
 answers = {"transformers": transformers.__version__, **ask(model, processor)}
 Path(target, "answers.json").write_text(json.dumps(answers))
+
+from jnana.training.adapters import base_reference, complete_adapter_folder
+from jnana.training.arguments import LoraArguments, ModelArguments
+from jnana.training.stages import apply_stage
+lora, adapter = LoraArguments(lora_r=2), target + "-adapter"
+reference = base_reference(ModelArguments(model_name_or_path=target, dtype="float32"), lora)
+model = apply_stage(model, "sft", lora)
+generator = torch.Generator().manual_seed(1)
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+model.save_pretrained(adapter)
+processor.save_pretrained(adapter)
+complete_adapter_folder(model, reference, adapter)
+Path(adapter, "answers.json").write_text(json.dumps(ask(model, processor)))
 """
 )
 
@@ -137,6 +153,9 @@ def test_every_version_answers_the_same(tmp_path):
         checkpoint = tmp_path / environment
         run(environment, SAVE, tmp_path, ROOT, backbones, checkpoint)
         expected[str(checkpoint)] = json.loads((checkpoint / "answers.json").read_text())
+        adapter = tmp_path / f"{environment}-adapter"
+        expected[str(adapter)] = json.loads((adapter / "answers.json").read_text())
+        assert not same_answers(expected[str(adapter)], expected[str(checkpoint)])
         pinned = re.search(r"^transformers==(\S+)", constraints.read_text(), re.MULTILINE)
         assert expected[str(checkpoint)]["transformers"] == pinned[1]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["tests.scripts.warm", "tests.scripts.forked", "tests.scripts.accidents", "tests.scripts.sharding"]
+PRELOADED = ["tests.scripts.preloaded", "tests.scripts.forked", "tests.scripts.faults", "tests.scripts.sharding"]
 
 
 @dataclass
@@ -43,7 +43,7 @@ def run_forked(
         script (`str`): `run_align`, `run_pretrain` or `run_sft`.
         log (`Path`): A folder for what they write.
         processes (`int`): How many; more than one form a process group.
-        prepare (`Callable`, *optional*): Called in each child first; must be picklable. This is where accidents are
+        prepare (`Callable`, *optional*): Called in each child first; must be picklable. This is where faults are
             arranged.
         environment (`dict`, *optional*): More environment variables.
         timeout (`float`): Seconds; a process that still runs then is killed and has the code `None`.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.accidents import (
+from tests.scripts.conftest import align_options, sft_options
+from tests.scripts.faults import (
     kill,
     kill_while_saving,
     refuse_file,
@@ -22,7 +23,6 @@ from tests.scripts.accidents import (
     terminate,
     terminate_group,
 )
-from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.forked import Ended, run_forked, succeed
 from tests.scripts.launching import ROOT, launch
 from tests.scripts.tiny_data import make_shards
@@ -75,10 +75,10 @@ TWO = Kind(
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: the accidents of the first start, the second start, ..., then a start that ends well.
+    """One line of the table: the faults of the first start, the second start, ..., then a start that ends well.
 
     Args:
-        accidents: What is called in each process before it runs.
+        faults: What is called in each process before it runs.
         codes: The exit codes that follow.
         resumed_from: The checkpoint that the last start goes on from; `None`: from the beginning.
         workers: Of the dataloader, in the first start.
@@ -87,7 +87,7 @@ class Case:
     how: str
     when: str
     kind: Kind
-    accidents: tuple[Callable, ...]
+    faults: tuple[Callable, ...]
     codes: tuple[int, ...]
     resumed_from: int | None
     workers: int = 0
@@ -150,7 +150,7 @@ CASES = [
     Case("full disk", "for its last file", ALIGN, (partial(refuse_state, 4),), (FAILED,), 2),
     Case("full disk", "for the final weights", ALIGN, (partial(refuse_weights, "run"),), (FAILED,), 6),
 ]
-FORKED = [case for case in CASES if case.accidents]
+FORKED = [case for case in CASES if case.faults]
 
 
 def arguments(kind: Kind, output: Path, data, vision, pretrained, aligned) -> list[str]:
@@ -205,8 +205,8 @@ def assert_same(folder: Path, reference: Path, kind: Kind) -> None:
 def test_interrupted(case: Case, start, whole, tmp_path):
     assert case.line() in DOCS.read_text()
     output = tmp_path / "run"
-    for accident, code in zip(case.accidents, case.codes, strict=True):
-        ended = start(case.kind, output, accident, case.workers)[0]
+    for fault, code in zip(case.faults, case.codes, strict=True):
+        ended = start(case.kind, output, fault, case.workers)[0]
         assert ended.code == code, ended.output[-4000:]
         if code == TERMINATED:
             assert ended.output.count("SIGTERM: stopped after step") == 1
@@ -228,8 +228,10 @@ def test_interrupted(case: Case, start, whole, tmp_path):
 def test_interrupted_under_accelerate_launch(to, start, whole, tmp_path, data, vision, pretrained, aligned):
     case, output = LAUNCHED[to], tmp_path / "run"
     words = arguments(case.kind, output, data, vision, pretrained, aligned)
-    struck = [to, "2", str(tmp_path), case.kind.script]
-    process = launch("tests/scripts/struck.py", [*struck, *words], case.kind.processes, PYTHONPATH=str(ROOT))
+    terminated = [to, "2", str(tmp_path), case.kind.script]
+    process = launch(
+        "tests/scripts/terminated_launch.py", [*terminated, *words], case.kind.processes, PYTHONPATH=str(ROOT)
+    )
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 1, said[-4000:]  # the launcher's own
     assert said.count("SIGTERM: stopped after step 3") == 1, said[-4000:]

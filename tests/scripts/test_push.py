@@ -138,6 +138,41 @@ def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):
     assert torch.equal(same, read["logits"][:, -1]) and not torch.equal(other, read["logits"][:, -1])
 
 
+READ_SUBFOLDER = """
+import json, sys
+import torch
+root, target = sys.argv[1:]
+sys.path.insert(0, root)
+from jnana import JnanaForConditionalGeneration, load_model
+repository = {"subfolder": "adapters/sft"}
+ids = torch.arange(5, 25)[None]
+ours, processor = load_model("someone/name", **repository)
+theirs = JnanaForConditionalGeneration.from_pretrained("someone/name", **repository)
+base, _ = load_model("someone/name")
+with torch.no_grad():
+    logits = {name: model.eval()(input_ids=ids).logits for name, model in
+              {"ours": ours, "theirs": theirs, "base": base}.items()}
+torch.save({**logits, "image_token_id": processor.image_token_id}, target)
+"""
+
+
+def test_an_adapter_in_a_subfolder_of_a_repository(hub, aligned, tuned, tmp_path):
+    """The base at the root of a repository on the Hub, the adapter below it."""
+    hub.files |= {file.name: file.read_bytes() for file in published_files(aligned)}
+    adapter = {file.name: file.read_bytes() for file in published_files(tuned)}
+    reference = json.loads(adapter["jnana_base.json"])
+    adapter["jnana_base.json"] = json.dumps({**reference, "model": "someone/name"}).encode()
+    hub.files |= {f"adapters/sft/{name}": content for name, content in adapter.items()}
+    run_with_hub(hub, tmp_path / "reader", "-I", "-c", READ_SUBFOLDER, str(ROOT), str(tmp_path / "read.pt"))
+    read = torch.load(tmp_path / "read.pt")
+    model, processor = load_model(str(tuned))
+    with torch.no_grad():
+        expected = model.eval()(input_ids=torch.arange(5, 25)[None]).logits
+    assert torch.equal(read["ours"], expected) and torch.equal(read["theirs"], expected)
+    assert not torch.equal(read["base"], expected)  # negative control
+    assert read["image_token_id"] == processor.image_token_id
+
+
 def test_the_hub_lists_its_files(hub, monkeypatch):
     """As the real Hub: files and directories, one level or all; a missing directory is an error."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -118,7 +118,7 @@ def test_quantising_without_bitsandbytes(no_model, data, aligned, tmp_path, monk
 
 
 def test_merging_what_is_no_adapter(aligned, tmp_path):
-    with pytest.raises(ValueError, match="is not an adapter; give a folder that run_sft wrote with lora_r > 0"):
+    with pytest.raises(ValueError, match="is not an adapter; give a directory that run_sft wrote with lora_r > 0"):
         run_merge.main([f"--model_name_or_path={aligned}", f"--output_dir={tmp_path}"])
 
 
@@ -137,7 +137,8 @@ def test_many_gpus_in_one_process(no_model, data, vision, pretrained, tmp_path, 
     ],
 )
 def test_resuming_align_with_another_projector(data, vision, pretrained, aligned, tmp_path, changes, message):
-    shutil.copytree(aligned, tmp_path / "run")
+    """A run of a version that recorded no options."""
+    shutil.copytree(aligned, tmp_path / "run", ignore=shutil.ignore_patterns("recipe_record.json"))
     with pytest.raises(ValueError, match=message):
         run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "run", max_steps=8, **changes))
 
@@ -150,9 +151,35 @@ def test_resuming_align_with_another_projector(data, vision, pretrained, aligned
     ],
 )
 def test_resuming_sft_with_another_adapter(data, aligned, tuned, tmp_path, changes, message):
+    """A run of a version that recorded no options."""
+    shutil.copytree(tuned, tmp_path / "run", ignore=shutil.ignore_patterns("recipe_record.json"))
+    with pytest.raises(ValueError, match=message):
+        run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "run", **{"max_steps": 8, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_r": 8}, "checkpoint-6 was trained with lora_r 4, this run has 8"),
+        ({"lora_r": 0}, "checkpoint-6 was trained with lora_r 4, this run has 0"),
+        ({"lora_target_modules": "fc1"}, r"trained with lora_target_modules not given, this run has \['fc1'\]"),
+        ({"optimizer": "muon"}, "trained with optimizer 'stock', this run has 'muon'"),
+        ({"projector_learning_rate": "1e-4"}, "trained with projector_learning_rate not given, this run has 0.0001"),
+    ],
+)
+def test_resuming_sft_with_another_recipe(no_model, data, aligned, tuned, tmp_path, changes, message):
     shutil.copytree(tuned, tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         run_sft.main(sft_options(data, aligned, output_dir=tmp_path / "run", **{"max_steps": 8, **changes}))
+
+
+def test_a_changed_recipe_is_refused_before_the_model_is_loaded(no_model, data, vision, pretrained, aligned, tmp_path):
+    shutil.copytree(aligned, tmp_path / "align")
+    shutil.rmtree(tmp_path / "align" / "checkpoint-6")
+    changes = {"learning_rate": "7e-3", "freeze_vision_tower": "false"}
+    message = r"checkpoint-4 was trained with freeze_vision_tower True, this run has False; learning_rate .* has 0.007"
+    with pytest.raises(ValueError, match=message):
+        run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align", **changes))
 
 
 def test_align_on_an_adapter(no_model, data, tuned, tmp_path):
@@ -240,6 +267,7 @@ class TestForeignTokenizer:
         shutil.copytree(pretrained, tmp_path / "run")
         (tmp_path / "other.txt").write_text("quite other words in a text of its own, again and again\n\n" * 80)
         arguments = {**PRETRAIN, "train_data": tmp_path / "other.txt", "output_dir": tmp_path / "run"}
+        arguments["allow_changed"] = "train_data"
         with pytest.raises(ValueError, match="tokenizer trained on train_data .* is not the one that .*checkpoint-12"):
             run_pretrain.main(options(**arguments))
 

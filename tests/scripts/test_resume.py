@@ -121,12 +121,32 @@ def test_a_finished_run_goes_on_when_more_is_asked_for(data, vision, pretrained,
     steps = 0
     for changes, wanted in ways:
         options = {"max_steps": -1, "save_steps": 1, "save_total_limit": 1, **changes}
+        options["allow_changed"] = "max_steps,num_train_epochs"
         run_align.main(align_options(data, vision, pretrained, output_dir=output, **options))
         said = capsys.readouterr().out
         assert ("is the end of this run: nothing is trained" in said) == (wanted == steps), changes
         assert (f"resuming from {output / f'checkpoint-{steps}'} " in said) == (steps > 0)
         assert steps_of(output) == list(range(1, wanted + 1))
         steps = wanted
+
+
+def test_other_data_is_refused_and_an_allowed_change_trains(data, vision, pretrained, tmp_path, capsys):
+    captions = json.loads((data / "captions.json").read_text())
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(captions))
+    changes = {"output_dir": tmp_path / "align", "train_data": file, "max_steps": 2, "save_steps": 1}
+    run_align.main(align_options(data, vision, pretrained, **changes))
+    shutil.rmtree(tmp_path / "align" / "checkpoint-2")
+    file.write_text(json.dumps({**captions, "annotations": captions["annotations"][:-1]}))
+    with pytest.raises(ValueError, match="checkpoint-1 was trained on other rows of train_data"):
+        run_align.main(align_options(data, vision, pretrained, **changes))
+    file.write_text(json.dumps(captions))
+    changes |= {"learning_rate": "7e-3", "allow_changed": "learning_rate"}
+    capsys.readouterr()
+    run_align.main(align_options(data, vision, pretrained, **changes))
+    assert "learning_rate was 0.001 and is 0.007 from here on" in capsys.readouterr().out
+    record = json.loads((tmp_path / "align" / "recipe_record.json").read_text())
+    assert record["options"]["learning_rate"] == 0.007 and record["format"] == 1
 
 
 def test_overwriting_starts_anew(data, vision, pretrained, aligned, tmp_path):

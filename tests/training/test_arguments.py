@@ -13,9 +13,8 @@ from jnana.training.arguments import (
     RunArguments,
     TextDataArguments,
     TextModelArguments,
-    parse_arguments,
-    read_recipe,
 )
+from jnana.training.recipes import parse_arguments, read_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from jnana.training.arguments import ModelArguments, TextDataArguments, TextModelArguments, read_recipe
+from jnana.training.arguments import ModelArguments, TextDataArguments, TextModelArguments
 from jnana.training.cards import (
     EvaluationResult,
     add_evaluation_results,
@@ -17,6 +17,7 @@ from jnana.training.cards import (
     set_name_in_usage,
     write_model_card,
 )
+from jnana.training.recipes import read_recipe
 from jnana.training.run import finish_run
 from tests.tiny import tiny_text_config, tiny_tokenizer
 

@@ -12,14 +12,8 @@ from jnana.modeling import (
     jnana_config_from_idefics,
     jnana_config_from_llava,
 )
-from jnana.training.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    PartArguments,
-    RunArguments,
-    parse_arguments,
-)
+from jnana.training.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
+from jnana.training.recipes import parse_arguments
 from jnana.training.stages import apply_stage, count_parameters
 
 

@@ -10,13 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from jnana.modeling import JnanaForConditionalGeneration, jnana_config_from_llava
-from jnana.training.arguments import (
-    LoraArguments,
-    TextModelArguments,
-    as_command_line,
-    parse_arguments,
-    read_recipe,
-)
+from jnana.training.arguments import LoraArguments, TextModelArguments
+from jnana.training.recipes import as_command_line, parse_arguments, read_recipe
 from jnana.training.run import check_memory, training_memory
 from jnana.training.stages import apply_stage, describe_parameters
 from jnana.training.text_models import text_model_config

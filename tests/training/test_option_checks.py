@@ -6,9 +6,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from jnana.training.arguments import ModelArguments, TextModelArguments, parse_arguments
+from jnana.training.arguments import ModelArguments, TextModelArguments
 from jnana.training.distributed import sharding_of
 from jnana.training.option_checks import check_computation
+from jnana.training.recipes import parse_arguments
 from tests.tiny import save_tiny_text
 
 

@@ -3,7 +3,7 @@
 A tiny model completes its answer before a browser can act. Therefore each token except the first waits until the file
 is removed or touched, or the answer is stopped. Otherwise it is the same as `python app.py`.
 
-    python -m tests.app.unhurried_app FILE [options of app.py]
+    python -m tests.app.slow_app FILE [options of app.py]
 """
 
 import sys
@@ -23,14 +23,14 @@ def wait_beside(file: Path) -> None:
     def touched() -> int | None:
         return file.stat().st_mtime_ns if file.exists() else None
 
-    def unhurried(self, *args, **kwargs):
+    def slow(self, *args, **kwargs):
         first, self.begun = not getattr(self, "begun", False), True
         before, deadline = None if first else touched(), time.monotonic() + SECONDS_A_TOKEN
         while before is not None and touched() == before and not self.event.is_set() and time.monotonic() < deadline:
             time.sleep(0.02)
         return at_once(self, *args, **kwargs)
 
-    StopOnEvent.__call__ = unhurried  # type: ignore[method-assign]
+    StopOnEvent.__call__ = slow  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Runs a script under `accelerate launch` and sends SIGTERM at one step: `struck.py TO STEP NOTES script ...`.
+"""Runs a script under `accelerate launch` and sends SIGTERM at one step.
+
+    terminated_launch.py TO STEP NOTES script ...
+
 
 TO is `launcher` (what a scheduler that knows one process does) or `all` (Slurm, systemd: every process of the job).
 How each process ended is written to a file of the folder NOTES.
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from tests.scripts.accidents import add_callback
+from tests.scripts.faults import add_callback
 
 
 class Scheduler(TrainerCallback):

@@ -1,0 +1,151 @@
+"""The record of a run: which options may change when it is resumed, and what is said of the others."""
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from jnana.training.arguments import DataArguments, ModelArguments, RunArguments
+from jnana.training.recipe_record import (
+    FREE,
+    PROCESSES,
+    check_same_data,
+    check_same_recipe,
+    data_fingerprint,
+    is_free,
+    recipe_options,
+    write_record,
+)
+
+
+def options_of(tmp_path, **changes) -> dict:
+    data = {name: changes.pop(name) for name in ("packing", "max_length", "streaming") if name in changes}
+    training = TrainingArguments(output_dir=str(tmp_path / "out"), **{"max_steps": 6, "report_to": "none", **changes})
+    return recipe_options(ModelArguments(), DataArguments(train_data="rows.json", **data), RunArguments(), training)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Step 3 of a run with the default options and a cosine schedule."""
+    folder = tmp_path / "out" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    state = {"global_step": 3, "log_history": [{"step": 2, "learning_rate": 4e-5}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_record(str(tmp_path / "out"), options_of(tmp_path, lr_scheduler_type="cosine"), "9:abc")
+    return str(folder)
+
+
+def check(checkpoint, tmp_path, *allowed, **changes):
+    changes = {"lr_scheduler_type": "cosine", **changes}
+    check_same_recipe(checkpoint, options_of(tmp_path, **changes), RunArguments(allow_changed=list(allowed)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"learning_rate": 1e-6}, "learning_rate 5e-05, this run has 1e-06"),
+        ({"weight_decay": 0.1}, "weight_decay 0.0, this run has 0.1"),
+        ({"seed": 7}, "seed 42, this run has 7"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 1, this run has 4"),
+        ({"packing": "rows"}, "packing 'none', this run has 'rows'"),
+        ({"max_length": 99}, "max_length not given, this run has 99"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type 'cosine', this run has 'linear'"),
+    ],
+)
+def test_a_changed_option_is_named_with_both_values_and_can_be_allowed(checkpoint, tmp_path, changes, difference):
+    name = next(iter(changes))
+    with pytest.raises(ValueError) as raised:
+        check(checkpoint, tmp_path, **changes)
+    text = str(raised.value)
+    assert f"was trained with {difference}. " in text and f"`--allow_changed {name}`" in text
+    check(checkpoint, tmp_path, name, **changes)
+    with pytest.raises(ValueError, match=name):  # another name allows another option only
+        check(checkpoint, tmp_path, "adam_beta1", **changes)
+
+
+def test_all_differences_are_named_at_once(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"seed 42, this run has 1\. .*--allow_changed learning_rate seed`") as raised:
+        check(checkpoint, tmp_path, learning_rate=1e-3, seed=1)
+    assert "trained with learning_rate 5e-05, this run has 0.001; " in str(raised.value)
+    check(checkpoint, tmp_path, "learning_rate,seed", learning_rate=1e-3, seed=1)
+
+
+def test_a_longer_run_changes_the_rate_unless_that_is_constant(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"max_steps 6, this run has 9.* it was 4e-05 at step 3, and would jump"):
+        check(checkpoint, tmp_path, max_steps=9)
+    check(checkpoint, tmp_path, "max_steps", max_steps=9)
+    write_record(str(tmp_path / "out"), options_of(tmp_path, lr_scheduler_type="constant"), None)
+    check(checkpoint, tmp_path, lr_scheduler_type="constant", max_steps=9)
+
+
+def test_what_does_not_matter_may_change(checkpoint, tmp_path):
+    check(checkpoint, tmp_path, logging_steps=3, save_steps=2, eval_steps=5, dataloader_num_workers=3, use_cpu=True)
+
+
+def test_the_workers_of_a_stream_and_the_processes_matter(checkpoint, tmp_path):
+    assert "dataloader_num_workers" in options_of(tmp_path, streaming=True)
+    assert "dataloader_num_workers" not in options_of(tmp_path)
+    options = {**options_of(tmp_path, lr_scheduler_type="cosine"), PROCESSES: 2}
+    with pytest.raises(ValueError, match="number of processes 1, this run has 2"):
+        check_same_recipe(checkpoint, options, RunArguments())
+
+
+def test_names_that_are_no_option_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="allow_changed names learning_rates, which is not an option"):
+        check(checkpoint, tmp_path, "learning_rates")
+
+
+def test_a_run_of_an_older_version_resumes_with_a_warning(tmp_path, checkpoint, caplog):
+    (tmp_path / "out" / "recipe_record.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        check(checkpoint, tmp_path, learning_rate=1.0)
+    assert "has no recipe_record.json" in caplog.text
+
+
+def test_two_spellings_of_a_path_are_equal(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.json", "other.json"):
+        (tmp_path / name).write_text("[]")
+    run = RunArguments()
+    options = options_of(tmp_path, lr_scheduler_type="cosine")
+    check_same_recipe(checkpoint, {**options, "train_data": str(tmp_path / "rows.json")}, run)
+    with pytest.raises(ValueError, match="train_data 'rows.json', this run has 'other.json'"):
+        check_same_recipe(checkpoint, {**options, "train_data": "other.json"}, run)
+
+
+def rows(answer: str = "a cat", folder: str = "here", count: int = 600) -> Dataset:
+    chat = [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    return Dataset.from_list(
+        [{"images": [{"path": f"{folder}/{i}.png", "bytes": None}], "chat": chat} for i in range(count)]
+    )
+
+
+def test_the_fingerprint_of_data_follows_its_text_and_not_its_directory(checkpoint):
+    first = data_fingerprint(rows())
+    assert first == data_fingerprint(rows(folder="there")) and first.startswith("600:")
+    assert first != data_fingerprint(rows("a dog")) and first != data_fingerprint(rows(count=599))
+    assert data_fingerprint(rows().to_iterable_dataset()) is None
+
+
+def test_other_data_is_refused_unless_allowed(checkpoint):
+    with pytest.raises(ValueError, match=r"on other rows of train_data: 9 rows, now 8. .*--allow_changed train_data`"):
+        check_same_data(checkpoint, "8:abc", RunArguments())
+    with pytest.raises(ValueError, match="9 rows, some of which have changed"):
+        check_same_data(checkpoint, "9:def", RunArguments())
+    check_same_data(checkpoint, "9:def", RunArguments(allow_changed=["train_data"]))
+    check_same_data(checkpoint, "9:abc", RunArguments())
+    check_same_data(checkpoint, None, RunArguments())
+
+
+def test_every_free_option_exists():
+    """A misspelt name would protect nothing."""
+    import dataclasses
+
+    from jnana.training import arguments
+
+    classes = [value for value in vars(arguments).values() if dataclasses.is_dataclass(value)]
+    known = {field.name for of_class in (*classes, TrainingArguments) for field in dataclasses.fields(of_class)}
+    assert FREE <= known
+    assert is_free("save_steps") and is_free("logging_steps") and not is_free("learning_rate")

@@ -2,6 +2,7 @@
 # .venv-lowest or .venv-newest. CONTRIBUTING.md lists the targets.
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 # pytest workers: each holds transformers and torch in memory (about 1 GB).
 TEST_WORKERS ?= 2
@@ -60,7 +61,7 @@ clean:
 
 # The demo needs what training needs; everything else also needs what tests, style checks and the app use.
 $(VENV)/.installed: EXTRAS = [train]
-$(VENV)/.installed-dev: EXTRAS = [app,dev]
+$(VENV)/.installed-dev: EXTRAS = [app,dev,trl]
 $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
@@ -68,5 +69,5 @@ $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml con
 
 .venv-%/.installed: setup.cfg setup.py pyproject.toml constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev]"
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev$(if $(filter newest,$*),$(comma)trl)]"
 	touch $@

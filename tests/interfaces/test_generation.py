@@ -95,11 +95,11 @@ def test_a_sharded_checkpoint_larger_than_memory(stock, ours, expected, tmp_path
         folder = tmp_path / type(side.model).__name__
         side.model.save_pretrained(folder, max_shard_size="100KB")
         assert len(list(folder.glob("model-*.safetensors"))) > 1
+        memory = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 3 // 4
         model = AutoModelForImageTextToText.from_pretrained(
-            folder, device_map="auto", max_memory={"cpu": 200_000}, offload_folder=tmp_path / "offload" / folder.name
+            folder, device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path / "offload" / folder.name
         )
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        assert size > 200_000 and "disk" in model.hf_device_map.values()
+        assert set(model.hf_device_map.values()) == {"cpu", "disk"}
         assert side.answer(model) == expected
 
 

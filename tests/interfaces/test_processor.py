@@ -92,9 +92,9 @@ def test_token_types_and_decoded_answers(stock, ours):
     tokens = ours.inputs()["input_ids"]
     texts = [side.processor.post_process_image_text_to_text(tokens) for side in (stock, ours)]
     assert texts[0] == texts[1]
-    for side in (stock, ours):
-        with pytest.raises(ValueError, match="image"):
-            side.processor([picture(), picture()], ["<image> a cat"])
+    # Releases before 5.22 take too many images, with the stock processor.
+    with pytest.raises(ValueError, match="The text has 1 '<image>', but the number of images passed is 2"):
+        ours.processor([picture(), picture()], ["<image> a cat"])
 
 
 def test_the_auto_map_is_stable(ours, tmp_path):

@@ -67,8 +67,10 @@ def test_a_chat_completion_with_an_image(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "jnana.chat.serve",
+        "transformers.cli.transformers",
+        "serve",
         folder,
+        "--trust-remote-code",
         "--port",
         str(port),
         "--device",

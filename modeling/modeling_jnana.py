@@ -234,7 +234,7 @@ class JnanaGenerationMixin(GenerationMixin):
         assistant = kwargs.get("assistant_model")
         pixel_values, image_sizes = kwargs.get("pixel_values"), kwargs.get("image_sizes")
         if isinstance(assistant, JnanaGenerationMixin) and pixel_values is not None:
-            models = {"image": self, _ASSISTANT: assistant}
+            models: dict[str, Any] = {"image": self, _ASSISTANT: assistant}
             names = ("vision_feature_layer", "vision_feature_select_strategy")
             options = {"image": {name: kwargs.pop(name, None) for name in names}, _ASSISTANT: {}}
             with torch.no_grad():

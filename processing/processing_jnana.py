@@ -591,16 +591,18 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         Raises:
             ValueError: if `truncation` would cut off image tokens, or images and placeholders differ in number.
         """
-        texts = [text] if isinstance(text, str) else text
+        options: dict[str, Any] = dict(kwargs)
+        texts: Any = [text] if isinstance(text, str) else text
         bos_token = self.tokenizer.bos_token
         if texts and bos_token is not None and all(sample.startswith(bos_token) for sample in texts):
-            kwargs.setdefault("add_special_tokens", False)  # the template wrote it: not twice
-        truncation = kwargs.get("truncation", kwargs.get("text_kwargs", {}).get("truncation"))
+            options.setdefault("add_special_tokens", False)  # the template wrote it: not twice
+        truncation = options.get("truncation", options.get("text_kwargs", {}).get("truncation"))
         if texts is None or not (truncation in TRUNCATES or any(BREAK in sample for sample in texts)):
-            return super().__call__(images=images, text=text, **kwargs)
-        if kwargs.pop("add_special_tokens", True) and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]:
+            return super().__call__(images=images, text=text, **options)
+        adds_bos = self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]
+        if options.pop("add_special_tokens", True) and adds_bos:
             texts = [bos_token + sample for sample in texts]
-        return self._tokenize_chats(list(texts), self._flatten_images(images), kwargs)[0]
+        return self._tokenize_chats(list(texts), self._flatten_images(images), options)[0]
 
 
 def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> None:

@@ -2,6 +2,7 @@
 # .venv-lowest or .venv-newest. CONTRIBUTING.md lists the targets.
 PYTHON ?= python3
 VENV := .venv
+comma := ,
 BIN := $(VENV)/bin
 # pytest workers: each holds transformers and torch in memory (about 1 GB).
 TEST_WORKERS ?= 2
@@ -12,7 +13,7 @@ INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/pro
 	tests/processing/data/test_images.py \
 	tests/training/test_stages.py tests/training/test_loading.py tests/training/test_quantization.py \
 	tests/training/test_device_map.py tests/evaluation/test_generation.py tests/chat/test_session.py \
-	tests/scripts/test_chain.py tests/scripts/test_tower.py
+	tests/scripts/test_chain.py tests/scripts/test_tower.py tests/interfaces
 TEST_SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: demo test test-lowest test-newest update-newest bench bench-gpu quality links style clean
@@ -64,7 +65,7 @@ clean:
 
 # The demo needs what training needs; everything else also needs what tests, style checks and the app use.
 $(VENV)/.installed: EXTRAS = [train]
-$(VENV)/.installed-dev: EXTRAS = [app,dev]
+$(VENV)/.installed-dev: EXTRAS = [app,dev,trl]
 $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
@@ -72,5 +73,5 @@ $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml con
 
 .venv-%/.installed: setup.cfg setup.py pyproject.toml constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev]"
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev$(if $(filter newest,$*),$(comma)trl)]"
 	touch $@

@@ -8,7 +8,14 @@ if __name__ != "jnana.modeling":  # a second copy of every class would be regist
     raise ImportError(f"{__name__!r} is part of the package jnana; import jnana.modeling instead")
 
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
+)
 
 from .configuration_jnana import DOWNSAMPLING_PROJECTORS, PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
 from .idefics_jnana import IDEFICS_MODEL_TYPE, find_image_tokens, jnana_config_from_idefics
@@ -31,13 +38,22 @@ from .loading_jnana import (
     read_base_reference,
     weights_fingerprint,
 )
-from .modeling_jnana import CACHE_NAME, JnanaForConditionalGeneration, JnanaModel, JnanaPreTrainedModel
+from .modeling_jnana import (
+    CACHE_NAME,
+    JnanaForConditionalGeneration,
+    JnanaModel,
+    JnanaPreTrainedModel,
+    JnanaWrongAutoClass,
+)
 
 
 AutoConfig.register("jnana", JnanaConfig, exist_ok=True)
 AutoModel.register(JnanaConfig, JnanaModel, exist_ok=True)
 AutoModelForImageTextToText.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
+# Auto classes without a model of this kind: loading raises an error that names the right ones.
+AutoModelForCausalLM.register(JnanaConfig, JnanaWrongAutoClass, exist_ok=True)
+AutoModelForSequenceClassification.register(JnanaConfig, JnanaWrongAutoClass, exist_ok=True)
 
 __all__ = [
     "BASE_REFERENCE",

@@ -1,3 +1,4 @@
+# Copyright 2026 The Jnana authors. Licensed under the Apache License, Version 2.0.
 """The configuration of a Jnana model: an image encoder, a causal language model and the projector that joins them.
 
 This file contains only the fields, their checks and the number of tokens of an image, so that configs can be read and
@@ -8,6 +9,7 @@ import copy
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 PROJECTOR_TYPES = ("linear", "mlp", "resblock", "pixel_shuffle", "avg_pool", "perceiver")
@@ -64,6 +66,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_jnana.JnanaModel",
     "AutoModelForImageTextToText": "modeling_jnana.JnanaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_jnana.JnanaForConditionalGeneration",
+    # These raise an error that names the classes above.
+    "AutoModelForCausalLM": "modeling_jnana.JnanaWrongAutoClass",
+    "AutoModelForSequenceClassification": "modeling_jnana.JnanaWrongAutoClass",
 }
 
 
@@ -435,5 +440,7 @@ def _count_prefix_tokens(vision_config: PreTrainedConfig) -> int:
 
 
 JnanaConfig.register_for_auto_class()
+# `transformers serve` and the any-to-any pipeline look up in this table of names what a model can do.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[JnanaConfig.model_type] = "JnanaForConditionalGeneration"
 
 __all__ = ["JnanaConfig"]

@@ -109,11 +109,19 @@ class JnanaImageMixin:
                 f"{width}), as `get_vision_features` gives them with this config's `vision_feature_layer` and "
                 "`vision_feature_select_strategy`."
             )
-        # PEFT keeps the frozen original beside the copy that trains, and 4-bit weights have an integer dtype.
-        weights = [weight for weight in self.multi_modal_projector.parameters() if weight.is_floating_point()]
-        weight = next((weight for weight in weights if weight.requires_grad), weights[0])
         sizes = None if self.config.image_grid_pinpoints is None else _size_list(image_sizes)
-        return self.multi_modal_projector(image_features.to(weight.device, weight.dtype), sizes)
+        return self.multi_modal_projector(image_features.to(self._projector_dtype()), sizes)
+
+    def _projector_dtype(self) -> torch.dtype:
+        """
+        The dtype that the projector computes in. Its weights may have no floating-point dtype at all: quantisers pack
+        them in integers, and `torch.ao` removes them from the parameters. Then it is the dtype of the model. (Weights
+        are not asked for a device: with offloading they are on `meta` between two forwards.)
+        """
+        # PEFT keeps the frozen original beside the copy that trains.
+        weights = [weight for weight in self.multi_modal_projector.parameters() if weight.is_floating_point()]
+        trained = [weight for weight in weights if weight.requires_grad]
+        return (trained or weights or [self])[0].dtype  # type: ignore[attr-defined]
 
     @can_return_tuple
     def get_image_features(

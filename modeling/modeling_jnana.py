@@ -1,3 +1,4 @@
+# Copyright 2026 The Jnana authors. Licensed under the Apache License, Version 2.0.
 """The Jnana model: an image encoder, a projector and a causal language model with one `forward`.
 
 The class hierarchy follows transformers (config -> PreTrainedModel -> Model -> ForConditionalGeneration) and the names
@@ -186,6 +187,9 @@ class JnanaPreTrainedModel(PreTrainedModel):
             self.__class__ = current_class
 
 
+_ASSISTANT = "image_of_assistant"  # the key in `mm_encoder_outputs` of what the assistant model of `generate` encoded
+
+
 class JnanaGenerationMixin(GenerationMixin):
     """transformers' generation, with precomputed image features and the change of Phi-3's rotary embedding."""
 
@@ -196,6 +200,9 @@ class JnanaGenerationMixin(GenerationMixin):
         """
         As `GenerationMixin.generate`. Images are encoded once, before the first token. Takes `image_features` as
         [`JnanaModel.forward`] does, and the cache as `past_key_values` or `cache`.
+
+        Raises:
+            ValueError: If the prompt has image tokens, and neither images nor a filled cache are given.
         """
         cache = _one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
@@ -209,7 +216,37 @@ class JnanaGenerationMixin(GenerationMixin):
             with torch.no_grad():
                 projected = self.model.project_vision_features(image_features, kwargs.pop("image_sizes", None))
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=projected)}
+        self._encode_for_assistant(kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        given = any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "pixel_values", "inputs_embeds"))
+        if ids is not None and not given and (cache is None or cache.get_seq_length() == 0):
+            self.model._check_counts(ids == self.config.image_token_id, 0)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _encode_for_assistant(self, kwargs: dict[str, Any]) -> None:
+        """
+        Assisted decoding gives the assistant model the image vectors of this one. They are of another projector, and
+        perhaps of another width, so the assistant gets vectors of its own beside them and takes these.
+        """
+        encoded = kwargs.get("mm_encoder_outputs")
+        settings = kwargs.get("generation_config")
+        if settings is not None and settings.is_assistant and encoded is not None:
+            kwargs["mm_encoder_outputs"] = {name: encoded[_ASSISTANT] for name in ("image",) if _ASSISTANT in encoded}
+        assistant = kwargs.get("assistant_model")
+        pixel_values, image_sizes = kwargs.get("pixel_values"), kwargs.get("image_sizes")
+        if isinstance(assistant, JnanaGenerationMixin) and pixel_values is not None:
+            models: dict[str, Any] = {"image": self, _ASSISTANT: assistant}
+            names = ("vision_feature_layer", "vision_feature_select_strategy")
+            options = {"image": {name: kwargs.pop(name, None) for name in names}, _ASSISTANT: {}}
+            with torch.no_grad():
+                kwargs["mm_encoder_outputs"] = {
+                    name: model.model.get_image_features(
+                        pixel_values.to(model.device), image_sizes=image_sizes, return_dict=True, **options[name]
+                    )
+                    for name, model in models.items()
+                }
+            del kwargs["pixel_values"]
+            kwargs.pop("image_sizes", None)
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # the other parameters are passed on
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs
@@ -220,6 +257,11 @@ class JnanaGenerationMixin(GenerationMixin):
         changes (LongRoPE).
         """
         text_config, cache = self.config.text_config, kwargs.get(CACHE_NAME)
+        # The step before which nothing is cached is the first, also that of an assistant model, which transformers
+        # calls a later one. Only a step of several tokens can be it.
+        if kwargs.get("next_sequence_length") != 1 and (cache is None or cache.get_seq_length() == 0):
+            if any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "pixel_values")):
+                kwargs["is_first_iteration"] = True
         if text_config.model_type == "phi3" and cache is not None and inputs_embeds is None:
             limit = text_config.original_max_position_embeddings
             if input_ids.shape[1] > limit and 0 < cache.get_seq_length() <= limit:
@@ -316,10 +358,14 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             has_labels (`bool`, *optional*, defaults to `False`): Whether a loss will be computed from the outputs. A
                 batch without images then runs the tower on a black image, if several processes train together.
 
+        Image tokens without images keep the embeddings of their own, as in transformers' LLaVA (that of token 0 where
+        the embedding has no row for them), but not with labels.
+
         Raises:
             ValueError: If images or the cache are given under two names, or the number of images differs from that of
-                the image tokens; if the inputs of packed rows are incomplete; if the attention implementation does not
-                support packed rows, or overflows (Phi in float16 with eager attention).
+                the image tokens; if there are labels and image tokens, but no images; if the inputs of packed rows are
+                incomplete; if the attention implementation does not support packed rows, or overflows (Phi in float16
+                with eager attention).
         """
         cache = _one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
@@ -339,6 +385,8 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             vision_feature_select_strategy,
             image_sizes,
         )
+        if images is None and has_labels and input_ids is not None:
+            self._check_counts(input_ids == self.config.image_token_id, 0)
         blank = None
         if images is None and self._must_encode_blank_image(has_labels, cache):
             blank = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
@@ -395,11 +443,14 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         """`fusion: tokens`: embeddings with image vectors at the positions of the image tokens, and these vectors."""
         image_hidden_states = None if images is None else torch.cat(images)
         if input_ids is not None:
-            image_mask = input_ids == self.config.image_token_id
-            if image_hidden_states is None and input_ids.shape[1] > 1:  # a single new token is never an image
-                self._check_counts(image_mask, 0)
-            # The image token needs no row in the embedding: its vector is never used.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+            # The image token needs no row in the embedding: its vector is used only where no image is given, as when
+            # an exporter or an assistant model runs the text alone.
+            has_row = self.config.image_token_id < self.config.text_config.vocab_size
+            if image_hidden_states is None and has_row:
+                text_ids = input_ids
+            else:
+                text_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+            inputs_embeds = self.get_input_embeddings()(text_ids)
         assert inputs_embeds is not None  # for mypy; checked by the caller
         if image_hidden_states is not None:
             image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -678,6 +729,27 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         )
 
 
+class JnanaWrongAutoClass(JnanaPreTrainedModel):
+    """
+    Raises the error of Auto classes that have no model of this kind: `AutoModelForCausalLM`, which text-only programs
+    try first, and `AutoModelForSequenceClassification`, which reward models are made of.
+    """
+
+    def __init__(self, config: JnanaConfig, *args, **kwargs):
+        raise ValueError(_WRONG_AUTO_CLASS)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        raise ValueError(f"{str(pretrained_model_name_or_path)!r}: {_WRONG_AUTO_CLASS}")
+
+
+_WRONG_AUTO_CLASS = (
+    "a Jnana model reads images and text and writes text, so it is not loaded as a text-only model, and it has no "
+    "classification head. Load it with `AutoModelForImageTextToText` (or `AutoModelForMultimodalLM`), or with "
+    "`AutoModel` for hidden states."
+)
+
+
 def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The hidden states to compute logits for; see `logits_to_keep` in [`JnanaForConditionalGeneration.forward`]."""
     if isinstance(logits_to_keep, int):
@@ -693,4 +765,10 @@ def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.T
 JnanaModel.register_for_auto_class("AutoModel")
 JnanaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["CACHE_NAME", "JnanaForConditionalGeneration", "JnanaModel", "JnanaPreTrainedModel"]
+__all__ = [
+    "CACHE_NAME",
+    "JnanaForConditionalGeneration",
+    "JnanaModel",
+    "JnanaPreTrainedModel",
+    "JnanaWrongAutoClass",
+]

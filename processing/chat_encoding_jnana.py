@@ -138,6 +138,39 @@ class ChatEncoder:
         return both[len(context) :] if both[: len(context)] == context else self._encode_all([piece])[0]
 
 
+def truncate_rows(
+    ids: list[list[int]], masks: list[list[int]], max_length: int, image_token_id: int, keep_end: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """
+    Shorten rows of tokens to a length, but never by image tokens: the model gets all vectors of each image.
+
+    Args:
+        ids, masks (`list[list[int]]`): token ids, and 1 for each that is part of an answer.
+        max_length (`int`): the length in tokens.
+        image_token_id (`int`): id of the image token.
+        keep_end (`bool`, *optional*, defaults to `False`): cut off the start of a row instead of its end.
+
+    Returns:
+        `tuple[list[list[int]], list[list[int]]]`: the rows, none longer than `max_length`.
+
+    Raises:
+        ValueError: if image tokens would be cut off.
+    """
+    for row, tokens in enumerate(ids):
+        positions = [position for position, token in enumerate(tokens) if token == image_token_id]
+        needed = 0
+        if positions:
+            needed = len(tokens) - positions[0] if keep_end else positions[-1] + 1
+        if needed > max_length:
+            raise ValueError(
+                f"max_length={max_length} would cut off image tokens: row {row} has {len(tokens)} tokens, and its "
+                f"images need {needed} of them. Set max_length to {needed} or more, or to None, or shorten the text "
+                f"{'behind' if keep_end else 'before'} the images."
+            )
+    kept = slice(-max_length, None) if keep_end else slice(max_length)
+    return [row[kept] for row in ids], [row[kept] for row in masks]
+
+
 def transcribe_chat(chat: list[dict], transcriber: Any) -> list[dict]:
     """
     Replace the recordings of a chat, its `{"type": "audio", ...}` parts, by their transcripts.

@@ -33,7 +33,7 @@ class JnanaImageCountMixin:
     """The part of [`JnanaProcessor`] that counts the views and the tokens of images."""
 
     image_processor: Any
-    patch_size: int
+    patch_size: int | None
     num_additional_image_tokens: int
     vision_feature_select_strategy: str
     downsample_factor: int
@@ -65,7 +65,7 @@ class JnanaImageCountMixin:
             crop_size, size (`dict`, *optional*): instead of the image processor's own.
 
         Raises:
-            ValueError: if the number depends on the size, and the size is not given.
+            ValueError: if the number depends on the size, and the size is not given; if there is no patch size.
         """
         height, width = self.image_height_and_width(**kwargs)
         of_a_view = self.num_image_tokens(height, width)
@@ -91,6 +91,11 @@ class JnanaImageCountMixin:
         return 1 + tile_rows * tile_columns
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        if self.patch_size is None:
+            raise ValueError(
+                "patch_size=None: the number of image tokens depends on it. Give the vision tower's patch size to the "
+                "processor (or use the strategy 'pooled')."
+            )
         side = self.patch_size * self.downsample_factor
         return height // side, width // side
 

@@ -24,11 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, TextKwargs
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, TextKwargs, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, transcribe_chat
+from .chat_encoding_jnana import BREAK, ChatEncoder, mark_answers, transcribe_chat, truncate_rows
 from .chat_formats_jnana import (
     GENERATION_BLOCK,
     adopt_chat_template,
@@ -41,7 +42,9 @@ from .image_geometry_jnana import JnanaImageCountMixin, count_prefix_tokens, set
 
 # Keyword arguments for the tokenizer and the image processor. `apply_chat_template` also takes them outside
 # `processor_kwargs`; every other keyword argument is a variable of the template.
-TEXT_OPTIONS = frozenset(TextKwargs.__annotations__)
+TEXT_OPTIONS = frozenset(TextKwargs.__annotations__) | {"return_mm_token_type_ids"}
+# Values of `truncation` that shorten a single text.
+TRUNCATES = (True, "longest_first", "only_first")
 PROCESSOR_OPTIONS = TEXT_OPTIONS | frozenset(ImagesKwargs.__annotations__) | {"images", "text_kwargs", "images_kwargs"}
 
 # Keys under which an image part of a message may hold its image, in the order of preference.
@@ -89,9 +92,8 @@ class JnanaChatMixin(ProcessorMixin):
                 image part holds a `PIL.Image.Image` under `image`, or a path or URL under `path` or `url`; an audio
                 part, a path under `path` or samples under `audio`.
             transcriber (`Any`, *optional*): replaces audio parts by their transcripts; see [`transcribe_chat`].
-            processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `max_length` (with
-                `padding="max_length"`), `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the
-                image processor's options.
+            processor_kwargs (`dict`, *optional*): `padding`, `padding_side`, `truncation`, `max_length`,
+                `pad_to_multiple_of`, `return_tensors`, `return_mm_token_type_ids` and the image processor's options.
 
         Returns:
             `str`, `list[str]`, or with `tokenize` and `return_dict` a `BatchFeature` of `input_ids`
@@ -101,7 +103,7 @@ class JnanaChatMixin(ProcessorMixin):
             `assistant_masks`.
 
         Raises:
-            ValueError: if `truncation` is set (it could cut image tokens), images and placeholders differ in number,
+            ValueError: if `truncation` would cut off image tokens, images and placeholders differ in number,
                 `chat_template` is not Jinja (but the name of a template), or a recording has no transcriber.
         """
         template = self._find_template(chat_template)
@@ -251,15 +253,16 @@ class JnanaChatMixin(ProcessorMixin):
         images = None if images is None else self.image_processor.fetch_images(images)
         self.validate_inputs(images=images, text=texts)
         text_kwargs, images_kwargs = _split_kwargs(kwargs)
-        if text_kwargs.get("truncation"):
-            raise ValueError("truncation=True could cut image tokens. Shorten the chat instead.")
-
         processed, replacements = {}, []
         if images is not None:
             processed = self.image_processor(images, **images_kwargs)
             replacements = [self.replace_image_token(processed, index) for index in range(len(images))]
         texts, _ = self.get_text_with_replacements(texts, replacements)
         ids, masks = self._encoder().encode(texts)
+        if text_kwargs.get("truncation") in TRUNCATES:
+            max_length = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+            keep_end = self.tokenizer.truncation_side == "left"
+            ids, masks = truncate_rows(ids, masks, max_length, self.image_token_id, keep_end)
 
         pad_names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
         pad_kwargs = {"padding": False, **{k: text_kwargs[k] for k in pad_names if k in text_kwargs}}
@@ -329,7 +332,8 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             with `image_grid_pinpoints` (LLaVA-1.6's) cuts images into tiles; the number of image tokens then depends
             on an image's size.
         tokenizer (`PreTrainedTokenizerBase`): the language model's tokenizer, holding `image_token`.
-        patch_size (`int`, *optional*): side of the tower's patches in pixels; needed unless the strategy is `pooled`.
+        patch_size (`int`, *optional*): side of the tower's patches in pixels; images need it unless the strategy is
+            `pooled` or `tokens_per_view` is given.
         num_additional_image_tokens (`int`, *optional*, defaults to 0):
             vectors the tower puts before its patches: 1 for CLIP and DINOv2 (CLS), 0 for SigLIP.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
@@ -342,7 +346,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         image_token (`str`, *optional*, defaults to `"<image>"`): the token that stands for one image vector.
 
     Raises:
-        ValueError: if the strategy is unknown, the patch size is missing, or the tokenizer lacks `image_token`.
+        ValueError: if the strategy is unknown, or the tokenizer lacks `image_token`.
     """
 
     def __init__(
@@ -362,8 +366,6 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
                 f"vision_feature_select_strategy={vision_feature_select_strategy!r} must be one of "
                 f"{', '.join(FEATURE_SELECT_STRATEGIES)}."
             )
-        if patch_size is None and vision_feature_select_strategy != "pooled":
-            raise ValueError("patch_size=None: give the vision tower's patch size, or use the strategy 'pooled'.")
         image_token_ids = tokenizer.encode(image_token, add_special_tokens=False)
         if len(image_token_ids) != 1:
             raise ValueError(
@@ -579,22 +581,33 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             num_image_patches=[self.count_views(size) for size in sizes],
         )
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """
         As `LlavaProcessor`: `text` is prompt text, in which each image token stands for one image.
 
         Text rendered by `apply_chat_template(tokenize=False)` carries its neutralised passages with it and is taken
         here too.
+
+        Raises:
+            ValueError: if `truncation` would cut off image tokens, or images and placeholders differ in number.
         """
-        texts = [text] if isinstance(text, str) else text
+        options: dict[str, Any] = dict(kwargs)
+        texts: Any = [text] if isinstance(text, str) else text
         bos_token = self.tokenizer.bos_token
         if texts and bos_token is not None and all(sample.startswith(bos_token) for sample in texts):
-            kwargs.setdefault("add_special_tokens", False)  # the template wrote it: not twice
-        if texts is None or not any(BREAK in sample for sample in texts):
-            return super().__call__(images=images, text=text, **kwargs)
-        if kwargs.pop("add_special_tokens", True) and self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]:
+            options.setdefault("add_special_tokens", False)  # the template wrote it: not twice
+        truncation = options.get("truncation", options.get("text_kwargs", {}).get("truncation"))
+        if texts is None or not (truncation in TRUNCATES or any(BREAK in sample for sample in texts)):
+            return super().__call__(images=images, text=text, **options)
+        adds_bos = self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]
+        if options.pop("add_special_tokens", True) and adds_bos:
             texts = [bos_token + sample for sample in texts]
-        return self._tokenize_chats(list(texts), self._flatten_images(images), kwargs)[0]
+        return self._tokenize_chats(list(texts), self._flatten_images(images), options)[0]
 
 
 def add_jnana_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> None:

@@ -194,6 +194,8 @@ def test_a_fresh_interpreter_loads_saves_and_loads_again(tmp_path):
             "AutoModel",
             "AutoModelForImageTextToText",
             "AutoModelForMultimodalLM",
+            "AutoModelForCausalLM",
+            "AutoModelForSequenceClassification",
         }
         assert not any("--" in reference for reference in auto_map.values())
 

@@ -269,9 +269,9 @@ def test_a_final_answer_can_be_continued(processor):
     assert begun["input_ids"][0] == row[:-1]
 
 
-def test_truncation_and_missing_pictures_are_refused(processor):
+def test_truncation_of_image_tokens_and_missing_pictures_are_refused(processor):
     chat = [{"role": "user", "content": [IMAGE]}]
-    with pytest.raises(ValueError, match="truncation"):
+    with pytest.raises(ValueError, match="max_length=3 would cut off image tokens: row 0 has"):
         encode(processor, [chat], processor_kwargs={"truncation": True, "max_length": 3})
     with pytest.raises(ValueError, match="no images"):
         encode(processor, [[{"role": "user", "content": [{"type": "image"}]}]])

@@ -228,8 +228,8 @@ def test_arguments_that_cannot_work_are_refused(processor):
     image_processor, tokenizer = processor.image_processor, processor.tokenizer
     with pytest.raises(ValueError, match="vision_feature_select_strategy='cls' must be one of default, full, pooled"):
         JnanaProcessor(image_processor, tokenizer, patch_size=12, vision_feature_select_strategy="cls")
-    with pytest.raises(ValueError, match="patch_size=None"):
-        JnanaProcessor(image_processor, tokenizer)
+    with pytest.raises(ValueError, match="patch_size=None"):  # not before an image needs it
+        JnanaProcessor(image_processor, tokenizer).count_image_tokens()
     with pytest.raises(ValueError, match="'<image>' is .* tokens"):
         JnanaProcessor(image_processor, tiny_tokenizer(), patch_size=12)
     with pytest.raises(ValueError, match="gives images of different sizes"):

@@ -1,0 +1,37 @@
+"""Writes docs/clients.md, a table of what of other libraries is tested, from the marks of tests/interfaces.
+
+python docs/write_clients.py
+"""
+
+import ast
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "clients.md"
+HEAD = """# Clients
+
+What other programs do with a checkpoint, and the test that covers it. The tests run on the versions of
+[versions.md](versions.md), with a stock LLaVA of the same weights beside ours where the behaviour is stock's.
+`python docs/write_clients.py` writes this page from the tests.
+
+| client | test | note |
+|---|---|---|
+"""
+
+
+def clients_page() -> str:
+    """The text of docs/clients.md: one line for each test with a mark `client`."""
+    lines = []
+    for file in sorted((ROOT / "tests" / "interfaces").glob("test_*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
+                if ast.unparse(mark).startswith("pytest.mark.client("):
+                    assert isinstance(mark, ast.Call) and isinstance(node, ast.FunctionDef)
+                    name, note = ast.literal_eval(mark.args[0]), ast.literal_eval(mark.keywords[0].value)
+                    lines.append(f"| {name} | `{file.name}::{node.name}` | {note} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(clients_page(), encoding="utf-8")

@@ -1,0 +1,49 @@
+"""Auto classes, the tables of names of transformers, and weights that a checkpoint lacks."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+from jnana import JnanaConfig
+
+
+@pytest.mark.client("Auto classes", note="AutoModel gives hidden states")
+def test_the_auto_classes_load_the_same_weights(stock, ours):
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        for side in (stock, ours):
+            assert type(auto.from_pretrained(side.folder)) is type(side.model)
+    states = [AutoModel.from_pretrained(side.folder)(**side.inputs()).last_hidden_state for side in (stock, ours)]
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_other_auto_classes_name_the_right_ones(stock, ours, auto):
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        auto.from_pretrained(stock.folder)
+    with pytest.raises(ValueError, match="Load it with `AutoModelForImageTextToText`"):
+        auto.from_pretrained(ours.folder)
+    with pytest.raises(ValueError, match="Load it with `AutoModelForImageTextToText`"):
+        auto.from_config(ours.model.config)
+
+
+@pytest.mark.client("transformers serve DIRECTORY --trust-remote-code", note="tests/chat/test_serve.py runs it")
+def test_the_server_finds_the_class_by_its_name(stock, ours):
+    for side in (stock, ours):
+        assert MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[side.model.config.model_type] == type(side.model).__name__
+
+
+def test_the_files_have_the_copyright_line_that_the_init_test_of_transformers_reads(stock):
+    for config_class in (type(stock.model.config), JnanaConfig):
+        source = Path(inspect.getfile(config_class)).read_text(encoding="utf-8")
+        assert re.search(r"^# Copyright (\d{4})", source, re.MULTILINE)

@@ -42,14 +42,23 @@ def batch(
     inputs = stack_rows(packed, 1, multiple_of)
     if packing == "none":
         inputs["attention_mask"] = (inputs["segment_ids"] >= 0).long()
-        for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels", "logits_to_keep"):
+        for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels", "logit_positions"):
             del inputs[name]
+    else:
+        is_image = inputs["input_ids"] == IMAGE
+        inputs["image_positions"] = is_image.flatten().nonzero()[:, 0]
+        inputs["max_row_image_tokens"] = int(is_image.sum(1).max())
     shown = [image for row in packed for image in row.images]
     if shown:
         order = sorted(set(shown))
         inputs["pixel_values"] = pictures(NUM_IMAGES)[order]
         inputs["image_indices"] = torch.tensor([order.index(image) for image in shown])
     return inputs
+
+
+def find_labels(inputs: dict[str, torch.Tensor]) -> None:
+    """Set the positions that predict a label again, after labels were changed."""
+    inputs["logit_positions"] = (inputs["shift_labels"] != -100).flatten().nonzero()[:, 0]
 
 
 def batches(how: str, size: int = SIZE) -> list[dict[str, torch.Tensor]]:

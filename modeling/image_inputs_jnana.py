@@ -144,7 +144,12 @@ class JnanaImageMixin:
         )
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+        image_indices: ImageIndices | None = None,
+        num_images: int = 0,
     ) -> torch.Tensor:
         """
         The positions of image tokens; found from the embeddings where ids are not given.
@@ -153,15 +158,17 @@ class JnanaImageMixin:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Embeddings.
             image_features (`torch.FloatTensor` of shape `(num_image_vectors, hidden_size)`): Projected features.
+            image_indices, num_images (*optional*): The indices that selected these features, and the number of images
+                that they choose from; to be checked.
 
         Returns:
             `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
 
         Raises:
-            ValueError: Unless there are as many image tokens as image vectors.
+            ValueError: Unless there are as many image tokens as image vectors, and the indices are of images.
         """
         image_mask = self._find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
-        self._check_images(image_mask, image_features.shape[0])
+        self._check_images(image_mask, image_features.shape[0], None, image_indices, num_images)
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)  # `device_map` may have put the ids elsewhere
 
     def _find_tokens(
@@ -247,8 +254,7 @@ class JnanaImageMixin:
             num_images (`int`, *optional*, defaults to 0): The images that `image_indices` chooses from.
         """
         if image_positions is not None:
-            if len(image_positions) != num_vectors:
-                raise ValueError(self._count_message(len(image_positions), num_vectors))
+            self._check_positions(image_positions, num_vectors)
             return
         num_tokens = image_mask.sum()
         equal = num_tokens == num_vectors
@@ -264,6 +270,11 @@ class JnanaImageMixin:
                 else f"`image_indices` {indices.tolist()} must be from 0 to {num_images - 1}, one of the images."
             ),
         )
+
+    def _check_positions(self, image_positions: torch.Tensor, num_vectors: int) -> None:
+        """Raise `ValueError` unless there are as many positions of image tokens as image vectors."""
+        if len(image_positions) != num_vectors:
+            raise ValueError(self._count_message(len(image_positions), num_vectors))
 
     def _count_message(self, num_tokens: int, num_vectors: int) -> str:
         size = self.config.num_image_tokens

@@ -84,7 +84,7 @@ def head_loss(
             bias = None if bias is None else bias.detach()
         total = _ChunkedLoss.apply(hidden_states, weight, bias, labels, ignore_index)
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    return total.float() / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
 def unfused_reason(head: nn.Module) -> str | None:

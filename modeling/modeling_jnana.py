@@ -416,13 +416,17 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         assert inputs_embeds is not None  # for mypy; checked by the caller
         if image_hidden_states is not None:
             image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-            image_mask = self._find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
-            num_images = len(images or ())
-            self._check_images(image_mask, len(image_hidden_states), image_positions, image_indices, num_images)
             if image_positions is None:
-                image_mask = image_mask.unsqueeze(-1).to(inputs_embeds.device)  # `device_map`: the ids lie elsewhere
+                image_mask = self.get_placeholder_mask(
+                    input_ids,  # type: ignore[arg-type]
+                    inputs_embeds,
+                    image_hidden_states,
+                    image_indices,
+                    len(images or ()),
+                )
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
             else:  # the gradient of `masked_scatter` would read the number of image tokens
+                self._check_positions(image_positions, len(image_hidden_states))
                 places = image_positions.to(inputs_embeds.device)
                 filled = inputs_embeds.flatten(0, 1).index_copy(0, places, image_hidden_states)
                 inputs_embeds = filled.view_as(inputs_embeds)

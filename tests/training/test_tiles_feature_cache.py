@@ -69,7 +69,7 @@ def test_an_entry_is_all_views_of_an_image(pairs, paths, rows, tmp_path, kind):
     again = pickle.loads(pickle.dumps(FeatureCache(tmp_path / "cache"))).load(reference(paths[0]))
     assert torch.equal(again.features, cache.load(reference(paths[0])).features) and again.size == SIZES[0]
     inputs = cache.stack([cache.load(reference(path)) for path in paths])
-    assert inputs["image_sizes"].tolist() == [list(size) for size in SIZES]
+    assert inputs["image_sizes"] == SIZES
     assert len(inputs["image_features"]) == all_views(pair[1])
     assert cache.stack([]).keys() == {"image_features"}
 

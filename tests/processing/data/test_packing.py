@@ -7,6 +7,7 @@ from collections import Counter
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from jnana.processing.data import BadSampleError, JnanaCollator, check_rows, packed_rows, packed_stream, plan_rows
@@ -82,6 +83,7 @@ def supervised_pairs(batch: dict) -> Counter:
     packed = "segment_ids" in batch
     size = 4
     shown = iter(batch.get("image_indices", range(10**6)))
+    predicting = set(batch["logit_positions"].tolist())
     for row, ids in enumerate(batch["input_ids"].tolist()):
         image_of, run = {}, 0
         for position, token in enumerate(ids):
@@ -102,8 +104,7 @@ def supervised_pairs(batch: dict) -> Counter:
                 assert positions == list(range(len(seen))) or target == IGNORED
             else:
                 target, seen = batch["labels"][row, position + 1].item(), range(position + 1)
-            flat = row * len(ids) + position
-            assert (flat in batch["logit_positions"]) == (target != IGNORED)
+            assert (row * len(ids) + position in predicting) == (target != IGNORED)
             if target != IGNORED:
                 found[tuple((ids[k], image_of.get(k)) for k in seen), target] += 1
     assert next(shown, None) is None or not packed

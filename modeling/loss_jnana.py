@@ -169,15 +169,18 @@ class _ChunkedLoss(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 states = hidden_states[chunk].to(dtype)
                 logits = nn.functional.linear(states, held_weight, held_bias)
-                losses, grad_logits = _loss_and_gradient(logits, labels[chunk], ignore_index, wide)
-                total += losses
+                kept = labels[chunk] != ignore_index
+                losses, grad_logits = _losses_and_gradients(logits, labels[chunk].masked_fill(~kept, 0), wide)
                 del logits
+                total += losses.masked_fill(~kept, 0).sum()
+                # Ignored tokens are left out of the products, which are smaller than the gradient of the logits.
                 if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
+                    grad_bias += kept.to(wide) @ grad_logits
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad_logits.to(dtype), states)
+                    _add_product(grad_weight, grad_logits.to(dtype), states * kept[:, None])
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = grad_logits.mul_(ctx.scale).to(dtype) @ held_weight
+                    scaled = grad_logits if ctx.scale == 1 else grad_logits.mul_(ctx.scale)
+                    grad_hidden[chunk] = scaled.to(dtype) @ held_weight * kept[:, None]
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
@@ -199,17 +202,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return *scaled, None, None
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype
+def _losses_and_gradients(
+    logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy of a chunk, and its gradient for the logits, both in `dtype`."""
+    """The cross-entropy of each token of a chunk, and its gradient for the logits, both in `dtype`."""
     log_probs = logits.log_softmax(-1, dtype=dtype)
-    kept = labels != ignore_index
-    place = torch.arange(len(labels), device=labels.device), labels.masked_fill(~kept, 0)
-    total = -log_probs[place].masked_fill(~kept, 0).sum()
-    gradient = log_probs.exp_()
-    gradient[place] -= 1
-    return total, gradient.mul_(kept[:, None])
+    place = torch.arange(len(labels), device=labels.device), labels
+    losses = -log_probs[place]
+    gradients = log_probs.exp_()
+    gradients[place] -= 1
+    return losses, gradients
 
 
 def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, states: torch.Tensor) -> None:

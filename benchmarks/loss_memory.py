@@ -1,7 +1,7 @@
 """Peak memory and time of the loss over the head, fused in chunks and plain.
 
-    python -m benchmarks.loss_memory                              # about 15 minutes on one CPU thread, 8 GB of memory
-    python -m benchmarks.loss_memory --rounds 1 --labels 1024     # a quick look
+    python -m benchmarks.loss_memory                              # one CPU thread, 8 GB of memory
+    python -m benchmarks.loss_memory --labels 1024                # a quicker look
     python -m benchmarks.loss_memory --device cuda --dtype bfloat16
 
 Only the head and the loss run, on random hidden states: forward and backward pass at the sizes of Phi-2's head (with a
@@ -30,7 +30,8 @@ from jnana.modeling.loss_jnana import head_loss
 
 
 RESULT = Path(__file__).parent / "results" / "loss_memory_cpu.json"
-HEADS = {"phi-2": (51_200, 2560, True), "qwen2-0.5b": (151_936, 896, False)}  # words, hidden size, bias
+# Words, hidden size, bias; `tiny` is for a test.
+HEADS = {"phi-2": (51_200, 2560, True), "qwen2-0.5b": (151_936, 896, False), "tiny": (500, 8, True)}
 TRAINED = {"frozen": False, "trained": True}
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -112,11 +113,11 @@ def compare(arms: dict[str, list[dict[str, Any]]], dtype: torch.dtype) -> dict[s
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=int, default=4096, help="supervised tokens")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
+    parser.add_argument("--heads", nargs="+", default=["phi-2", "qwen2-0.5b"], choices=list(HEADS))
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--one", nargs=3, metavar=("ARM", "HEAD", "STATE"), help="one run in this process")
     args = parser.parse_args(argv)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, PhiConfig
@@ -70,7 +71,7 @@ def make_arms(case: str, scale: Scale, folder: Path, device: torch.device) -> di
             processor.tokens_per_view = model.config.num_image_tokens
         planned = plan_step(rows, processor, scale.max_row_tokens[int(tokens)])
         batch = JnanaCollator(processor, packing="shared_image")(planned)
-        arms[arm] = model, {name: value.to(device) for name, value in batch.items()}
+        arms[arm] = model, send_to_device(batch, device)
     return arms
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.autograd import DeviceType
 
@@ -37,7 +38,7 @@ def profile_step(
     def step() -> None:
         with torch.profiler.record_function("collator"):
             batch = make_batch()
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = send_to_device(batch, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.profiler.record_function("forward"):
                 loss = model(**batch).loss

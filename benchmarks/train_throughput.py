@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -287,7 +288,7 @@ def inspect_arms(case: Case, num_steps: int, device: torch.device, dtype: torch.
         model, batch = reset(case, arm), case.collators[arm](case.batches[arm][1])
         real = batch["attention_mask"].bool() if "attention_mask" in batch else batch["segment_ids"] >= 0
         labels = batch["labels"][:, 1:] if "labels" in batch else batch["shift_labels"]
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = send_to_device(batch, device)
         counter = FlopCounterMode(display=False)
         with counter, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             model.train()

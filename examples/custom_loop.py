@@ -10,6 +10,7 @@ loss of every step, and saves a checkpoint that loads like any other.
 import argparse
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from jnana import JnanaCollator, load_model, load_rows
@@ -34,7 +35,7 @@ rows = load_rows(args.train_data, image_folder=args.image_folder)
 collator = JnanaCollator(processor, packing="shared_image")  # one packed row for each image and its conversations
 for epoch in range(args.epochs):
     for step, batch in enumerate(DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collator)):
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss = model(**send_to_device(batch, device)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ in forward pre-hooks of the language model's layers, whose names, and so whose w
 stay as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -172,8 +172,8 @@ class JnanaCrossAttentionMixin:
     cross_attention: JnanaCrossAttention
     get_input_embeddings: Callable[[], nn.Module]
     _find_tokens: Callable[..., torch.Tensor]
-    _select_images: Callable[..., list[torch.Tensor]]
-    _check_counts: Callable[..., None]
+    _check_indices: Callable[..., None]
+    _check_images: Callable[..., None]
 
     def connect_cross_attention(self) -> None:
         """Register the hooks on the layers of `language_model`. Call it again when that is replaced."""
@@ -191,10 +191,12 @@ class JnanaCrossAttentionMixin:
         inputs_embeds: torch.Tensor | None,
         images: list[torch.Tensor] | None,
         blank: torch.Tensor | None,
-        image_indices: torch.Tensor | None,
+        image_indices: torch.Tensor | Sequence[int] | None,
         cache: Cache | None,
         segment_ids: torch.Tensor | None,
         branch_ids: torch.Tensor | None,
+        image_positions: torch.Tensor | None = None,
+        max_row_image_tokens: int | None = None,
     ) -> tuple[torch.Tensor, CrossAttentionInputs]:
         """
         The ordinary embeddings, and what the blocks need of the images.
@@ -203,7 +205,8 @@ class JnanaCrossAttentionMixin:
             images (`list[torch.FloatTensor]`, *optional*): One tensor of shape `(1, num_latents * width)` an image.
             blank (`torch.FloatTensor` of shape `(1, num_latents * width)`, *optional*): The image that a batch without
                 images encodes because other processes wait for it.
-            input_ids, inputs_embeds, image_indices, cache, segment_ids, branch_ids: As in [`JnanaModel.forward`].
+            input_ids, inputs_embeds, image_indices, cache, segment_ids, branch_ids, image_positions,
+                max_row_image_tokens: As in [`JnanaModel.forward`].
 
         Returns:
             `tuple`: Embeddings of shape `(batch_size, sequence_length, hidden_size)`, and [`CrossAttentionInputs`].
@@ -224,15 +227,20 @@ class JnanaCrossAttentionMixin:
         if images is not None:  # a chunk of a prompt (`prefill_chunk_size`) gets all its images in one tensor
             images = [vector for image in images for vector in image.split(1)]
         if images is not None or inputs_embeds.shape[1] > 1:  # a single new token is never an image
-            shown = images if image_indices is None else self._select_images(images, image_indices)
-            self._check_counts(image_mask, 0 if shown is None else len(shown))
+            num_images = 0 if images is None else len(images)
+            if image_indices is not None:
+                self._check_indices(image_indices, num_images)
+            shown = num_images if image_indices is None else len(image_indices)
+            self._check_images(image_mask, shown, image_positions, image_indices, num_images)
         end_mask = None
         if config.image_end_token_id is not None:
             end_mask = self._find_tokens(config.image_end_token_id, input_ids, inputs_embeds)
         vectors = blank if images is None else torch.cat(images)
         if vectors is not None:
             vectors = vectors.to(inputs_embeds.device).unflatten(-1, (config.projector_num_latents, -1))
-        inputs = prepare_inputs(vectors, image_indices, image_mask, end_mask, cache, segment_ids, branch_ids)
+        inputs = prepare_inputs(
+            vectors, image_indices, image_mask, end_mask, cache, segment_ids, branch_ids, max_row_image_tokens
+        )
         return inputs_embeds, inputs
 
 

@@ -22,6 +22,8 @@ from .configuration_jnana import JnanaConfig
 
 # (height, width) in pixels of each image of a batch: a tensor `(num_images, 2)`, or pairs.
 ImageSizes: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
+# For each occurrence of an image in the text, the index of the image.
+ImageIndices: TypeAlias = torch.Tensor | Sequence[int]
 
 
 class JnanaImageMixin:
@@ -150,7 +152,12 @@ class JnanaImageMixin:
         )
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+        image_indices: ImageIndices | None = None,
+        num_images: int = 0,
     ) -> torch.Tensor:
         """
         The positions of image tokens; found from the embeddings where ids are not given.
@@ -159,15 +166,17 @@ class JnanaImageMixin:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Token ids.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Embeddings.
             image_features (`torch.FloatTensor` of shape `(num_image_vectors, hidden_size)`): Projected features.
+            image_indices, num_images (*optional*): The indices that selected these features, and the number of images
+                that they choose from; to be checked.
 
         Returns:
             `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
 
         Raises:
-            ValueError: Unless there are as many image tokens as image vectors.
+            ValueError: Unless there are as many image tokens as image vectors, and the indices are of images.
         """
         image_mask = self._find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
-        self._check_counts(image_mask, image_features.shape[0])
+        self._check_images(image_mask, image_features.shape[0], None, image_indices, num_images)
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)  # `device_map` may have put the ids elsewhere
 
     def _find_tokens(
@@ -213,35 +222,76 @@ class JnanaImageMixin:
         # A list of (tokens, hidden_size) or a tensor (images, tokens, hidden_size).
         return None if encoded is None else list(encoded.pooler_output)  # type: ignore[arg-type]
 
-    def _select_images(self, images: list[torch.Tensor] | None, image_indices: torch.Tensor) -> list[torch.Tensor]:
-        """Of the vectors of each image, those of the images that `image_indices` names."""
-        num_images = 0 if images is None else len(images)
-        if images is None or image_indices.ndim != 1:
+    def _check_indices(self, image_indices: ImageIndices, num_images: int) -> None:
+        """Raise `ValueError` unless `image_indices` are a list of numbers, and there are images."""
+        shape = tuple(image_indices.shape) if isinstance(image_indices, torch.Tensor) else (len(image_indices),)
+        if num_images == 0 or len(shape) != 1:
             raise ValueError(
-                f"`image_indices` has shape {tuple(image_indices.shape)} for {num_images} images; give one number for "
-                "each run of image tokens, together with the images."
+                f"`image_indices` has shape {shape} for {num_images} images; give one number for each run of image "
+                "tokens, together with the images."
             )
-        torch_compilable_check(
-            (image_indices >= 0).all() & (image_indices < num_images).all(),
-            lambda: f"`image_indices` {image_indices.tolist()} must be from 0 to {num_images - 1}, one of the images.",
-        )
-        if self.config.image_grid_pinpoints is None:  # equal numbers of vectors: selected without reading the indices
-            vectors = torch.stack(images)
-            return list(vectors[image_indices.to(vectors.device)])
-        return [images[index] for index in image_indices.tolist()]
 
-    def _check_counts(self, image_mask: torch.Tensor, num_vectors: int) -> None:
-        """Raise `ValueError` unless there are as many image tokens as image vectors."""
-        num_tokens, size = image_mask.sum(), self.config.num_image_tokens
+    def _select_images(self, images: list[torch.Tensor] | None, image_indices: ImageIndices) -> list[torch.Tensor]:
+        """Of the vectors of each image, those of the images that `image_indices` names, which are checked later."""
+        images = images or []
+        num_images = len(images)
+        self._check_indices(image_indices, num_images)
+        if isinstance(image_indices, torch.Tensor) and self.config.image_grid_pinpoints is None:
+            vectors = torch.stack(images)  # equal numbers of vectors: selected without reading the indices
+            return list(vectors[image_indices.to(vectors.device).clamp(0, num_images - 1)])
+        indices = image_indices.tolist() if isinstance(image_indices, torch.Tensor) else image_indices
+        return [images[min(max(index, 0), num_images - 1)] for index in indices]
+
+    def _check_images(
+        self,
+        image_mask: torch.Tensor,
+        num_vectors: int,
+        image_positions: torch.Tensor | None = None,
+        image_indices: ImageIndices | None = None,
+        num_images: int = 0,
+    ) -> None:
+        """
+        Raise `ValueError` unless there are as many image tokens as image vectors, and the indices are of images.
+
+        With `image_positions` only their number is compared. Otherwise the device is read once.
+
+        Args:
+            image_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The image tokens.
+            num_vectors (`int`): The vectors of all occurrences of images.
+            image_positions, image_indices: See [`JnanaModel.forward`].
+            num_images (`int`, *optional*, defaults to 0): The images that `image_indices` chooses from.
+        """
+        if image_positions is not None:
+            self._check_positions(image_positions, num_vectors)
+            return
+        num_tokens = image_mask.sum()
+        equal = num_tokens == num_vectors
+        known = torch.ones_like(equal)
+        if image_indices is not None:
+            indices = torch.as_tensor(image_indices, device=equal.device)
+            known = (indices >= 0).all() & (indices < num_images).all()
+        torch_compilable_check(
+            equal & known,
+            lambda: (
+                self._count_message(int(num_tokens), num_vectors)
+                if known
+                else f"`image_indices` {indices.tolist()} must be from 0 to {num_images - 1}, one of the images."
+            ),
+        )
+
+    def _check_positions(self, image_positions: torch.Tensor, num_vectors: int) -> None:
+        """Raise `ValueError` unless there are as many positions of image tokens as image vectors."""
+        if len(image_positions) != num_vectors:
+            raise ValueError(self._count_message(len(image_positions), num_vectors))
+
+    def _count_message(self, num_tokens: int, num_vectors: int) -> str:
+        size = self.config.num_image_tokens
         fixed = self.config.image_grid_pinpoints is None
         each = f", {size} an image ({num_vectors // size} images)" if fixed else ""
-        torch_compilable_check(
-            num_tokens == num_vectors,
-            lambda: (
-                f"The text has {int(num_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), but "
-                f"the images give {num_vectors} vectors{each}. Let the processor write the image tokens, pass every "
-                "image that the text names, and load model and processor from one directory."
-            ),
+        return (
+            f"The text has {num_tokens} image tokens (`image_token_id` {self.config.image_token_id}), but the images "
+            f"give {num_vectors} vectors{each}. Let the processor write the image tokens, pass every image that the "
+            "text names, and load model and processor from one directory."
         )
 
     def _must_encode_blank_image(self, has_labels: bool, cache: Cache | None) -> bool:

@@ -5,6 +5,7 @@ counted from the start of the row. So one rule holds for a whole text, for a tex
 a cache that has been cropped.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +79,9 @@ class CrossAttentionInputs:
     states: CrossAttentionStates
 
 
-def find_positions(token_mask: torch.Tensor, start: int | torch.Tensor, most: int) -> torch.Tensor:
+def find_positions(
+    token_mask: torch.Tensor, start: int | torch.Tensor, most: int, slots: int | None = None
+) -> torch.Tensor:
     """
     Where in its row each marked token stands.
 
@@ -86,13 +89,15 @@ def find_positions(token_mask: torch.Tensor, start: int | torch.Tensor, most: in
         token_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The marked tokens.
         start (`int`): The index of the first column in the row.
         most (`int`): No row has more marked tokens. Used where counting them would break a compiled graph.
+        slots (`int`, *optional*): The most marked tokens of a row, where they have been counted.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, num_slots)`: Ascending; `NOWHERE` in rows with fewer.
     """
     columns = torch.arange(token_mask.shape[1], device=token_mask.device) + start
     positions = torch.where(token_mask, columns, NOWHERE).sort(dim=1).values
-    slots = most if torch.compiler.is_compiling() else int(token_mask.sum(1).max())
+    if slots is None:
+        slots = most if torch.compiler.is_compiling() else int(token_mask.sum(1).max())
     return positions[:, :slots].contiguous()
 
 
@@ -140,12 +145,13 @@ def find_visible_images(
 
 def prepare_inputs(
     image_vectors: torch.Tensor | None,
-    image_indices: torch.Tensor | None,
+    image_indices: torch.Tensor | Sequence[int] | None,
     image_mask: torch.Tensor,
     end_mask: torch.Tensor | None,
     cache: Any | None,
     segment_ids: torch.Tensor | None = None,
     branch_ids: torch.Tensor | None = None,
+    max_row_images: int | None = None,
 ) -> CrossAttentionInputs:
     """
     Lay the images out for the blocks.
@@ -153,12 +159,13 @@ def prepare_inputs(
     Args:
         image_vectors (`torch.FloatTensor` of shape `(num_images, num_latents, width)`, *optional*): The images of this
             call, or, with a mask of no image, a blank one whose only purpose is that all weights take part.
-        image_indices (`torch.LongTensor` of shape `(num_image_tokens,)`, *optional*): For each image token, in reading
-            order, the index of its image; by default one after the other.
+        image_indices (`torch.LongTensor` of shape `(num_image_tokens,)` or `list`, *optional*): For each image token,
+            in reading order, the index of its image; by default one after the other.
         image_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): The image tokens of this call.
         end_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): Its end tokens.
         cache (`Cache`, *optional*): With the images of earlier calls.
         segment_ids, branch_ids (`torch.LongTensor`, *optional*): Of packed rows.
+        max_row_images (`int`, *optional*): The most image tokens of a row, where they have been counted.
     """
     rows, length = image_mask.shape
     start = 0 if cache is None else cache.get_seq_length()
@@ -173,14 +180,14 @@ def prepare_inputs(
     new_images, slots = empty, None
     if image_vectors is not None:
         most = len(image_vectors) if image_indices is None else len(image_indices)
-        new_images = find_positions(image_mask, start, min(most, length))
+        new_images = find_positions(image_mask, start, min(most, length), max_row_images)
         if new_images.shape[1] == 0:  # the blank image needs a slot
             new_images = torch.full((rows, 1), NOWHERE, device=image_mask.device)
         counts = image_mask.sum(1)
         first = counts.cumsum(0) - counts
         slots = first[:, None] + torch.arange(new_images.shape[1], device=first.device)
         slots = slots.clamp(max=most - 1)
-        slots = slots if image_indices is None else image_indices.to(slots.device)[slots]
+        slots = slots if image_indices is None else torch.as_tensor(image_indices, device=slots.device)[slots]
     states = CrossAttentionStates(
         new_images if past is None else torch.cat([past.image_positions, new_images], dim=1),
         old_ends if end_mask is None else _add_ends(old_ends, end_mask, start),

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
@@ -30,7 +31,7 @@ from .backbones_jnana import (
 from .configuration_jnana import JnanaConfig
 from .cross_attention_jnana import INPUTS_NAME, JnanaCrossAttentionLayer, JnanaCrossAttentionMixin
 from .idefics_jnana import IDEFICS_MODEL_TYPE, load_idefics
-from .image_inputs_jnana import ImageSizes, JnanaImageMixin
+from .image_inputs_jnana import ImageIndices, ImageSizes, JnanaImageMixin
 from .image_slots_jnana import STATES_NAME
 from .llava_jnana import LLAVA_MODEL_TYPES, load_llava
 from .loading_jnana import (
@@ -41,6 +42,7 @@ from .loading_jnana import (
     model_type_of,
     read_base_reference,
 )
+from .loss_jnana import IGNORED, head_loss, log_unfused, select_labelled, unfused_reason
 from .packed_attention_jnana import check_packed_inputs, prepare_packed_attention
 from .packed_layout_jnana import PackedLayout
 from .projector_jnana import JnanaProjector, build_projector
@@ -220,7 +222,7 @@ class JnanaGenerationMixin(GenerationMixin):
         ids = kwargs.get("input_ids") if inputs is None else inputs
         given = any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "pixel_values", "inputs_embeds"))
         if ids is not None and not given and (cache is None or cache.get_seq_length() == 0):
-            self.model._check_counts(ids == self.config.image_token_id, 0)
+            self.model._check_images(ids == self.config.image_token_id, 0)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _encode_for_assistant(self, kwargs: dict[str, Any]) -> None:
@@ -321,8 +323,10 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         vision_feature_select_strategy: str | None = None,
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_indices: torch.LongTensor | None = None,
+        image_indices: ImageIndices | None = None,
         image_sizes: ImageSizes | None = None,
+        image_positions: torch.LongTensor | None = None,
+        max_row_image_tokens: int | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
         packed_layout: PackedLayout | None = None,
@@ -348,9 +352,13 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
                 without images gives 0 of them (`num_views` 0), where other processes may have some.
             mm_encoder_outputs (`dict`, *optional*): Instead of `pixel_values`: `{"image": output}`, what
                 [`~JnanaModel.get_image_features`] returned.
-            image_indices (`torch.LongTensor` of shape `(num_occurrences,)`, *optional*): For each occurrence of an
-                image in the text, in reading order, the index of the image. An image may be used many times and is
-                encoded once. By default one image after the other.
+            image_indices (`torch.LongTensor` of shape `(num_occurrences,)` or `list`, *optional*): For each occurrence
+                of an image in the text, in reading order, the index of the image. An image may be used many times and
+                is encoded once. By default one image after the other.
+            image_positions (`torch.LongTensor` of shape `(num_image_tokens,)`, *optional*): Where the image tokens
+                stand, as indices into the rows laid end to end, from who has compared them with the images:
+                `JnanaCollator`. The image tokens are then not counted again, which would make a GPU wait.
+            max_row_image_tokens (`int`, *optional*): With `image_positions`: the most image tokens of a row.
             segment_ids, branch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): For
                 packed rows, with `position_ids` and without `attention_mask`: see `packed_attention_jnana.py`.
             packed_layout ([`PackedLayout`], *optional*): The layout that these describe, as `JnanaCollator` makes it;
@@ -386,21 +394,30 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             image_sizes,
         )
         if images is None and has_labels and input_ids is not None:
-            self._check_counts(input_ids == self.config.image_token_id, 0)
+            self._check_images(input_ids == self.config.image_token_id, 0, image_positions)
         blank = None
         if images is None and self._must_encode_blank_image(has_labels, cache):
             blank = self._encode_blank_image(given.device, no_features)  # type: ignore[union-attr]  # one is given
         cross_inputs = None
         if self.config.fusion == "cross_attention":
             inputs_embeds, cross_inputs = self.attend_to_images(
-                input_ids, inputs_embeds, images, blank, image_indices, cache, segment_ids, branch_ids
+                input_ids,
+                inputs_embeds,
+                images,
+                blank,
+                image_indices,
+                cache,
+                segment_ids,
+                branch_ids,
+                image_positions,
+                max_row_image_tokens,
             )
             image_hidden_states = None if images is None else cross_inputs.image_vectors
             kwargs[INPUTS_NAME] = cross_inputs  # type: ignore[typeddict-unknown-key]
         else:
-            if image_indices is not None:
-                images = self._select_images(images, image_indices)
-            inputs_embeds, image_hidden_states = self._place_images(input_ids, inputs_embeds, images, blank)
+            inputs_embeds, image_hidden_states = self._place_images(
+                input_ids, inputs_embeds, images, blank, image_indices, image_positions
+            )
 
         if packed:
             attention_mask, layout = prepare_packed_attention(
@@ -439,9 +456,12 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         inputs_embeds: torch.Tensor | None,
         images: list[torch.Tensor] | None,
         blank: torch.Tensor | None,
+        image_indices: ImageIndices | None,
+        image_positions: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`fusion: tokens`: embeddings with image vectors at the positions of the image tokens, and these vectors."""
-        image_hidden_states = None if images is None else torch.cat(images)
+        shown = images if image_indices is None else self._select_images(images, image_indices)
+        image_hidden_states = None if shown is None else torch.cat(shown)
         if input_ids is not None:
             # The image token needs no row in the embedding: its vector is used only where no image is given, as when
             # an exporter or an assistant model runs the text alone.
@@ -454,8 +474,20 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         assert inputs_embeds is not None  # for mypy; checked by the caller
         if image_hidden_states is not None:
             image_hidden_states = image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype)
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_hidden_states)  # type: ignore[arg-type]
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
+            if image_positions is None:
+                image_mask = self.get_placeholder_mask(
+                    input_ids,  # type: ignore[arg-type]
+                    inputs_embeds,
+                    image_hidden_states,
+                    image_indices,
+                    len(images or ()),
+                )
+                inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_hidden_states)
+            else:  # the gradient of `masked_scatter` would read the number of image tokens
+                self._check_positions(image_positions, len(image_hidden_states))
+                places = image_positions.to(inputs_embeds.device)
+                filled = inputs_embeds.flatten(0, 1).index_copy(0, places, image_hidden_states)
+                inputs_embeds = filled.view_as(inputs_embeds)
         elif blank is not None:
             inputs_embeds = inputs_embeds + (0.0 * blank.sum()).to(inputs_embeds.dtype)
         return inputs_embeds, image_hidden_states
@@ -523,6 +555,8 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # Whether the fused loss runs Liger's Triton kernel, which needs liger-kernel and a GPU, instead of torch's.
+    use_liger_kernel = False
 
     def __init__(self, config: JnanaConfig):
         check_text_family(config.text_config)
@@ -649,6 +683,15 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes, **kwargs
         )
 
+    def _can_fuse_loss(self) -> bool:
+        """Whether the loss can be computed without logits; logs once why not."""
+        reason = unfused_reason(self.lm_head)
+        if reason is None and self.loss_function is not ForCausalLMLoss:
+            reason = "the model has a loss function of its own"
+        if reason is not None and not torch.compiler.is_compiling():
+            log_unfused(reason)
+        return reason is None
+
     @can_return_tuple
     def forward(  # type: ignore[misc]
         self,
@@ -661,12 +704,15 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        logit_positions: torch.LongTensor | None = None,
+        skip_logits: bool = False,
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_indices: torch.LongTensor | None = None,
+        image_indices: ImageIndices | None = None,
         image_sizes: ImageSizes | None = None,
+        image_positions: torch.LongTensor | None = None,
+        max_row_image_tokens: int | None = None,
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -679,12 +725,20 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): The tokens to predict,
                 -100 at unsupervised positions; position i holds the token of position i.
             shift_labels (`torch.LongTensor`, *optional*): Instead of `labels`: position i holds the token that
-                position i must predict. Shaped as the logits without their last dimension.
+                position i must predict. Shaped as the logits without their last dimension. It is read from `**kwargs`:
+                as a parameter with `label` in its name the stock Trainer would want it in every evaluation batch.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Positions to compute logits for: the
                 last n (0 for all), or indices, or a boolean mask `(batch_size, sequence_length)`. With a mask the
                 logits are `(num_kept, vocab_size)`, while `labels` and `shift_labels` still cover the whole rows. With
                 the mask of the labelled positions, loss and gradients equal those of all logits.
+            logit_positions (`torch.LongTensor` of shape `(num_kept,)`, *optional*): Instead of the boolean mask, which
+                makes a GPU wait: the same positions as indices into the rows laid end to end.
+            skip_logits (`bool`, *optional*, defaults to `False`): In training mode and with labels, compute the loss
+                without keeping logits: `logits` is `None`, and the loss is fused with the head wherever
+                [`~loss_jnana.unfused_reason`] finds nothing against it. Without effect in evaluation mode.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
+        has_labels = labels is not None or shift_labels is not None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -699,29 +753,40 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             image_indices=image_indices,
             image_sizes=image_sizes,
+            image_positions=image_positions,
+            max_row_image_tokens=max_row_image_tokens,
             segment_ids=segment_ids,
             branch_ids=branch_ids,
-            has_labels=labels is not None or shift_labels is not None,
+            has_labels=has_labels,
             **kwargs,
         )
-        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
-            if shift_labels is None and labels is not None:
-                shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)  # type: ignore[assignment]
-            if shift_labels is not None and shift_labels.shape == logits_to_keep.shape:
-                shift_labels = shift_labels[logits_to_keep]  # type: ignore[assignment]
-        logits = self.lm_head(_select_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.text_config.vocab_size,
-                shift_labels=shift_labels,
-                **kwargs,
+        hidden_states, shift_labels = _select_positions(
+            outputs.last_hidden_state, labels, shift_labels, logits_to_keep, logit_positions
+        )
+        skip_logits = skip_logits and self.training and has_labels
+        logits, loss = None, None
+        if skip_logits and self._can_fuse_loss():
+            loss = head_loss(
+                hidden_states,
+                self.lm_head,
+                _shifted(labels) if shift_labels is None else shift_labels,  # type: ignore[arg-type]  # one is given
+                kwargs.get("num_items_in_batch"),
+                kwargs.get("ignore_index", IGNORED),  # type: ignore[arg-type]
+                self.use_liger_kernel,
             )
+        else:
+            logits = self.lm_head(hidden_states)
+            if has_labels:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    shift_labels=shift_labels,
+                    **kwargs,
+                )
         return JnanaCausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -750,16 +815,37 @@ _WRONG_AUTO_CLASS = (
 )
 
 
-def _select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The hidden states to compute logits for; see `logits_to_keep` in [`JnanaForConditionalGeneration.forward`]."""
+def _shifted(labels: torch.Tensor) -> torch.Tensor:
+    """At each position the label of the next."""
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+
+def _select_positions(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    logit_positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The hidden states to compute logits for and, where both are selected by position, their labels; see
+    [`JnanaForConditionalGeneration.forward`].
+    """
+    selected = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
+    if selected and logit_positions is not None:
+        raise ValueError("Give `logits_to_keep` or `logit_positions`, not both.")
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dtype == torch.bool:
+        logit_positions = logits_to_keep.flatten().nonzero()[:, 0]
+    if logit_positions is not None:
+        if shift_labels is None and labels is not None:
+            shift_labels = _shifted(labels)
+        return select_labelled(hidden_states, shift_labels, logit_positions)
     if isinstance(logits_to_keep, int):
-        return hidden_states[:, slice(-logits_to_keep, None)]
+        return hidden_states[:, slice(-logits_to_keep, None)], shift_labels
     logits_to_keep = logits_to_keep.to(hidden_states.device)
     if logits_to_keep.ndim == 1:  # indices, the same for every row
-        return hidden_states[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]  # => [num_kept, hidden_size]
-    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)  # indices of each row
+        return hidden_states[:, logits_to_keep], shift_labels
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1), shift_labels  # indices of each row
 
 
 JnanaModel.register_for_auto_class("AutoModel")

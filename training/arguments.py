@@ -20,6 +20,7 @@ TRAINING_DEFAULTS = {
     "dataloader_pin_memory": str(torch.cuda.is_available()).lower(),  # without a GPU it only warns
     "logging_steps": "10",
     "logging_first_step": "true",
+    "logging_nan_inf_filter": "false",  # it reads the loss of every micro-batch back from the GPU
     "save_total_limit": "2",  # the last one, and the one before in case a crash leaves the last incomplete
     # accelerate would slice a packed batch of a stream along dimension 0, images and rows alike
     "accelerator_config": '{"dispatch_batches": false}',
@@ -27,6 +28,8 @@ TRAINING_DEFAULTS = {
     # every trained parameter is used (see training/stages.py), so DDP need not search for unused ones
     "ddp_find_unused_parameters": "false",
 }
+# The one key of `liger_kernel_config` that Jnana's models follow.
+LIGER_LOSS = "fused_linear_cross_entropy"
 
 
 @dataclass

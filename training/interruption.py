@@ -22,6 +22,7 @@ from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoints import checkpoint_problem, list_checkpoints, size_text
+from .distributed import LONGEST_WAIT
 
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,12 @@ class StopSignalCallback(TrainerCallback):
         self.previous: Any = None
         self.active = False
         self.children_before: list[BaseProcess] = []
+        self.group: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.group is None and distributed.is_initialized():
+            # On CPUs: over the group that trains, every step would wait for the GPU to know the answer.
+            self.group = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set handlers
         self.children_before = multiprocessing.active_children()
@@ -67,7 +72,7 @@ class StopSignalCallback(TrainerCallback):
         return self.received or (hasattr(signal, "sigpending") and signal.SIGTERM in signal.sigpending())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_process(self.is_asked(), args.device):
+        if any_process(self.is_asked(), self.group):
             self.exiting = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
@@ -91,6 +96,9 @@ class StopSignalCallback(TrainerCallback):
 
     def release(self) -> None:
         """Unblock SIGTERM and restore the previous handler; a SIGTERM that is still blocked is only noted."""
+        if self.group is not None and distributed.is_initialized():
+            distributed.destroy_process_group(self.group)
+        self.group = None
         if not self.active:
             return
         self.active = False
@@ -125,13 +133,18 @@ def kill_workers(workers: list[BaseProcess]) -> None:
         worker.kill()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; every process gets the same answer."""
-    if not distributed.is_initialized():
+def any_process(flag: bool, group: Any) -> bool:
+    """Whether the flag is set in any process; every process gets the same answer.
+
+    Args:
+        flag (`bool`): This process's.
+        group (`ProcessGroup`, *optional*): All processes, by gloo; `None` where there is only one.
+    """
+    if group is None:
         return flag
-    value = torch.tensor(int(flag), device=device)
-    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
-    return bool(value.item())
+    value = torch.tensor(int(flag))
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX, group=group)
+    return bool(value)
 
 
 @contextlib.contextmanager

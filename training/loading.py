@@ -42,7 +42,7 @@ from jnana.processing.chat_formats_jnana import check_answer_end, find_answer_en
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
-from .arguments import ModelArguments
+from .arguments import LIGER_LOSS, ModelArguments
 from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
 
@@ -337,6 +337,9 @@ def prepare_model(
     whole = whole or model_type_of(start) in PUBLISHED_MODEL_TYPES
     with unpartitioned(training_args, whole):
         model = _load_or_build(args, processor, quantization, loading)
+    if training_args is not None and training_args.use_liger_kernel:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner.use_liger_kernel = (training_args.liger_kernel_config or {}).get(LIGER_LOSS, True)
     if spread and training_args is not None:
         if "device_map" not in loading:
             spread_over_devices(model.get_base_model() if isinstance(model, PeftModel) else model, args.device_map)

@@ -18,6 +18,7 @@ from jnana.processing.data.paths import names_local_path
 
 from .adapters import is_adapter
 from .arguments import (
+    LIGER_LOSS,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -431,19 +432,33 @@ def check_halves(model_args: ModelArguments, args: TrainingArguments) -> None:
 
 
 def check_liger_kernel(args: TrainingArguments, model_args: ModelArguments | TextModelArguments) -> None:
-    """Refuse `use_liger_kernel` where it would change nothing: Liger patches the models that it knows by `model_type`.
+    """Refuse `use_liger_kernel` where it would change nothing, or could not run.
+
+    Jnana's models take Liger's fused loss (`modeling/loss_jnana.py`). Of language models Liger patches those that it
+    knows by `model_type`.
 
     Raises:
         ValueError: naming the option and the remedy.
     """
     if not args.use_liger_kernel:
         return
-    if isinstance(model_args, ModelArguments):
-        raise ValueError("use_liger_kernel is true, but Liger has no kernels for Jnana's models; leave it out")
     if not is_liger_kernel_available():
         raise ValueError(
             "use_liger_kernel is true, but liger-kernel is not installed: `pip install liger-kernel`, or leave it out"
         )
+    if isinstance(model_args, ModelArguments):
+        if args.device.type == "cpu":
+            raise ValueError(
+                "use_liger_kernel is true, but this run is on 'cpu' and Liger's kernels need a GPU; leave it out: the "
+                "loss is then fused with the head by torch"
+            )
+        others = sorted(set(args.liger_kernel_config or ()) - {LIGER_LOSS})
+        if others:
+            raise ValueError(
+                f"liger_kernel_config names {', '.join(others)}, but of Liger's kernels Jnana's models take only "
+                f"{LIGER_LOSS}; leave the others out"
+            )
+        return
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     model_type = text_model_type(model_args)

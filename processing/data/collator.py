@@ -111,13 +111,20 @@ class JnanaCollator:
                 of ROW_FEATURES}`.
 
         Returns:
-            [`CountedBatch`], a `dict[str, torch.Tensor]` with the batch's counts: `input_ids`, `labels` and the bool
-            `logits_to_keep` (the positions that predict a label), all `(batch_size, sequence_length)`; with `none`
-            also `attention_mask`, otherwise `position_ids`, `segment_ids`, `branch_ids` and `shift_labels`, of the
-            same shape. If there are images, the model inputs that `images` gives, each image once in the order of its
-            first occurrence: `pixel_values` `(num_views, channels, height, width)`, and where images are cut into
-            tiles `image_sizes` `(num_images, 2)`. Also `image_indices` `(num_occurrences,)`, the index of the image at
-            each occurrence in reading order (not with `none` if each image occurs once).
+            [`CountedBatch`], a `dict[str, Any]` of the arguments of the model's `forward`, with the batch's counts.
+
+            - `input_ids` and `labels` `(batch_size, sequence_length)`; with `none` also `attention_mask`, otherwise
+              `position_ids`, `segment_ids`, `branch_ids` and `shift_labels`, of the same shape, and
+              `packed_layout`, the [`PackedLayout`] that they describe, which moves to a device like a tensor.
+            - `logit_positions` `(num_labels,)` and `image_positions` `(num_image_tokens,)`: the positions that predict
+              a label, and those of image tokens, as indices into the rows laid end to end; `max_row_image_tokens`
+              (`int`). So that the model counts nothing on a GPU, which would have to wait.
+            - `skip_logits` (`True`): training needs no logits.
+            - if there are images, what `images` gives, each image once in the order of its first occurrence:
+              `pixel_values` `(num_views, channels, height, width)` or `image_features`, and where images are cut into
+              tiles `image_sizes`, a list of (height, width). Also `image_indices` `(num_occurrences,)`, the index of
+              the image at each occurrence in reading order (not with `none` if each image occurs once); a list where
+              images are cut into tiles.
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.
@@ -200,7 +207,7 @@ class JnanaCollator:
         return EncodedConversation(ids[: self.max_length], mask[: self.max_length], indices, counts)
 
     def _stack(self, rows: list[Groups], images: _Images) -> CountedBatch:
-        """Rows and their images as tensors."""
+        """Rows and their images as arguments of the model."""
         if self.packing == "none":
             rows = [[[conversation]] for groups in rows for group in groups for conversation in group]
         image_token_id, share = self.processor.image_token_id, self.packing == "shared_image"
@@ -215,11 +222,32 @@ class JnanaCollator:
             batch["packed_layout"] = PackedLayout.from_ids(*ids)
         occurrences = [index for row in packed for index in row.images]
         order = list(dict.fromkeys(occurrences))  # without the images of skipped rows
+        batch |= self._find_images(batch["input_ids"], [images.loaded[index] for index in occurrences])
         batch |= self.images.stack([images.loaded[index] for index in order])
         if occurrences and (self.packing != "none" or len(order) < len(occurrences)):
-            batch["image_indices"] = torch.tensor([order.index(index) for index in occurrences])
+            indices = [order.index(index) for index in occurrences]
+            # Images of several numbers of vectors are selected by numbers that must be known without a GPU.
+            batch["image_indices"] = indices if "image_sizes" in batch else torch.tensor(indices)
         conversations = sum(len(group) for groups in rows for group in groups)
-        return CountedBatch(batch, count_rows(packed, conversations, batch))
+        return CountedBatch(batch | {"skip_logits": True}, count_rows(packed, conversations, batch))
+
+    def _find_images(self, input_ids: torch.Tensor, shown: list[Any]) -> dict[str, Any]:
+        """
+        The positions of image tokens, compared with the images here, so that the model need not count on a GPU.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the rows.
+            shown (`list`): the loaded image of each occurrence, in reading order.
+
+        Raises:
+            RuntimeError: if their numbers differ, which is an error of this class.
+        """
+        is_image = input_ids == self.processor.image_token_id
+        positions = is_image.flatten().nonzero()[:, 0]
+        expected = sum(self._count_tokens(image) for image in shown)
+        if len(positions) != expected:
+            raise RuntimeError(f"A batch has {len(positions)} image tokens, but its images take {expected}.")
+        return {"image_positions": positions, "max_row_image_tokens": int(is_image.sum(1).max())}
 
     def _blank(self) -> tuple[EncodedConversation, list[Any]]:
         """A conversation with a grey image and an empty answer, and that image."""

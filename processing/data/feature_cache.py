@@ -188,7 +188,7 @@ class FeatureCache:
         """
         return StoredImage(torch.zeros(num_views, *self.shape, dtype=self.dtype), size if self.has_tiles else None)
 
-    def stack(self, images: list[StoredImage]) -> dict[str, torch.Tensor]:
+    def stack(self, images: list[StoredImage]) -> dict[str, Any]:
         """
         The model inputs of the images of a batch.
 
@@ -196,16 +196,16 @@ class FeatureCache:
             images (`list[StoredImage]`): from [`~FeatureCache.load`].
 
         Returns:
-            `dict[str, torch.Tensor]`: `image_features` `(num_views, num_view_features, vision_feature_size)`, and
-                where images are cut into tiles `image_sizes` `(num_images, 2)`. Without images the features have no
-                entries but are present: they tell the model that other processes have stored features too, so that it
-                need not run the tower to stay in step with them.
+            `dict[str, Any]`: `image_features` `(num_views, num_view_features, vision_feature_size)`, and where images
+                are cut into tiles `image_sizes`, a list of (height, width) in pixels. Without images the features
+                have no entries but are present: they tell the model that other processes have stored features too, so
+                that it need not run the tower to stay in step with them.
         """
         if not images:
             return {"image_features": torch.empty(0, *self.shape, dtype=self.dtype)}
         inputs = {"image_features": torch.cat([image.features for image in images])}
         if self.has_tiles:
-            inputs["image_sizes"] = torch.tensor([image.size for image in images])
+            inputs["image_sizes"] = [image.size for image in images]
         return inputs
 
     def _not_stored(self, image: dict, source: str) -> BadSampleError:

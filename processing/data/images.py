@@ -362,7 +362,7 @@ class PixelImages:
         """
         return Image.new("RGB", size[::-1], "grey")
 
-    def stack(self, images: list[Any]) -> dict[str, torch.Tensor]:
+    def stack(self, images: list[Any]) -> dict[str, Any]:
         """
         The model inputs of the images of a batch.
 
@@ -370,8 +370,9 @@ class PixelImages:
             images (`list`): from [`~PixelImages.load`].
 
         Returns:
-            `dict[str, torch.Tensor]`: `pixel_values` `(num_views, channels, height, width)`, and where images are cut
-            into tiles `image_sizes` `(num_images, 2)`, (height, width) in pixels; empty without images.
+            `dict[str, Any]`: `pixel_values` `(num_views, channels, height, width)`, and where images are cut into
+            tiles `image_sizes`, (height, width) in pixels of each, as a list: shapes depend on them, and reading them
+            from a GPU would make it wait. Empty without images.
         """
         if not images:
             return {}
@@ -382,5 +383,5 @@ class PixelImages:
         sizes = [image_size(image) for image in images]
         return {
             "pixel_values": torch.cat([torch.as_tensor(np.asarray(of_image)) for of_image in views]),
-            "image_sizes": torch.tensor(sizes),
+            "image_sizes": sizes,
         }

@@ -363,8 +363,8 @@ def stack_rows(
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `position_ids`, `segment_ids`, `branch_ids`, `labels`, `shift_labels`
-        (at each position the token that it must predict) and the bool `logits_to_keep`, all
-        `(num_rows, sequence_length)`.
+        (at each position the token that it must predict), all `(num_rows, sequence_length)`; and `logit_positions`
+        `(num_labels,)`, where a token is to be predicted, as indices into the rows laid end to end.
     """
     width = max(len(row.ids) for row in rows)
     if multiple_of:
@@ -380,7 +380,8 @@ def stack_rows(
     # The first token of a segment or branch has no label, so shifting moves no label into another segment or branch.
     labels = batch["labels"]
     batch["shift_labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-    batch["logits_to_keep"] = batch["shift_labels"] != IGNORED
+    # Indices, counted here: a boolean mask would make the GPU wait for its count in every step.
+    batch["logit_positions"] = (batch["shift_labels"].flatten() != IGNORED).nonzero()[:, 0]
     return batch
 
 

@@ -124,7 +124,8 @@ def test_a_wrong_result_is_not_measured(tmp_path, monkeypatch):
         batch[name][tuple(place)] = -100
         if "shift_labels" not in batch:
             place[1] -= 1
-        batch["logits_to_keep"][tuple(place)] = False
+        dropped = place[0] * batch[name].shape[1] + place[1]
+        batch["logit_positions"] = batch["logit_positions"][batch["logit_positions"] != dropped]
         return batch
 
     monkeypatch.setattr(train_throughput.JnanaCollator, "__call__", dropping)

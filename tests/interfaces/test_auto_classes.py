@@ -37,7 +37,9 @@ def test_other_auto_classes_name_the_right_ones(stock, ours, auto):
         auto.from_config(ours.model.config)
 
 
-@pytest.mark.client("transformers serve DIRECTORY --trust-remote-code", note="tests/chat/test_transformers_serve.py runs it")
+@pytest.mark.client(
+    "transformers serve DIRECTORY --trust-remote-code", note="tests/chat/test_transformers_serve.py runs it"
+)
 def test_the_server_finds_the_class_by_its_name(stock, ours):
     for side in (stock, ours):
         assert MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[side.model.config.model_type] == type(side.model).__name__

@@ -45,8 +45,12 @@ def batch(
     inputs = stack_rows(packed, 1, multiple_of)
     if packing == "none":
         inputs["attention_mask"] = (inputs["segment_ids"] >= 0).long()
-        for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels", "logits_to_keep"):
+        for name in ("position_ids", "segment_ids", "branch_ids", "shift_labels", "logit_positions"):
             del inputs[name]
+    else:
+        is_image = inputs["input_ids"] == IMAGE
+        inputs["image_positions"] = is_image.flatten().nonzero()[:, 0]
+        inputs["max_row_image_tokens"] = int(is_image.sum(1).max())
     shown = [image for row in packed for image in row.images]
     if shown:
         order = sorted(set(shown))
@@ -59,6 +63,11 @@ def with_layout(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Packed rows with the layout that `JnanaCollator` adds."""
     ids = (inputs["segment_ids"], inputs["branch_ids"], inputs["position_ids"])
     return {**inputs, "packed_layout": PackedLayout.from_ids(*ids)}
+
+
+def find_labels(inputs: dict[str, torch.Tensor]) -> None:
+    """Set the positions that predict a label again, after labels were changed."""
+    inputs["logit_positions"] = (inputs["shift_labels"] != -100).flatten().nonzero()[:, 0]
 
 
 def batches(how: str, size: int = SIZE) -> list[dict[str, torch.Tensor]]:

@@ -9,7 +9,15 @@ from jnana.modeling import CACHE_NAME, packed_kernels_jnana, packed_layout_jnana
 from jnana.modeling import packed_attention_jnana as packed_attention
 from jnana.modeling.packed_layout_jnana import PackedLayout
 from jnana.modeling.packed_plan_jnana import make_mask, pieces_in
-from tests.modeling.packed import batch, batches, conversations, difference, loss_and_gradients, with_layout
+from tests.modeling.packed import (
+    batch,
+    batches,
+    conversations,
+    difference,
+    find_labels,
+    loss_and_gradients,
+    with_layout,
+)
 from tests.modeling.pairs import FAMILIES, join, pictures, text_ids
 from tests.modeling.test_packed_layout import flash_double, varlen_double
 
@@ -85,7 +93,8 @@ def test_padding_that_is_learned_is_seen(models):
     [inputs] = batches("blocks")
     padding = inputs["segment_ids"] < 0
     assert inputs["input_ids"].shape == (2, 128) and padding.float().mean() > 0.3
-    inputs["shift_labels"][-1, -1], inputs["logits_to_keep"][-1, -1] = 1, True
+    inputs["shift_labels"][-1, -1] = 1
+    find_labels(inputs)
     assert padding[-1, -1] and difference(loss_and_gradients(model, [inputs]), alone) > 100 * EXACT
 
 
@@ -138,12 +147,16 @@ def test_logits_only_where_there_is_a_label(models):
     model = models("phi")
     [inputs] = batches("shared_image")
     some = loss_and_gradients(model, [inputs])
-    whole = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+    whole = {name: value for name, value in inputs.items() if name != "logit_positions"}
     assert difference(some, loss_and_gradients(model, [whole])) < EXACT
     assert model(**inputs).logits.shape == (int((inputs["shift_labels"] != -100).sum()), 320)
     assert model(**whole).logits.shape == (*inputs["input_ids"].shape, 320)
     only_labels = {name: value for name, value in inputs.items() if name != "shift_labels"}
     assert difference(loss_and_gradients(model, [only_labels]), some) < EXACT
+    mask = {**whole, "logits_to_keep": inputs["shift_labels"] != -100}
+    assert difference(loss_and_gradients(model, [mask]), some) == 0
+    with pytest.raises(ValueError, match="Give `logits_to_keep` or `logit_positions`, not both"):
+        model(**mask, logit_positions=inputs["logit_positions"])
 
 
 # ---------------------------------------------------------------------- every mistake is seen
@@ -164,7 +177,7 @@ def branch_point_untrained(inputs):
     branches, labels = inputs["branch_ids"], inputs["shift_labels"]
     starts = (branches > 0) & (branches != torch.nn.functional.pad(branches, (1, 0))[:, :-1])
     inputs["shift_labels"] = torch.where(starts, -100, labels)
-    inputs["logits_to_keep"] = inputs["shift_labels"] != -100
+    find_labels(inputs)
 
 
 def label_over_a_border(inputs):
@@ -173,7 +186,7 @@ def label_over_a_border(inputs):
     labels = torch.where(segments >= 0, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100), -100)
     ends = inputs["branch_ids"] != torch.nn.functional.pad(inputs["branch_ids"][:, 1:], (0, 1))
     inputs["shift_labels"] = torch.where(ends & (inputs["branch_ids"] > 0), labels, inputs["shift_labels"])
-    inputs["logits_to_keep"] = inputs["shift_labels"] != -100
+    find_labels(inputs)
 
 
 def another_groups_prefix(inputs):
@@ -232,7 +245,7 @@ def test_padding_gives_no_nan(models):
     inputs = batch([[groups[3]], groups], "shared_image")
     for attention in ("eager", "sdpa"):
         model = models("phi3", attention)
-        hidden = model.model(**{k: v for k, v in inputs.items() if "label" not in k and "logits" not in k})[0]
+        hidden = model.model(**{k: v for k, v in inputs.items() if "label" not in k and "logit" not in k})[0]
         assert hidden.isfinite().all()
         _, gradients = loss_and_gradients(model, [inputs])
         assert all(gradient.isfinite().all() for gradient in gradients.values())

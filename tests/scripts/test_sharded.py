@@ -28,6 +28,7 @@ SIZES = {
 }
 
 ADAPTER = {"lora_r": 4, "max_steps": 2}
+UNFUSED = "the loss computes all logits of a batch at once"  # logged where it is not fused with the head
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed"
 )
@@ -123,6 +124,7 @@ def test_fsdp2_is_one_process(one, sharded):
     """accelerate's FSDP2 ran (its files say so), and what it leaves is an ordinary checkpoint in safetensors."""
     folder, outputs = sharded
     assert_one_lacked_an_image(outputs, sharded=True)
+    assert UNFUSED not in outputs[0]  # the head is gathered with the whole model
     names = {path.name for path in (folder / "checkpoint-4").iterdir()}
     assert {"pytorch_model_fsdp.bin", "optimizer.bin", "model.safetensors"} <= names and "optimizer.pt" not in names
     assert_same_run(folder, one)
@@ -240,7 +242,9 @@ def test_a_bfloat16_base_under_fsdp2(start, tmp_path):
 def test_zero_is_one_process(start, one, how, tmp_path):
     """DeepSpeed ran (its files say so), resumes to the byte, and leaves an ordinary checkpoint in safetensors."""
     folder = tmp_path / how
-    assert_one_lacked_an_image(start(folder, how), sharded=how == "zero3")
+    outputs = start(folder, how)
+    assert_one_lacked_an_image(outputs, sharded=how == "zero3")
+    assert (f"{UNFUSED}: ZeRO-3 partitions the weight of the head" in outputs[0]) == (how == "zero3")
     states = sorted(path.name for path in (folder / "checkpoint-4" / "global_step4").glob("*optim_states.pt"))
     assert [name.split("_mp_rank")[0] for name in states] == [f"zero_pp_rank_{rank}" for rank in range(2)]
     assert_same_run(folder, one)

@@ -65,6 +65,7 @@ def test_our_defaults_stand_below_the_recipe(tmp_path):
     assert training.remove_unused_columns is False
     assert training.report_to == []
     assert training.label_names == ["labels"]
+    assert training.logging_nan_inf_filter is False  # transformers' default reads the loss of every micro-batch
     assert training.accelerator_config.dispatch_batches is False
     recipe = write(tmp_path, f"logging_steps: 3\noutput_dir: {tmp_path}")
     assert parse_arguments(CLASSES, [recipe])[-1].logging_steps == 3

@@ -76,8 +76,12 @@ def inputs(packed: bool) -> dict[str, torch.Tensor]:
     if packed:
         given |= {"segment_ids": ids, "branch_ids": ids, "position_ids": ids}
         given["packed_layout"] = LAYOUT
-        given["logits_to_keep"] = torch.tensor([3, 4, 5], device="cpu:0")
-        given["shift_labels"] = torch.zeros(2, 3, dtype=torch.long, device="cpu:0")
+        given |= {
+            "logit_positions": torch.tensor([3, 4, 15], device="cpu:0"),
+            "shift_labels": ids,
+            "skip_logits": True,
+        }
+        given["image_positions"] = torch.arange(8, device="cpu:0")
     return given
 
 
@@ -132,7 +136,7 @@ CROSS_ATTENTION = {
 def test_cross_attention_on_three_devices(fake, monkeypatch, blocks, lora):
     """Its blocks get the text from the device of one layer, and hand it on to that of the next."""
     # The number of images in a row is read from the tensor, which here has no values.
-    monkeypatch.setattr(image_slots_jnana, "find_positions", lambda mask, start, most: mask[:, :most].long())
+    monkeypatch.setattr(image_slots_jnana, "find_positions", lambda mask, start, most, slots: mask[:, :most].long())
     first = "model.cross_attention" if lora else "model.cross_attention.layers.0"
     split = {**SPLIT, first: blocks, "model.cross_attention.layers.1": "cpu:1"}
     assert train_once(split, lora=lora, **CROSS_ATTENTION) == {"cpu:0", "cpu:1", "cpu:2"}

@@ -118,6 +118,34 @@ def test_without_workers_nothing_is_left_to_do_at_exit(tmp_path, monkeypatch):
         trainer.train()
 
 
+def test_the_processes_agree_without_the_training_group(tmp_path, monkeypatch):
+    """Over gloo and on the CPU: over the group that trains, each step would wait for its GPU."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    callback = StopSignalCallback()
+    original, reduced = torch.distributed.all_reduce, []
+
+    def recording(tensor, op, group):
+        reduced.append((tensor.device.type, group))
+        original(tensor, op=op, group=group)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", recording)
+    trainer = make_trainer(tmp_path)
+    try:
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        group = callback.group
+        for asked in (False, True):
+            callback.received = asked
+            callback.on_step_end(trainer.args, trainer.state, trainer.control)
+            assert trainer.control.should_training_stop is asked
+        assert reduced == [("cpu", group)] * 2 and group is not torch.distributed.group.WORLD
+        assert torch.distributed.get_backend(group) == "gloo"
+    finally:
+        callback.release()
+        torch.distributed.destroy_process_group()
+    assert callback.group is None
+
+
 def test_where_signals_cannot_be_blocked(tmp_path, monkeypatch):
     """Windows: training starts, SIGTERM to the process still ends it after a whole checkpoint."""
     for name in ("pthread_sigmask", "sigpending", "sigwait", "SIGCHLD"):

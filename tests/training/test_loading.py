@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Config
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, Dinov2Config, TrainingArguments
 
 from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor, read_chat_template
@@ -282,6 +282,17 @@ def test_a_checkpoint_goes_on_with_another_template(vision, tmp_path):
     args = ModelArguments(model_name_or_path=str(tmp_path / "pair"), chat_template="llama3")
     with pytest.raises(ValueError, match=r"chat_template 'llama3' writes '<\|eot_id\|>' between an answer"):
         prepare_processor(args)
+
+
+def test_the_model_computes_its_loss_by_liger_if_asked_to(vision, tmp_path):
+    args = ModelArguments(vision_model=vision, text_model=str(save_tiny_text(tmp_path / "text")))
+    for options, expected in (
+        ({}, False),
+        ({"use_liger_kernel": True}, True),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}, False),
+    ):
+        training_args = TrainingArguments(output_dir=tmp_path / "out", use_cpu=True, **options)
+        assert prepare_model(args, prepare_processor(args), training_args).use_liger_kernel is expected
 
 
 def test_a_published_checkpoint_of_another_chat_format_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from jnana.training.arguments import ModelArguments, TextModelArguments
@@ -137,10 +138,16 @@ class TestDispatchBatches:
 
 
 class TestLiger:
-    def test_with_our_model(self, tmp_path):
-        check_computation(arguments(tmp_path), PAIR, "stock")  # the control
-        with pytest.raises(ValueError, match="use_liger_kernel is true, but Liger has no kernels for Jnana's models"):
-            check_computation(arguments(tmp_path, use_liger_kernel=True), PAIR, "stock")
+    def test_with_our_model(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("jnana.training.option_checks.is_liger_kernel_available", lambda: True)
+        on_cpu = arguments(tmp_path, use_liger_kernel=True)
+        with pytest.raises(ValueError, match="use_liger_kernel is true, but this run is on 'cpu' .*; leave it out"):
+            check_computation(on_cpu, PAIR, "stock")
+        monkeypatch.setattr(type(on_cpu), "device", torch.device("cuda"))
+        check_computation(on_cpu, PAIR, "stock")  # the control
+        on_cpu.liger_kernel_config = {"rms_norm": True, "fused_linear_cross_entropy": True}
+        with pytest.raises(ValueError, match="liger_kernel_config names rms_norm, .* only fused_linear_cross_entropy"):
+            check_computation(on_cpu, PAIR, "stock")
 
     def test_that_is_not_installed(self, tmp_path, monkeypatch):
         monkeypatch.setattr("jnana.training.option_checks.is_liger_kernel_available", lambda: False)

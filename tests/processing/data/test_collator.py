@@ -30,12 +30,17 @@ def test_labels_are_answers_and_closing_tokens(processor, pictures):
     batch = JnanaCollator(processor)(rows)
     assert supervised(processor, batch) == [" two<|endoftext|>", " a white king<|endoftext|>", " two<|endoftext|>"]
     assert batch.keys() == {
-        *("input_ids", "attention_mask", "labels", "logits_to_keep"),
-        *("pixel_values", "image_indices"),
+        *("input_ids", "attention_mask", "labels", "logit_positions", "skip_logits"),
+        *("pixel_values", "image_indices", "image_positions", "max_row_image_tokens"),
     }
     assert {batch[name].dtype for name in ("input_ids", "attention_mask", "labels")} == {torch.int64}
     assert batch["image_indices"].tolist() == [0, 1, 1]
-    assert torch.equal(batch["logits_to_keep"][:, :-1], batch["labels"][:, 1:] != -100)
+    width = batch["input_ids"].shape[1]
+    predicting = torch.zeros_like(batch["labels"]).flatten().index_fill(0, batch["logit_positions"], 1)
+    assert torch.equal(predicting.view(-1, width)[:, :-1].bool(), batch["labels"][:, 1:] != -100)
+    is_image = batch["input_ids"] == processor.image_token_id
+    assert torch.equal(is_image.flatten().nonzero()[:, 0], batch["image_positions"])
+    assert batch["max_row_image_tokens"] == is_image.sum(1).max() == 8 and batch["skip_logits"] is True
     on = batch["labels"] != -100
     assert torch.equal(batch["labels"][on], batch["input_ids"][on])
     assert not on[batch["attention_mask"] == 0].any()
@@ -83,7 +88,7 @@ def test_max_length_cuts_answers_and_never_images(processor, pictures):
 
 def test_padding_to_a_multiple(processor):
     batch = JnanaCollator(processor, pad_to_multiple_of=64)([row()])
-    assert {value.shape[1] for value in batch.values()} == {64}
+    assert {batch[name].shape[1] for name in ("input_ids", "attention_mask", "labels")} == {64}
 
 
 def test_bad_rows_raise_with_file_and_record(processor, pictures):
@@ -111,7 +116,7 @@ def test_bad_rows_are_skipped_and_listed(processor, pictures, tmp_path):
     assert collator.num_bad_samples == 2
     assert [problem[:3] for problem in read_bad_samples(listing)] == ["r1:", "r2:"]
     good = JnanaCollator(processor, max_length=40)([rows[0], rows[3]])
-    assert all(torch.equal(batch[name], good[name]) for name in good)
+    torch.testing.assert_close(batch, good, rtol=0, atol=0)
 
 
 def test_a_batch_without_a_good_row_still_trains(processor, pictures):

@@ -7,6 +7,7 @@ from collections import Counter
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from jnana.processing.data import BadSampleError, JnanaCollator, check_rows, packed_rows, packed_stream, plan_rows
@@ -82,6 +83,7 @@ def supervised_pairs(batch: dict) -> Counter:
     packed = "segment_ids" in batch
     size = 4
     shown = iter(batch.get("image_indices", range(10**6)))
+    predicting = set(batch["logit_positions"].tolist())
     for row, ids in enumerate(batch["input_ids"].tolist()):
         image_of, run = {}, 0
         for position, token in enumerate(ids):
@@ -102,7 +104,7 @@ def supervised_pairs(batch: dict) -> Counter:
                 assert positions == list(range(len(seen))) or target == IGNORED
             else:
                 target, seen = batch["labels"][row, position + 1].item(), range(position + 1)
-            assert batch["logits_to_keep"][row, position] == (target != IGNORED)
+            assert (row * len(ids) + position in predicting) == (target != IGNORED)
             if target != IGNORED:
                 found[tuple((ids[k], image_of.get(k)) for k in seen), target] += 1
     assert next(shown, None) is None or not packed
@@ -166,10 +168,12 @@ def test_rows_padded_to_blocks_supervise_the_same(processor):
     width = tight["input_ids"].shape[1]
     assert wide["input_ids"].shape[1] % 128 == 0 < width % 128
     fillers = {"segment_ids": -1, "branch_ids": 0, "position_ids": 0, "labels": IGNORED, "shift_labels": IGNORED}
-    for name, filler in {**fillers, "logits_to_keep": False}.items():
+    for name, filler in fillers.items():
         assert wide[name][:, :width].equal(tight[name]) and (wide[name][:, width:] == filler).all(), name
     assert supervised_pairs(wide) == supervised_pairs(tight)
-    wide["shift_labels"][0, width], wide["logits_to_keep"][0, width] = 5, True
+    assert torch.equal(wide["logit_positions"], tight["logit_positions"])  # of a single row
+    wide["shift_labels"][0, width] = 5
+    wide["logit_positions"] = torch.cat([wide["logit_positions"], torch.tensor([width])])
     assert supervised_pairs(wide) != supervised_pairs(tight)
 
 
@@ -189,8 +193,9 @@ def test_bad_rows_leave_a_packed_row(processor, pictures):
     collator = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")
     batch = collator([{"groups": [bad, good]}, {"groups": [bad]}])
     only = JnanaCollator(processor, packing="shared_image")([{"groups": [good]}])
-    assert all(batch[name].equal(only[name]) for name in only) and collator.num_bad_samples == 2
-    assert all(collator([{"groups": [bad]}])[name].equal(only[name]) for name in only)  # the last good one
+    torch.testing.assert_close(batch, only, rtol=0, atol=0)
+    assert collator.num_bad_samples == 2
+    torch.testing.assert_close(collator([{"groups": [bad]}]), only, rtol=0, atol=0)  # the last good one
     blank = JnanaCollator(processor, packing="shared_image", on_bad_sample="skip")([{"groups": [bad]}])
     assert (blank["labels"] != IGNORED).any() and blank["image_indices"].tolist() == [0]
     with pytest.raises(BadSampleError, match="^bad: image .*gone.png"):

@@ -1,0 +1,107 @@
+"""The stock Trainer with no setting of ours evaluates our model as it evaluates stock LLaVA.
+
+Each test runs both classes, LLaVA as the control, on the same batches.
+"""
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers.utils.generic import find_labels
+
+from jnana.modeling import JnanaForConditionalGeneration
+from tests.tiny import IMAGE_SIZE, save_tiny_llava
+
+
+CLASSES = [JnanaForConditionalGeneration, LlavaForConditionalGeneration]
+ROWS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_llava(tmp_path_factory.mktemp("llava"), "llava"))
+
+
+def load(model_class, folder):
+    model = model_class.from_pretrained(folder, dtype=torch.float32)
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def rows(model) -> list[dict[str, torch.Tensor]]:
+    """An image of four tokens, a question and an answer, as any collator of LLaVA makes them."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(ROWS):
+        ids = torch.randint(2, 290, (12,), generator=generator)
+        ids[1:5] = model.config.image_token_id
+        labels = ids.clone()
+        labels[:6] = -100
+        pixels = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        made.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+        )
+    return made
+
+
+def make_trainer(model, output_dir, **options) -> Trainer:
+    hooks = {name: options.pop(name) for name in ("compute_metrics", "callbacks") if name in options}
+    hooks |= {name: options.pop(name) for name in ("preprocess_logits_for_metrics",) if name in options}
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        **{"use_cpu": True, "report_to": "none", "per_device_eval_batch_size": 4, "max_steps": 2, **options},
+    )
+    data = rows(model)
+    return Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, **hooks)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_the_trainer_finds_labels_and_nothing_else(model_class):
+    assert find_labels(model_class) == ["labels"]
+
+
+def test_evaluate_reports_the_same_loss(folder, tmp_path):
+    losses = [make_trainer(load(of, folder), tmp_path).evaluate()["eval_loss"] for of in CLASSES]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    model = load(CLASSES[0], folder)
+    model.lm_head.weight.data *= 0.9  # the control
+    assert make_trainer(model, tmp_path).evaluate()["eval_loss"] != pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_metrics_get_logits_and_labels(model_class, folder, tmp_path):
+    seen = {}
+
+    def best(logits, labels):
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        seen["logits"] = logits.shape
+        return logits.argmax(-1)
+
+    def compute_metrics(prediction):
+        seen["labels"], seen["predictions"] = prediction.label_ids.shape, prediction.predictions.shape
+        return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+    hooks = {"compute_metrics": compute_metrics, "preprocess_logits_for_metrics": best}
+    trainer = make_trainer(load(model_class, folder), tmp_path, **hooks)
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_accuracy"} <= metrics.keys()
+    assert seen["logits"][:2] == (2, 12) and seen["labels"] == seen["predictions"] == (ROWS, 12)
+    assert trainer.predict(rows(trainer.model)).metrics["test_loss"] == metrics["eval_loss"]
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_the_best_model_is_found_by_its_loss(model_class, folder, tmp_path):
+    """`load_best_model_at_end`, early stopping and `eval_on_start` need `eval_loss`."""
+    trainer = make_trainer(
+        load(model_class, folder),
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(1)],
+        eval_on_start=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=1e-3,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 3 and trainer.state.best_metric == min(losses[1:]) < losses[0]

@@ -34,9 +34,9 @@ from benchmarks import sft_memory, train_throughput
 from benchmarks.machine import describe_machine, synchronize
 from benchmarks.train_throughput import plan_step
 from benchmarks.workloads import SCALES, Scale, make_images, make_rows
+from jnana.modeling.packed_probe_jnana import varlen_problem
 from jnana.processing.data import JnanaCollator
 from jnana.training.arguments import LoraArguments
-from jnana.training.attention import fastest_attention
 from jnana.training.loading import load_model
 from jnana.training.stages import apply_stage
 
@@ -76,16 +76,18 @@ class Log:
 
 
 def measure_attention(log: Log, scale: Scale, device: torch.device, folder: Path) -> None:
-    """The trial that a run makes before it trains packed rows."""
+    """The probe that a run makes before it trains packed rows: whether torch's `varlen_attn` is right here."""
     if device.type != "cuda":
         raise Skipped("needs CUDA; a CPU has one attention for packed rows")
     _, jnana = train_throughput.make_models(
         scale, 49, train_throughput.make_processor(scale, 49), torch.device("meta")
     )
     config = jnana.config.text_config
-    for tokens in sorted(set(scale.max_row_tokens.values())):
-        chosen, reason = fastest_attention(config, tokens, device)
-        log.write("attention", row_tokens=tokens, chosen=chosen, reason=reason)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    problem = varlen_problem(device, heads, kv_heads, head_dim, has_window=False)
+    log.write("attention", varlen_attn=problem is None, reason=problem or "equal to the pieces on a CPU")
 
 
 def measure_rate(model: nn.Module, batch: dict[str, Any], device: torch.device, dtype: torch.dtype) -> float:

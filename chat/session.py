@@ -146,7 +146,8 @@ class ChatSession:
             image (`Any`): As [`jnana.processing.data.load_image`] takes it; its errors are raised.
         """
         loaded = load_image(image, source="image")
-        pixel_values = self.processor(images=[loaded], return_tensors="pt")["pixel_values"].flatten(0, -4)
+        inputs = self.processor(images=[loaded], return_tensors="pt")  # type: ignore[call-arg]  # not in the typed dict
+        pixel_values = inputs["pixel_values"].flatten(0, -4)
         size = image_size(loaded)
         digest = hashlib.sha256(pixel_values.numpy().tobytes() + repr(size).encode()).hexdigest()
         return PreparedImage(pixel_values, size, self.processor.count_image_tokens(size), digest)

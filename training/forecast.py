@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration, JnanaModel
+from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator
 
@@ -284,7 +284,6 @@ def forecast(
     """
     autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     with quiet():
-        skip_reading(model)
         if training_args.gradient_checkpointing:
             # option and method have these names from transformers 5.23 on, the others before
             given = getattr(training_args, "activation_checkpointing_kwargs", None)
@@ -339,21 +338,6 @@ def planned_model(config: JnanaConfig, dtype: str) -> JnanaForConditionalGenerat
         torch.set_default_dtype(default)
 
 
-def skip_reading(model: nn.Module) -> None:
-    """Replace the checks of `forward` that read values, which tensors without data do not have."""
-
-    def select_images(images: list[torch.Tensor], indices: torch.Tensor) -> list[torch.Tensor]:
-        if len({len(image) for image in images}) > 1:  # tiles
-            return [images[index % len(images)] for index in range(len(indices))]
-        return list(torch.stack(images)[indices])
-
-    for module in model.modules():
-        if isinstance(module, JnanaModel):
-            replaced: Any = module
-            replaced._check_counts = lambda *_: None
-            replaced._select_images = select_images
-
-
 def replace_quantized(model: nn.Module, quantization: Mapping[str, Any], dtype: str) -> None:
     """Put stand-ins in the place of the linear layers that bitsandbytes will quantise."""
     method = quantization.get("quantization", "none")
@@ -398,7 +382,7 @@ def longest_rows(rows: Dataset | IterableDataset, count: int) -> list[dict]:
 
 def traceable(batch: dict[str, Any], config: JnanaConfig, stored_features: bool) -> dict[str, Any]:
     """
-    A batch of [`JnanaCollator`] in a form whose shapes do not depend on values.
+    A batch of [`JnanaCollator`] with the features that a cache will give.
 
     Args:
         batch (`dict`): The batch.
@@ -409,12 +393,6 @@ def traceable(batch: dict[str, Any], config: JnanaConfig, stored_features: bool)
     if stored_features and "pixel_values" in batch:
         shape = (len(batch.pop("pixel_values")), config.num_view_features, config.vision_feature_size)
         batch["image_features"] = torch.empty(shape)
-    if isinstance(batch.get("image_sizes"), torch.Tensor):
-        batch["image_sizes"] = batch["image_sizes"].tolist()
-    if isinstance(batch.get("logits_to_keep"), torch.Tensor):
-        shape = len(batch["input_ids"]), -(-int(batch.pop("logits_to_keep").sum()) // len(batch["input_ids"]))
-        batch.pop("labels")
-        batch |= {name: torch.zeros(shape, dtype=torch.long) for name in ("logits_to_keep", "shift_labels")}
     return batch
 
 

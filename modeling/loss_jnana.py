@@ -93,9 +93,10 @@ def unfused_reason(head: nn.Module) -> str | None:
 
     The fused loss reads the weights of the head and does not call its `forward`. So the head must be a Linear layer
     that holds its whole weights while the model's `forward` runs: on one device, under DDP, ZeRO-1 and ZeRO-2, and
-    under FSDP where the head belongs to the unit of the whole model, which is gathered when its `forward` starts. Any
-    other head computes logits by its own `forward`, in which adapters, quantised weights, and hooks that gather or
-    move weights take part.
+    under FSDP where the head belongs to the unit of the whole model, which is gathered when its `forward` starts.
+    (accelerate's FSDP2 makes the head a unit of its own, which is gathered for the head's `forward` only.) Any other
+    head computes logits by its own `forward`, in which adapters, quantised weights, and hooks that gather or move
+    weights take part.
 
     Args:
         head (`torch.nn.Module`): The output embeddings.

@@ -268,6 +268,8 @@ class JnanaGenerationMixin(GenerationMixin):
             limit = text_config.original_max_position_embeddings
             if input_ids.shape[1] > limit and 0 < cache.get_seq_length() <= limit:
                 kwargs |= {"next_sequence_length": None, CACHE_NAME: None, "is_first_iteration": True}
+                if kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
+                    self.model._check_images(input_ids == self.config.image_token_id, 0)
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -65,6 +65,16 @@ def with_layout(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {**inputs, "packed_layout": PackedLayout.from_ids(*ids)}
 
 
+def assert_same_batch(batch: dict[str, Any], other: dict[str, Any]) -> None:
+    """Every input is the same to the bit, the layout of packed rows too."""
+    assert batch.keys() == other.keys()
+    for name, value in batch.items():
+        if isinstance(value, PackedLayout):
+            assert value.equal(other[name]), name
+        else:
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=name)
+
+
 def find_labels(inputs: dict[str, torch.Tensor]) -> None:
     """Set the positions that predict a label again, after labels were changed."""
     inputs["logit_positions"] = (inputs["shift_labels"] != -100).flatten().nonzero()[:, 0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -260,6 +261,30 @@ def test_weights_that_are_not_there_are_not_read():
     head.weight = Sharded(torch.zeros(3, 2))
     assert unfused_reason(head) == "the weight of the head is a Sharded"
     assert "is a Bilinear" in unfused_reason(nn.Bilinear(1, 1, 1))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["of the whole model", "a unit of its own"])
+def test_a_head_that_fsdp_shards(tmp_path, monkeypatch, apart):
+    """Fused where `forward` of the model finds it gathered; accelerate makes it a unit of its own: not fused."""
+    model = join(tmp_path).double().train()
+    inputs = double("shared_image")
+    expected = loss_and_gradients(model, inputs)
+    calls = []
+    monkeypatch.setattr(
+        "jnana.modeling.modeling_jnana.head_loss", lambda *args: calls.append(args) or head_loss(*args)
+    )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for unit in [*model.model.language_model.layers, *[model.lm_head] * apart, model]:
+            fully_shard(unit, mesh=mesh)
+        for _ in range(2):
+            loss, gradients = loss_and_gradients(model, skipping(inputs))
+        whole = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert difference((loss, whole), expected) < EXACT
+    assert len(calls) == (0 if apart else 2)
 
 
 class Largest(TorchDispatchMode):

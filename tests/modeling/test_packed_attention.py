@@ -377,7 +377,7 @@ def test_images_that_places_show(models):
     assert torch.allclose(model(**inputs).logits, model(**repeated).logits, atol=1e-5)
     with pytest.raises(Exception, match=r"`image_indices` \[0, 0, 0, 0, 1\] must be from 0 to 0"):
         model(**{**inputs, "image_indices": torch.tensor([0, 0, 0, 0, 1])})
-    with pytest.raises(ValueError, match=r"`image_indices` has shape \(5,\) for 0 images"):
+    with pytest.raises(ValueError, match="20 image tokens .* the images give 0 vectors"):
         model(**{name: value for name, value in inputs.items() if name != "pixel_values"})
     with pytest.raises(Exception, match="20 image tokens"):
         model(**{**inputs, "image_indices": torch.tensor([0, 0])})

@@ -210,7 +210,7 @@ def test_image_and_text_counts_must_agree(tmp_path):
         with pytest.raises(ValueError, match=f"{numbers}.*processor"):
             model(ids, pixel_values=images)
     with pytest.raises(ValueError, match="8 image tokens .* 0 vectors"):
-        model(ids)  # images forgotten
+        model(ids, labels=ids)  # images forgotten
     with pytest.raises(ValueError, match="0 image tokens .* 8 vectors"):
         model(text_ids(2), pixel_values=pictures(2))
     with pytest.raises(ValueError, match="only one of"):

@@ -51,6 +51,7 @@ def test_align_pushes_at_its_end(data, vision, pretrained, tmp_path, uploads):
         "samples.html",
         "samples.jsonl",
         "trainer_state.json",
+        "recipe_record.json",
         "training_args.bin",
     }
 

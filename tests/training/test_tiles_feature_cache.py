@@ -17,7 +17,7 @@ from jnana.processing.data.feature_cache import StoredImage, write_part
 from jnana.processing.data.rows import rows_to_dataset
 from jnana.training import feature_cache
 from jnana.training.checkpoints import size_text
-from tests.modeling.packed import difference, loss_and_gradients
+from tests.modeling.packed import assert_same_batch, difference, loss_and_gradients
 from tests.tiles import KINDS, SIZES, row, rows_of, save_pictures, tile_pair
 from tests.training.test_feature_cache import build, build_and_die, computed, reference
 
@@ -84,7 +84,7 @@ def test_same_loss_and_gradients(pairs, rows, tmp_path, kind, packing):
     cached = JnanaCollator(processor, packing=packing, images=cache)(items)
     assert batch.keys() - {"pixel_values"} == cached.keys() - {"image_features"}
     names = cached.keys() - {"image_features"}
-    torch.testing.assert_close({n: batch[n] for n in names}, {n: cached[n] for n in names}, rtol=0, atol=0)
+    assert_same_batch({n: batch[n] for n in names}, {n: cached[n] for n in names})
     expected = loss_and_gradients(model, [batch])
     assert difference(loss_and_gradients(model, [cached]), expected) < 1e-5
     # the control: two views of an image change places

@@ -15,6 +15,7 @@ from jnana import run_transcribe
 from jnana.processing import transcribe_chat
 from jnana.processing.data import BadSampleError, JnanaCollator, StoredTranscripts, check_rows, load_rows
 from jnana.processing.speech import Transcriber, TranscriptionError
+from tests.modeling.packed import assert_same_batch
 
 
 STAND_IN = Path(__file__).with_name("stand_in_worker.py")
@@ -215,7 +216,7 @@ def test_rows_hold_the_words_that_were_transcribed_once(spoken, monkeypatch, pro
             m["content"] = [*[p for p in m["content"] if p["type"] == "image"], text(said)]
     typed.write_text("\n".join(json.dumps(record) for record in records))
     batches = [JnanaCollator(processor)(data) for data in (rows, list(load_rows(typed)))]
-    assert all((batches[0][name] == batches[1][name]).all() for name in batches[1])
+    assert_same_batch(*batches)
 
 
 def test_transcripts_are_made_again_only_for_new_sound_or_another_model(spoken, monkeypatch):

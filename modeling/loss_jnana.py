@@ -22,6 +22,8 @@ from transformers.utils import is_liger_kernel_available
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the label of a position without one
+# Of weights as they are; those without data are traced for a forecast of memory.
+PLAIN_WEIGHTS = ("torch.nn.parameter.Parameter", "torch._subclasses.fake_tensor.FakeTensor")
 CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in float32
 # The gradients of hidden states in float16 are stored this many times too large until they are scaled. Otherwise the
 # smallest would lose digits, because a loss scaler multiplies them only afterwards.
@@ -105,8 +107,9 @@ def unfused_reason(head: nn.Module) -> str | None:
         return "the model is compiled"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, so it is adapted, quantised or sharded by itself"
-    if any(type(weight) is not nn.Parameter for weight in head.parameters(recurse=False)):
-        return f"the weight of the head is a {type(head.weight).__name__}"
+    for kind in (type(weight) for weight in head.parameters(recurse=False)):
+        if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN_WEIGHTS:
+            return f"a weight of the head is a {kind.__name__}"
     if hasattr(head.weight, "ds_id"):  # DeepSpeed gives an id to each parameter that it partitions
         return "ZeRO-3 partitions the weight of the head"
     if "forward" in vars(head):  # accelerate replaces it where a device map moves weights or inputs

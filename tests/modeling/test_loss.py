@@ -259,7 +259,7 @@ def test_weights_that_are_not_there_are_not_read():
         pass
 
     head.weight = Sharded(torch.zeros(3, 2))
-    assert unfused_reason(head) == "the weight of the head is a Sharded"
+    assert unfused_reason(head) == "a weight of the head is a Sharded"
     assert "is a Bilinear" in unfused_reason(nn.Bilinear(1, 1, 1))
 
 

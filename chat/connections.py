@@ -38,7 +38,7 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self.address = str((transport.get_extra_info("peername") or [""])[0])
         self.open_connections[self.address] += 1
         self.watch: asyncio.TimerHandle | None = None
-        self.idle = 0.0
+        self.idle, self.last_cycle = 0.0, None
         if self.open_connections.total() > self.most or self.open_connections[self.address] > self.most_of_one_address:
             transport.write(ANSWER)
             transport.close()
@@ -51,7 +51,9 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def _look(self, transport: Any) -> None:
         """Close the connection if it had no request for `IDLE_SECONDS`; else look again later."""
-        answering = self.cycle is not None and not self.cycle.response_complete
+        # a new request since the last look, or one that is being answered
+        answering = self.cycle is not self.last_cycle or (self.cycle is not None and not self.cycle.response_complete)
+        self.last_cycle = self.cycle
         if not answering and self.idle >= IDLE_SECONDS:
             transport.close()
             return

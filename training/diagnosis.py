@@ -103,7 +103,8 @@ class DiagnosisCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
-        self.looked = self.logged = self.last_update = step
+        self.looked = self.logged = self.last_update = self.pending_from = step
+        self.norms, self.skipped, self.pending = [], [], Work()  # of an attempt that ran out of memory
         # DeepSpeed keeps gradients in buffers of its own.
         self.parts = {} if args.deepspeed_plugin is not None else trained_parts(model)
         self.last_gradient = dict.fromkeys(self.parts, step)
@@ -117,7 +118,9 @@ class DiagnosisCallback(TrainerCallback):
         if not control.should_log and state.global_step - self.looked >= LOOK_EVERY:
             self.speed.add_up_times()
             self.pending = Work()
-            self.judge_work(self.speed.here, state.global_step, 1)
+            work = self.speed.over_processes([self.speed.here.supervised]).sum().item()
+            if not work:  # judged of all processes, so that each of them decides the same
+                self.warn("labels", NO_LABELS.format(first=self.logged + 1, step=state.global_step))
             self.look_at_gradients(state.global_step)
 
     def look_at_gradients(self, step: int) -> None:

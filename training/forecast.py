@@ -202,16 +202,22 @@ def check_forecast(
     sharding = sharding_of(args)
     if sharding in ("zero1", "zero2"):
         return None
-    with quiet(), torch.device("meta"), unpartitioned(args, whole=True):
-        model = make_model()
+    try:
+        with quiet(), torch.device("meta"), unpartitioned(args, whole=True):
+            model = make_model()
+    except Exception as error:  # of any class: the run itself will say what is wrong
+        logger.warning(f"no forecast of memory: the model can't be planned ({type(error).__name__}: {error})")
+        return None
     fewest = FEWEST_WEIGHTS if fewest_weights is None else fewest_weights
     if sum(map(parameter_count, model.parameters())) < fewest:
         return None
     devices = args.n_gpu if spread else args.world_size if sharding is not None else 1
     name, available = device_memory(args.device)
+    if offloads(args):
+        return None
     check_weights(sum(held_bytes(model, label).values()) // devices, name, available)
-    batch = make_batch()
     try:
+        batch = make_batch()
         found = forecast(model, batch, optimizer, args)
     except Exception as error:  # of any class: what can't be traced may well train
         reason = f"{type(error).__name__}: {error}"
@@ -222,8 +228,19 @@ def check_forecast(
     found = found.divided(devices)
     found = replace(found, step=replace(found.step, parts={**found.step.parts, **kept, **added}))
     logger.info(found.table())
-    judge(found, name, available, args)
+    if available < sys.maxsize:
+        judge(found, name, available, args)
     return found
+
+
+def offloads(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed keeps weights or the optimizer's state in the memory of the host."""
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("1", "true"):
+        return True
+    plugin = args.deepspeed_plugin
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin is not None else {}
+    devices = [zero.get(name, {}).get("device", "none") for name in ("offload_param", "offload_optimizer")]
+    return any(device not in ("none", None) for device in devices)
 
 
 def check_weights(num_bytes: int, name: str, available: int) -> None:

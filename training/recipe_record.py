@@ -47,7 +47,11 @@ FREE = {
 # Only a constant learning rate does not depend on the planned number of steps.
 LENGTH = ("max_steps", "num_train_epochs")
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-PROCESSES = "number of processes"  # not an option: `accelerate launch` has it
+PROCESSES = "num_processes"  # not an option of the scripts: `accelerate launch` has it
+PRECISION = "mixed_precision"  # also from accelerate's file
+# The optimizer and the schedule are restored with the checkpoint, these values too, so that new ones have no effect.
+RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "projector_learning_rate")
+RESTORED += ("vision_learning_rate",)
 
 
 def recipe_options(*arguments: Any) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def recipe_options(*arguments: Any) -> dict[str, Any]:
                 options[name] = getattr(of_class, name)
         if isinstance(of_class, TrainingArguments):
             options[PROCESSES] = of_class.world_size
+            options[PRECISION] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if not options.get("streaming"):  # the rows of a stream are dealt out to the workers
         options.pop("dataloader_num_workers", None)
     return json.loads(json.dumps(options, default=_as_text))
@@ -91,6 +96,13 @@ def check_same_recipe(checkpoint: str | None, options: dict[str, Any], run_args:
             is not an option.
     """
     known, allowed = {*options, *LENGTH, "dataloader_num_workers"}, allowed_changes(run_args)
+    restored = sorted(allowed & set(RESTORED))
+    if restored:
+        raise ValueError(
+            f"allow_changed names {', '.join(restored)}, which a resumed run reads from its checkpoint, so that "
+            "another value has no effect; give the run's own value, or start a new run from its weights "
+            "(model_name_or_path)"
+        )
     wrong = sorted(allowed - known)
     if wrong:
         raise ValueError(f"allow_changed names {', '.join(wrong)}, which is not an option that has to stay the same")
@@ -182,10 +194,9 @@ def _shown(value: Any) -> str:
 
 
 def _remedy(names: Sequence[str]) -> str:
-    return (
-        f"Give the run's own values, or `--allow_changed {' '.join(names)}` to go on with the new ones, another "
-        "output_dir, or overwrite_output_dir: true to start anew."
-    )
+    allowed = [name for name in names if name not in RESTORED]
+    allow = f"`--allow_changed {' '.join(allowed)}` to go on with the new ones, " if allowed == list(names) else ""
+    return f"Give the run's own values, or {allow}another output_dir, or overwrite_output_dir: true to start anew."
 
 
 def _last_rate(checkpoint: str) -> str:

@@ -143,7 +143,8 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
         )
     logger.info(
         f"{checkpoint} is the end of this run: nothing is trained, its files are copied to {trainer.args.output_dir} "
-        "(a larger max_steps or num_train_epochs continues from it)"
+        "(a larger max_steps or num_train_epochs continues from it, with `--allow_changed max_steps "
+        "num_train_epochs` unless the learning rate is constant)"
     )
     trainer.state = state
     if trainer.args.should_save:

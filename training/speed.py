@@ -160,6 +160,7 @@ class SpeedCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.add_hook_to_wrapper()
+        self.here, self.marks, self.asked = Work(), [], None  # of an attempt that ran out of memory
         if args.device.type == "cuda":
             for index in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(index)
@@ -300,6 +301,8 @@ def peak_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    if device.type != "cpu":  # Apple's and Intel's GPUs: the process's own memory says nothing about theirs
+        return None
     try:
         import resource
     except ImportError:

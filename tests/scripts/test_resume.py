@@ -141,12 +141,12 @@ def test_other_data_is_refused_and_an_allowed_change_trains(data, vision, pretra
     with pytest.raises(ValueError, match="checkpoint-1 was trained on other rows of train_data"):
         run_align.main(align_options(data, vision, pretrained, **changes))
     file.write_text(json.dumps(captions))
-    changes |= {"learning_rate": "7e-3", "allow_changed": "learning_rate"}
+    changes |= {"max_grad_norm": "0.5", "allow_changed": "max_grad_norm"}
     capsys.readouterr()
     run_align.main(align_options(data, vision, pretrained, **changes))
-    assert "learning_rate was 0.001 and is 0.007 from here on" in capsys.readouterr().out
+    assert "max_grad_norm was 1.0 and is 0.5 from here on" in capsys.readouterr().out
     record = json.loads((tmp_path / "align" / "recipe_record.json").read_text())
-    assert record["options"]["learning_rate"] == 0.007 and record["format"] == 1
+    assert record["options"]["max_grad_norm"] == 0.5 and record["format"] == 1
 
 
 def test_overwriting_starts_anew(data, vision, pretrained, aligned, tmp_path):

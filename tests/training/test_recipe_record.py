@@ -45,8 +45,8 @@ def check(checkpoint, tmp_path, *allowed, **changes):
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"learning_rate": 1e-6}, "learning_rate 5e-05, this run has 1e-06"),
-        ({"weight_decay": 0.1}, "weight_decay 0.0, this run has 0.1"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm 1.0, this run has 0.5"),
+        ({"optim": "sgd"}, "optim 'adamw_torch_fused', this run has 'sgd'"),
         ({"seed": 7}, "seed 42, this run has 7"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 1, this run has 4"),
         ({"packing": "rows"}, "packing 'none', this run has 'rows'"),
@@ -62,14 +62,34 @@ def test_a_changed_option_is_named_with_both_values_and_can_be_allowed(checkpoin
     assert f"was trained with {difference}. " in text and f"`--allow_changed {name}`" in text
     check(checkpoint, tmp_path, name, **changes)
     with pytest.raises(ValueError, match=name):  # another name allows another option only
-        check(checkpoint, tmp_path, "adam_beta1", **changes)
+        check(checkpoint, tmp_path, "prompt", **changes)
 
 
 def test_all_differences_are_named_at_once(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"seed 42, this run has 1\. .*--allow_changed learning_rate seed`") as raised:
-        check(checkpoint, tmp_path, learning_rate=1e-3, seed=1)
-    assert "trained with learning_rate 5e-05, this run has 0.001; " in str(raised.value)
-    check(checkpoint, tmp_path, "learning_rate,seed", learning_rate=1e-3, seed=1)
+    with pytest.raises(ValueError, match=r"seed 42, this run has 1\. .*--allow_changed max_grad_norm seed`") as raised:
+        check(checkpoint, tmp_path, max_grad_norm=0.5, seed=1)
+    assert "trained with max_grad_norm 1.0, this run has 0.5; " in str(raised.value)
+    check(checkpoint, tmp_path, "max_grad_norm,seed", max_grad_norm=0.5, seed=1)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_values_that_the_checkpoint_restores_cannot_be_changed(checkpoint, tmp_path, name):
+    """torch reads them with the optimizer's state, so that a new value would be logged and not used."""
+    with pytest.raises(
+        ValueError, match=f"{name} .*, this run has 0.3. Give the run's own values, or another output_dir"
+    ):
+        check(checkpoint, tmp_path, **{name: 0.3})
+    with pytest.raises(ValueError, match=f"allow_changed names {name}, which a resumed run reads from its checkpoint"):
+        check(checkpoint, tmp_path, name, **{name: 0.3})
+
+
+def test_the_remedy_can_be_typed(checkpoint, tmp_path):
+    """Also where the number of processes differs, which is no option of the scripts."""
+    options = {**options_of(tmp_path, lr_scheduler_type="cosine", seed=1), PROCESSES: 2}
+    with pytest.raises(ValueError) as raised:
+        check_same_recipe(checkpoint, options, RunArguments())
+    typed = str(raised.value).split("`--allow_changed ")[1].split("`")[0].split()
+    check_same_recipe(checkpoint, options, RunArguments(allow_changed=typed))
 
 
 def test_a_longer_run_changes_the_rate_unless_that_is_constant(checkpoint, tmp_path):
@@ -88,7 +108,7 @@ def test_the_workers_of_a_stream_and_the_processes_matter(checkpoint, tmp_path):
     assert "dataloader_num_workers" in options_of(tmp_path, streaming=True)
     assert "dataloader_num_workers" not in options_of(tmp_path)
     options = {**options_of(tmp_path, lr_scheduler_type="cosine"), PROCESSES: 2}
-    with pytest.raises(ValueError, match="number of processes 1, this run has 2"):
+    with pytest.raises(ValueError, match="num_processes 1, this run has 2"):
         check_same_recipe(checkpoint, options, RunArguments())
 
 

@@ -48,6 +48,21 @@ def test_recipes_hold_known_options_and_so_do_the_runners_commands(stage, run_de
     assert any(str(tmp_path) in str(part) for part in parsed)
 
 
+@pytest.mark.parametrize("variant", ["whole", "tiles"])
+def test_the_comparison_with_tiles_runs_known_options(variant, run_demo, tmp_path):
+    import tiles
+
+    jobs = {job.name: job for part in tiles.tile_stages(tmp_path / "demo", tmp_path, 3) for job in part.jobs}
+    for stage in ("align", "sft", "evaluate"):
+        command = jobs[f"{stage}_{variant}"].command
+        recipe = next(word for word in command if word.endswith(".yaml"))
+        first = parse_arguments(CLASSES[stage], [str(ROOT / recipe), *command[command.index(recipe) + 1 :]])[0]
+        if stage == "align":
+            assert first.image_geometry == {"whole": "crop", "tiles": "anyres"}[variant]
+        else:
+            assert str(first.model_name_or_path).startswith(str(tmp_path / variant))
+
+
 def test_every_document_of_the_corpus_is_one_block(run_demo):
     import corpus
     import make_data

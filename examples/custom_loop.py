@@ -27,8 +27,8 @@ args = parser.parse_args()
 
 device = available_device()
 model, processor = load_model(args.model_name_or_path, device_map={"": device})
-model.requires_grad_(False)  # the loaded model is in eval mode, so its frozen parts run without dropout
-projector = model.model.multi_modal_projector.requires_grad_(True)
+projector = model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
+model.train()  # the loss is then fused with the head; frozen parts run without dropout all the same
 optimizer = torch.optim.AdamW(projector.parameters(), lr=args.learning_rate)
 
 rows = load_rows(args.train_data, image_folder=args.image_folder)

@@ -25,7 +25,7 @@ IGNORED = -100  # the label of a position without one
 # Of weights as they are; those without data are traced for a forecast of memory.
 PLAIN_WEIGHTS = ("torch.nn.parameter.Parameter", "torch._subclasses.fake_tensor.FakeTensor")
 CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in float32
-# The gradients of hidden states in float16 are stored this many times too large until they are scaled. Otherwise the
+# Gradients in float16 are computed this many times too large until they are scaled. Otherwise the
 # smallest would lose digits, because a loss scaler multiplies them only afterwards.
 FLOAT16_SCALE = 256.0
 
@@ -112,6 +112,8 @@ def unfused_reason(head: nn.Module) -> str | None:
             return f"a weight of the head is a {kind.__name__}"
     if hasattr(head.weight, "ds_id"):  # DeepSpeed gives an id to each parameter that it partitions
         return "ZeRO-3 partitions the weight of the head"
+    if head._forward_pre_hooks or head._forward_hooks or head._backward_pre_hooks or head._backward_hooks:
+        return "the head has hooks"
     if "forward" in vars(head):  # accelerate replaces it where a device map moves weights or inputs
         return "a device map places the head"
     return None
@@ -176,6 +178,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 kept = labels[chunk] != ignore_index
                 losses, grad_logits = _losses_and_gradients(logits, labels[chunk].masked_fill(~kept, 0), wide)
                 del logits
+                if ctx.scale != 1:
+                    grad_logits.mul_(ctx.scale)
                 total += losses.masked_fill(~kept, 0).sum()
                 # Ignored tokens are left out of the products, which are smaller than the gradient of the logits.
                 if grad_bias is not None:
@@ -183,8 +187,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_weight is not None:
                     _add_product(grad_weight, grad_logits.to(dtype), states * kept[:, None])
                 if grad_hidden is not None:
-                    scaled = grad_logits if ctx.scale == 1 else grad_logits.mul_(ctx.scale)
-                    grad_hidden[chunk] = scaled.to(dtype) @ held_weight * kept[:, None]
+                    grad_hidden[chunk] = grad_logits.to(dtype) @ held_weight * kept[:, None]
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype
         return total
@@ -197,11 +200,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 "The gradients of the fused loss are scaled in place, so `backward` can be called only once. Call the "
                 "model with `skip_logits=False` for more."
             )
-        factors = (grad_output / ctx.scale, grad_output, grad_output)
+        factor = grad_output / ctx.scale
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [
-            None if gradient is None else gradient.mul_(factor).to(dtype)
-            for gradient, factor, dtype in zip(gradients, factors, ctx.dtypes, strict=True)
+            # In the factor's precision: multiplied in place, it would be rounded to that of the gradient first.
+            None if gradient is None else gradient.to(factor.dtype).mul_(factor).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None
 

@@ -235,6 +235,11 @@ class JnanaGenerationMixin(GenerationMixin):
         if settings is not None and settings.is_assistant and encoded is not None:
             kwargs["mm_encoder_outputs"] = {name: encoded[_ASSISTANT] for name in ("image",) if _ASSISTANT in encoded}
         assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, JnanaGenerationMixin) and kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError(
+                "`prefill_chunk_size` and an `assistant_model` that sees images can't be combined; leave one "
+                "of them out."
+            )
         pixel_values, image_sizes = kwargs.get("pixel_values"), kwargs.get("image_sizes")
         if isinstance(assistant, JnanaGenerationMixin) and pixel_values is not None:
             models: dict[str, Any] = {"image": self, _ASSISTANT: assistant}
@@ -368,8 +373,8 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
             has_labels (`bool`, *optional*, defaults to `False`): Whether a loss will be computed from the outputs. A
                 batch without images then runs the tower on a black image, if several processes train together.
 
-        Image tokens without images keep the embeddings of their own, as in transformers' LLaVA (that of token 0 where
-        the embedding has no row for them), but not with labels.
+        With `fusion: tokens`, image tokens without images keep the embeddings of their own, as in transformers' LLaVA
+        (that of token 0 where the embedding has no row for them), but not with labels.
 
         Raises:
             ValueError: If images or the cache are given under two names, or the number of images differs from that of
@@ -741,6 +746,12 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         """
         shift_labels = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         has_labels = labels is not None or shift_labels is not None
+        if getattr(self, "_is_replica", False) and (logit_positions is not None or image_positions is not None):
+            raise ValueError(
+                "DataParallel splits the batches of `JnanaCollator` wrongly: positions are counted over the whole "
+                "batch. Start one process for each GPU (`accelerate launch`), or let the process see one GPU "
+                "(`CUDA_VISIBLE_DEVICES=0`)."
+            )
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

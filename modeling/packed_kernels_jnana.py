@@ -24,14 +24,21 @@ except ImportError:
     varlen_attn = None
 
 FLASH_FUNCTIONS: dict[int, Callable[..., Any]] = {}  # by version, of the packages that are installed
+# A build for another torch is found and can't be imported. It must stop only those who ask for it.
 if is_flash_attn_2_available():
-    from flash_attn import flash_attn_varlen_func
+    try:
+        from flash_attn import flash_attn_varlen_func
 
-    FLASH_FUNCTIONS[2] = flash_attn_varlen_func
+        FLASH_FUNCTIONS[2] = flash_attn_varlen_func
+    except ImportError:
+        pass
 if is_flash_attn_3_available():
-    from flash_attn_interface import flash_attn_varlen_func as flash_attn_3_varlen_func
+    try:
+        from flash_attn_interface import flash_attn_varlen_func as flash_attn_3_varlen_func
 
-    FLASH_FUNCTIONS[3] = flash_attn_3_varlen_func
+        FLASH_FUNCTIONS[3] = flash_attn_3_varlen_func
+    except ImportError:
+        pass
 
 
 def attend_packed(

@@ -48,6 +48,11 @@ def test_the_assistant_model_sees_the_image(stock, ours, expected):
     assert not torch.allclose(prompt[places], ours.model.get_input_embeddings()(ids[places]))
 
 
+def test_an_assistant_and_chunks_of_the_prompt_are_refused_together(ours):
+    with pytest.raises(ValueError, match="`prefill_chunk_size` and an `assistant_model` that sees images"):
+        ours.answer(assistant_model=copy.deepcopy(ours.model), prefill_chunk_size=3)
+
+
 @pytest.mark.client("generate: prompt lookup", note="")
 def test_prompt_lookup(ours, expected):
     assert ours.answer(prompt_lookup_num_tokens=2) == expected

@@ -1,5 +1,6 @@
 """The loss that is fused with the head: the plain loss and gradients, without the logits of all tokens."""
 
+import copy
 import sys
 from types import ModuleType
 
@@ -204,7 +205,7 @@ def test_the_loss_of_all_forms_of_labels(models, how):
     assert difference(loss_and_gradients(model, skipping([inputs])), expected) < EXACT
 
 
-@pytest.mark.parametrize("head", ["lora", "modules_to_save", "hook", "own loss", "compiled"])
+@pytest.mark.parametrize("head", ["lora", "modules_to_save", "device map", "hook", "own loss", "compiled"])
 def test_any_other_head_computes_its_logits(models, head, monkeypatch, caplog):
     """The plain path, named in the log once; the loss is the same."""
     model = models("phi")
@@ -213,7 +214,8 @@ def test_any_other_head_computes_its_logits(models, head, monkeypatch, caplog):
     reason = {
         "lora": "the head is a Linear, so it is adapted",
         "modules_to_save": "the head is a ModulesToSaveWrapper",
-        "hook": "a device map places the head",
+        "device map": "a device map places the head",
+        "hook": "the head has hooks",
         "own loss": "the model has a loss function of its own",
     }
     ran = model
@@ -225,6 +227,8 @@ def test_any_other_head_computes_its_logits(models, head, monkeypatch, caplog):
     elif head == "modules_to_save":
         ran = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     elif head == "hook":
+        hook = model.lm_head.register_forward_pre_hook(lambda *_: None)
+    elif head == "device map":
         monkeypatch.setitem(vars(model.lm_head), "forward", model.lm_head.forward)
     elif head == "own loss":
         original = model.loss_function
@@ -238,6 +242,8 @@ def test_any_other_head_computes_its_logits(models, head, monkeypatch, caplog):
     finally:
         if head in ("lora", "modules_to_save"):
             model.lm_head = ran.unload().lm_head
+        if head == "hook":
+            hook.remove()
         model.loss_function = None
         del model._loss_function
     assert not calls and output.logits is None
@@ -342,3 +348,28 @@ def test_liger_computes_the_loss_where_it_is_asked_for(models, monkeypatch):
     monkeypatch.setattr(loss_jnana, "is_liger_kernel_available", lambda: True)
     assert difference(loss_and_gradients(model, skipping(inputs)), expected) < EXACT
     assert calls == [(len(inputs[0]["logit_positions"]), 64)]
+
+
+def test_positions_of_a_whole_batch_are_refused_in_a_replica(models, monkeypatch):
+    """torch's DataParallel cuts every tensor along its first dimension, and these vectors too."""
+    model = models("phi")
+    inputs = double("shared_image")[0]
+    monkeypatch.setattr(model, "_is_replica", True, raising=False)
+    with pytest.raises(ValueError, match="DataParallel splits the batches .*`accelerate launch`"):
+        model(**inputs)
+
+
+def test_small_gradients_in_float16_keep_their_digits():
+    """Among 131,072 words most gradients of logits are about 8e-6, which float16 holds to one part in a hundred."""
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(8, 2**17), torch.randn(16, 8)
+    labels = torch.randint(0, 2**17, (16,))
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        ours = copy.deepcopy(head).to(torch.float16).to(dtype)
+        inputs = states.half().to(dtype).requires_grad_()
+        head_loss(inputs, ours, labels, num_items_in_batch=1).backward()
+        others = torch.ones(2**17, dtype=torch.bool).index_fill(0, labels, False)  # words that are no label
+        found[dtype] = ours.weight.grad[others].float()
+    exact, half = found.values()
+    assert (half - exact).norm() / exact.norm() < 1e-3

@@ -3,6 +3,9 @@
 import copy
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,3 +330,21 @@ def test_memory_is_linear(how):
         assert counted[1].total < 1.1 * factor * counted[0].total
     else:
         assert counted[1].largest >= lengths[1] ** 2 and counted[1].total > 3 * factor * counted[0].total
+
+
+BROKEN_FLASH = """
+import sys
+import transformers.utils
+sys.path.insert(0, sys.argv[1])
+transformers.utils.is_flash_attn_2_available = transformers.utils.is_flash_attn_3_available = lambda: True
+from jnana.modeling.packed_kernels_jnana import FLASH_FUNCTIONS
+print("functions", FLASH_FUNCTIONS)
+"""
+
+
+def test_a_flash_attention_of_another_torch_does_not_stop_the_import(tmp_path):
+    for name in ("flash_attn", "flash_attn_interface"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('undefined symbol')")
+    command = [sys.executable, "-c", BROKEN_FLASH, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert "functions {}" in done.stdout, done.stderr[-2000:]

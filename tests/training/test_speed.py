@@ -122,18 +122,18 @@ def test_the_rates_are_those_of_the_training_time(tmp_path):
 
 
 def test_the_share_of_waiting_for_data(tmp_path):
-    slow = run(trainer_of(tmp_path, collator=Counting(0.05)))[1][-1]
+    slow = run(trainer_of(tmp_path, collator=Counting(0.3)))[1][-1]
     fast = run(trainer_of(tmp_path, collator=Counting()))[1][-1]
     assert slow["data_wait_share"] > 0.5 > fast["data_wait_share"]
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path):
     trainer_of(tmp_path, save_strategy="steps", save_steps=2).train()
-    trainer = trainer_of(tmp_path, collator=Counting(0.05))
+    trainer = trainer_of(tmp_path, collator=Counting(0.3))
     with measured_speed(trainer, peak=PEAK) as speed:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (speed.total.steps, speed.total.tokens) == (2, 20)
-    assert speed.total.waiting < 0.12  # that of one step: data that was skipped, and the first batches, are not in it
+    assert speed.total.waiting < 0.55  # that of one step: data that was skipped, and the first batches, are not in it
 
 
 def test_nothing_is_left_behind(tmp_path):

@@ -85,6 +85,14 @@ def test_a_png_with_exif_behind_its_pixels_is_measured_as_it_is_decoded(tmp_path
     assert load_image(plain).size == (40, 20) and check_image(plain) == (20, 40)
 
 
+def transparent_palette() -> Image.Image:
+    """Red in a palette whose first entry is transparent, as in GIFs."""
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([255, 0, 0])
+    image.info["transparency"] = 0
+    return image
+
+
 def test_unreadable_exif_is_no_reason_to_lose_an_image():
     data = encoded(Image.new("RGB", (4, 4), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
     assert load_image(data).size == (4, 4) and check_image(data) == (4, 4)
@@ -105,7 +113,7 @@ def test_unreadable_exif_is_no_reason_to_lose_an_image():
         (Image.new("RGB", (2, 2), (1, 2, 3)), (1, 2, 3)),
         (Image.new("LA", (2, 2), (10, 0)), (255, 255, 255)),
         (Image.new("RGBA", (2, 2), (255, 0, 0, 0)).convert("RGBa"), (255, 255, 255)),
-        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)).convert("PA"), (255, 255, 255)),
+        (transparent_palette(), (255, 255, 255)),
         (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), (255, 0, 0)),
         (Image.new("YCbCr", (2, 2), (128, 128, 128)), (128, 128, 128)),
         (Image.new("HSV", (2, 2), (0, 255, 255)), (255, 0, 0)),
@@ -116,7 +124,7 @@ def test_unreadable_exif_is_no_reason_to_lose_an_image():
     ],
     ids=[
         *("transparent", "opaque", "grey with alpha", "palette", "bilevel", "16 bit", "32 bit", "float", "grey"),
-        *("rgb", "transparent grey", "premultiplied alpha", "palette with alpha", "cmyk", "ycbcr", "hsv", "lab"),
+        *("rgb", "transparent grey", "premultiplied alpha", "transparent palette", "cmyk", "ycbcr", "hsv", "lab"),
         *("32 bit, large", "16 bit big-endian", "float to 255"),
     ],
 )

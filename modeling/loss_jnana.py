@@ -112,6 +112,7 @@ def unfused_reason(head: nn.Module) -> str | None:
             return f"a weight of the head is a {kind.__name__}"
     if hasattr(head.weight, "ds_id"):  # DeepSpeed gives an id to each parameter that it partitions
         return "ZeRO-3 partitions the weight of the head"
+    # Not public, but torch has no other way to tell whether a module has hooks.
     if head._forward_pre_hooks or head._forward_hooks or head._backward_pre_hooks or head._backward_hooks:
         return "the head has hooks"
     if "forward" in vars(head):  # accelerate replaces it where a device map moves weights or inputs

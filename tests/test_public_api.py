@@ -24,8 +24,15 @@ HOOKS = {
     "_tied_weights_keys",
     "_tp_plan",
 }
-# The exception: the name under which a registered attention is looked up. It is commented where it stands.
-EXCEPTIONS = {"_attn_implementation"}
+# The exceptions: the name under which a registered attention is looked up, and the hooks of a module, which torch tells
+# in no other way. They are commented where they stand.
+EXCEPTIONS = {
+    "_attn_implementation",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+}
 
 
 def private_names(source: str) -> set[str]:

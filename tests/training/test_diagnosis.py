@@ -59,7 +59,7 @@ SABOTAGES = {
     "`learning_rate: 1e20`": {"options": {"learning_rate": 1e20, "max_steps": 10, "logging_nan_inf_filter": False}},
     "every label is -100": {"collator": Images(unlabelled=True), "options": {"max_steps": 10}},
     "every image is the same": {"collator": Images(grey=True)},
-    "the collator takes 0.1 s a batch": {"collator": Images(seconds=0.1), "options": {"max_steps": 10}},
+    "the collator takes 0.3 s a batch": {"collator": Images(seconds=0.3), "options": {"max_steps": 10}},
 }
 
 

@@ -24,8 +24,8 @@ HOOKS = {
     "_tied_weights_keys",
     "_tp_plan",
 }
-# The exceptions: the name under which a registered attention is looked up, and the hooks of a module, which torch tells
-# in no other way. They are commented where they stand.
+# The exceptions: the name under which a registered attention is looked up, and the hooks of a module, of which torch
+# tells in no other way. They are commented where they stand.
 EXCEPTIONS = {
     "_attn_implementation",
     "_backward_hooks",

@@ -25,9 +25,8 @@ from .stages import PARTS, part_of
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 50  # steps, at the latest
-PATIENCE = (
-    10  # steps without a gradient, or skipped by fp16's scaler; the first of LoRA and of closed gates have zeros
-)
+# Steps without a gradient, or skipped by fp16's scaler; the first ones of LoRA and of closed gates have zeros.
+PATIENCE = 10
 WAITING = 0.3  # of the time
 FEWEST_STEPS = 5  # that a share of waiting is told of
 DEPENDS = 0.005  # of the loss: the least that other images must add to it
@@ -116,11 +115,8 @@ class DiagnosisCallback(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         self.skipped.append(bool(getattr(optimizer, "step_was_skipped", False)))  # known to the host
         if not control.should_log and state.global_step - self.looked >= LOOK_EVERY:
-            self.speed.add_up_times()
-            self.pending = Work()
-            work = self.speed.over_processes([self.speed.here.supervised]).sum().item()
-            if not work:  # judged of all processes, so that each of them decides the same
-                self.warn("labels", NO_LABELS.format(first=self.logged + 1, step=state.global_step))
+            self.pending = Work()  # the sums begin at the last log
+            self.judge_work(self.speed.of_all_processes(), state.global_step, args.world_size)
             self.look_at_gradients(state.global_step)
 
     def look_at_gradients(self, step: int) -> None:

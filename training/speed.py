@@ -196,12 +196,16 @@ class SpeedCallback(TrainerCallback):
                 logger.info(self.describe(logs))
 
     def exchange(self) -> None:
-        """Sum what the processes did since the last log."""
-        self.add_up_times()
-        values = [getattr(self.here, field.name) for field in fields(Work)]
-        self.interval = Work(*self.over_processes(values).sum(0).tolist())
+        """Begin the next interval."""
+        self.interval = self.of_all_processes()
         self.total.add(self.interval)
         self.here = Work()
+
+    def of_all_processes(self) -> Work:
+        """What the processes did since the last log, summed; every process has to ask."""
+        self.add_up_times()
+        values = [getattr(self.here, field.name) for field in fields(Work)]
+        return Work(*self.over_processes(values).sum(0).tolist())
 
     def over_processes(self, values: list[float]) -> torch.Tensor:
         """Numbers of each process, as `(num_processes, len(values))`."""

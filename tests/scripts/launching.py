@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from jnana.training.checkpoints import checkpoint_problem
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,9 +37,9 @@ def launch(script: str, arguments: list[str], processes: int = 1, **variables: s
 
 
 def kill_at(process: subprocess.Popen, checkpoint: Path, timeout: int = 200) -> None:
-    """SIGKILL to it and all that it started, as soon as a checkpoint is written."""
+    """SIGKILL to it and all that it started, as soon as a checkpoint is whole and can be resumed."""
     deadline = time.monotonic() + timeout
-    while not (checkpoint / "trainer_state.json").is_file():
+    while checkpoint_problem(checkpoint) is not None:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)

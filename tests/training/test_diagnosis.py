@@ -113,11 +113,25 @@ def test_a_run_that_logs_rarely_is_looked_at_after_50_steps(tmp_path):
     assert diagnosis.found[0].startswith("no token of steps 1 to 50 is supervised")
 
 
+def test_a_starved_run_that_logs_rarely_is_named_after_50_steps():
+    """The control: a loader that keeps up."""
+    for waiting in (1.0, 0.1):
+        run = Doubles()
+        run.diagnosis.speed.of_all_processes = lambda waiting=waiting: Work(
+            steps=50, supervised=1, images=1, computing=1, waiting=waiting
+        )
+        for _ in range(50):
+            run.step(projector=1.0)
+        starved = [text for text in run.diagnosis.found if text.startswith("50% of the time of steps 1 to 50 went by")]
+        assert len(starved) == (waiting == 1.0) == len(run.diagnosis.found)
+
+
 class Doubles:
     """A diagnosis without a run, fed step by step."""
 
     def __init__(self):
         values = {"device": torch.device("cpu"), "deepspeed_plugin": None, "world_size": 1, "learning_rate": 1e-4}
+        values |= {"dataloader_num_workers": 0}
         self.args = SimpleNamespace(**values)
         trainer = SimpleNamespace(args=self.args, is_world_process_zero=lambda: True)
         over = lambda values: torch.tensor([values], dtype=torch.float64)  # noqa: E731

@@ -17,9 +17,9 @@ from typing import Literal
 
 from jnana.training.adapters import is_adapter
 from jnana.training.merging import merge_adapter
-from jnana.training.option_checks import check_output_dir, check_source
-from jnana.training.output_checks import check_output_apart
-from jnana.training.recipes import parse_arguments
+from jnana.training.options.option_checks import check_output_dir, check_source
+from jnana.training.options.output_checks import check_output_apart
+from jnana.training.options.recipes import parse_arguments
 
 
 @dataclass

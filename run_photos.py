@@ -28,8 +28,8 @@ from huggingface_hub.utils import validate_repo_id
 from jnana.processing.data.captions import SPLITS, captioned_images, read_captions
 from jnana.processing.data.images import MAX_IMAGE_PIXELS
 from jnana.processing.data.photos import assign_splits, check_photos, find_photos, report, write_copies
-from jnana.training.option_checks import check_output_dir
-from jnana.training.recipes import parse_arguments
+from jnana.training.options.option_checks import check_output_dir
+from jnana.training.options.recipes import parse_arguments
 
 
 logger = logging.getLogger("run_photos")

@@ -19,18 +19,18 @@ import sys
 
 from transformers import Trainer, TrainingArguments
 
-from jnana.training.arguments import RunArguments, TextDataArguments, TextModelArguments
 from jnana.training.attention import text_collator
 from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
-from jnana.training.forecast import forecast_text_run
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
-from jnana.training.option_checks import check_computation, check_run
-from jnana.training.recipe_record import check_same_recipe, recipe_options
-from jnana.training.recipes import parse_arguments, recipe_name
+from jnana.training.options.arguments import RunArguments, TextDataArguments, TextModelArguments
+from jnana.training.options.option_checks import check_computation, check_run
+from jnana.training.options.recipe_record import check_same_recipe, recipe_options
+from jnana.training.options.recipes import parse_arguments, recipe_name
+from jnana.training.profiling.forecast import forecast_text_run
 from jnana.training.run import finish_run, start_run, train
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage

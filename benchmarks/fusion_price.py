@@ -32,7 +32,7 @@ from benchmarks.train_throughput import clock, plan_step
 from benchmarks.workloads import SCALES, Scale, built_as, make_images, make_processor, make_rows
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data import JnanaCollator
-from jnana.training.arguments import LoraArguments
+from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import apply_stage, count_parameters
 
 

@@ -34,10 +34,10 @@ from benchmarks import sft_memory, train_throughput
 from benchmarks.machine import describe_machine, synchronize
 from benchmarks.train_throughput import plan_step
 from benchmarks.workloads import SCALES, Scale, make_images, make_rows
-from jnana.modeling.packed_probe_jnana import varlen_problem
+from jnana.modeling.packed_kernels_jnana import varlen_problem
 from jnana.processing.data import JnanaCollator
-from jnana.training.arguments import LoraArguments
 from jnana.training.loading import load_model
+from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import apply_stage
 
 

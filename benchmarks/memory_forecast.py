@@ -43,8 +43,9 @@ from benchmarks.train_throughput import plan_step
 from benchmarks.workloads import SCALES, Scale, make_images, make_processor, make_rows
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration, quantization_config
 from jnana.processing.data import JnanaCollator
-from jnana.training.arguments import LoraArguments, PartArguments
-from jnana.training.forecast import (
+from jnana.training.optimizers import trainer_optimizer
+from jnana.training.options.arguments import LoraArguments, PartArguments
+from jnana.training.profiling.forecast import (
     Forecast,
     forecast,
     make_optimizer,
@@ -52,8 +53,7 @@ from jnana.training.forecast import (
     replace_quantized,
     traceable,
 )
-from jnana.training.memory_trace import held_bytes
-from jnana.training.optimizers import trainer_optimizer
+from jnana.training.profiling.memory_trace import held_bytes
 from jnana.training.stages import apply_stage
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from benchmarks.machine import describe_machine, write_result
 from jnana.modeling.packed_attention_jnana import packed_mask_function
+from jnana.modeling.packed_kernels_jnana import attend_packed
 from jnana.modeling.packed_layout_jnana import PackedLayout
 
 
@@ -69,7 +70,7 @@ def compare(groups: list[tuple[int, list[int]]], rounds: int) -> dict[str, float
 
     ways = {
         "dense": lambda: functional.scaled_dot_product_attention(*states, attn_mask=mask).transpose(1, 2),
-        "pieces": lambda: layout.attend("sdpa", *states),
+        "pieces": lambda: attend_packed(layout, "sdpa", *states),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results = {}

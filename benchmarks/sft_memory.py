@@ -30,18 +30,18 @@ from benchmarks.workloads import SCALES, Scale, built_as, make_images, make_proc
 from jnana import run_sft
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
 from jnana.training.adapters import quantization_settings
-from jnana.training.arguments import (
+from jnana.training.data import load_conversations
+from jnana.training.loading import frozen_dtype, load_model, prepare_processor
+from jnana.training.merging import merge_adapter
+from jnana.training.options.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
     PartArguments,
     RunArguments,
 )
-from jnana.training.data import load_conversations
-from jnana.training.forecast import forecast_run
-from jnana.training.loading import frozen_dtype, load_model, prepare_processor
-from jnana.training.merging import merge_adapter
-from jnana.training.recipes import as_command_line, parse_arguments, read_recipe, typed
+from jnana.training.options.recipes import as_command_line, parse_arguments, read_recipe, typed
+from jnana.training.profiling.forecast import forecast_run
 from jnana.training.stages import part_of
 
 

@@ -49,8 +49,8 @@ from benchmarks.workloads import SCALES, Scale, make_images, make_models, make_p
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator, check_rows, load_image, packed_rows, plan_rows, with_images
 from jnana.processing.data.rows import rows_to_dataset
-from jnana.training.arguments import DataArguments, LoraArguments
 from jnana.training.feature_cache import prepare_feature_cache
+from jnana.training.options.arguments import DataArguments, LoraArguments
 from jnana.training.stages import apply_stage
 
 

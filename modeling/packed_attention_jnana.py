@@ -15,7 +15,7 @@ There are two ways to compute this, chosen by the attention implementation of th
 
 - `sdpa` (the default): without a mask, piece by piece (`packed_layout_jnana.py`). The model switches to
   `jnana_packed_varlen` where torch's `varlen_attn` runs (GPUs of compute capability 8.0, in 16 bits), and to
-  `jnana_packed` elsewhere: as many calls of `scaled_dot_product_attention` as cost least (`packed_plan_jnana.py`).
+  `jnana_packed` elsewhere: as many calls of `scaled_dot_product_attention` as cost least (`packed_layout_jnana.py`).
 - `jnana_packed`: only the latter. `flash_attention_2`, `flash_attention_3`: without a mask, by these packages.
 - `eager`, `flex_attention`: with a mask of every query and key, made by transformers' own mask functions.
 
@@ -34,9 +34,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import create_causal_mask, sdpa_mask
 from transformers.utils import logging
 
+from .packed_kernels_jnana import attend_packed, register_operation, varlen_problem
 from .packed_layout_jnana import PackedLayout
-from .packed_operation_jnana import register_operation
-from .packed_probe_jnana import varlen_problem
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +74,7 @@ def packed_attention_forward(
     Args:
         module, query, key, value, attention_mask, dropout, scaling, sliding_window: As in every such function.
         packed_layout ([`PackedLayout`], *optional*): Of packed rows.
-        kernel (`str`): See [`PackedLayout.attend`].
+        kernel (`str`): See [`attend_packed`].
         otherwise (`Callable`): Computes the attention of other rows.
 
     Returns:
@@ -107,7 +106,7 @@ def packed_attention_forward(
                 f"{type(module).__name__} gives its attention `{name}`, which packed rows do not support; train with "
                 "`packing: none`."
             )
-    return packed_layout.attend(kernel, query, key, value, dropout, scaling, sliding_window), None
+    return attend_packed(packed_layout, kernel, query, key, value, dropout, scaling, sliding_window), None
 
 
 for _name, _kernel in PACKED_ATTENTION.items():

@@ -17,7 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from jnana.modeling import BASE_REFERENCE, BASE_REFERENCE_FORMAT, read_base_reference, weights_fingerprint
 
-from .arguments import LoraArguments, ModelArguments
+from .options.arguments import LoraArguments, ModelArguments
 
 
 def is_adapter(path: str, **hub_arguments: Any) -> bool:

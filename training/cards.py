@@ -13,10 +13,10 @@ from transformers import Trainer
 
 from jnana.processing.data.paths import is_hub_id
 
-from .arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
-from .chips import device_name
 from .monitoring import LOSS_CURVE
-from .speed import describe_speed
+from .options.arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
+from .profiling.chips import device_name
+from .profiling.speed import describe_speed
 from .stages import PARTS, count_parameters
 
 

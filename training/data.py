@@ -18,8 +18,8 @@ from jnana.processing.data import (
     prepare,
 )
 
-from .arguments import DataArguments, TextDataArguments
 from .distributed import run_on_main_process
+from .options.arguments import DataArguments, TextDataArguments
 
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from jnana.modeling import JnanaConfig, model_type_of
 
 from .adapters import is_adapter
-from .arguments import ModelArguments
 from .distributed import sharding_of
-from .recipes import accelerate_config
+from .options.arguments import ModelArguments
+from .options.recipes import accelerate_config
 
 
 def check_device_map(args: ModelArguments, training_args: TrainingArguments, quantization: str = "none") -> None:

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 from jnana.processing.data import BatchCounts
 
-from .batch_counts import COUNTS
-from .speed import SpeedCallback, Work, measured_speed
+from .profiling.batch_counts import COUNTS
+from .profiling.speed import SpeedCallback, Work, measured_speed
 from .stages import PARTS, part_of
 
 

@@ -47,9 +47,9 @@ from jnana.processing.data.feature_cache import (
 from jnana.processing.data.images import MAX_IMAGE_PIXELS, read_image_bytes
 from jnana.processing.data.rows import iterate_rows, viewed_rows
 
-from .arguments import DataArguments
 from .checkpoints import size_text
 from .distributed import ProcessGroup, process_group
+from .options.arguments import DataArguments
 
 
 logger = logging.getLogger(__name__)

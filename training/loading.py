@@ -42,9 +42,9 @@ from jnana.processing.chat_formats_jnana import check_answer_end, find_answer_en
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
-from .arguments import LIGER_LOSS, ModelArguments
 from .device_map import check_spread, reads_spread, spread_over_devices
 from .distributed import unpartitioned
+from .options.arguments import LIGER_LOSS, ModelArguments
 
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from jnana.processing.data import (
     with_images,
 )
 
-from .arguments import RunArguments
+from .options.arguments import RunArguments
 
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .arguments import PartArguments
+from .options.arguments import PartArguments
 from .stages import JOINING_PARTS, part_of
 
 

@@ -18,7 +18,6 @@ from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator
 
-from .arguments import DataArguments, ModelArguments, RunArguments, TextDataArguments, TextModelArguments
 from .attention import choose_attention, row_multiple
 from .cards import write_model_card
 from .checkpoints import check_disk_space, delete_checkpoints
@@ -28,7 +27,8 @@ from .distributed import unpartitioned
 from .feature_cache import prepare_feature_cache
 from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
-from .recipe_record import check_same_data, data_fingerprint, write_record
+from .options.arguments import DataArguments, ModelArguments, RunArguments, TextDataArguments, TextModelArguments
+from .options.recipe_record import check_same_data, data_fingerprint, write_record
 from .sharing import published_files, push_folder
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from jnana.modeling import JnanaConfig, quantized_weight_count
 from jnana.modeling.backbones_jnana import build_vision_tower, find_unused_parameters
 
-from .arguments import LoraArguments
+from .options.arguments import LoraArguments
 
 
 logger = logging.getLogger(__name__)

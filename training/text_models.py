@@ -15,8 +15,8 @@ from transformers import (
 from jnana.modeling import explain_missing_safetensors
 from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
 
-from .arguments import TextModelArguments
 from .loading import check_text_tokenizer
+from .options.arguments import TextModelArguments
 
 
 ROWS_MULTIPLE = 64  # of a new embedding: suits GPU kernels, and leaves rows for the image and the pad token

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import sft_memory
-from jnana.training.recipes import read_recipe
+from jnana.training.options.recipes import read_recipe
 
 
 TINY = ["--scale", "tiny", "--steps", "2", "--images", "6"]

@@ -5,8 +5,8 @@ from PIL import Image
 
 from jnana.evaluation.fluent import fluent_answer
 from jnana.processing import JnanaProcessor
-from jnana.training.arguments import LoraArguments
 from jnana.training.loading import build_pair
+from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import apply_stage
 from tests.tiny import save_tiny_text, save_tiny_vision
 

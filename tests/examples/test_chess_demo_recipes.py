@@ -10,7 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from jnana.evaluation.arguments import EvaluationArguments
-from jnana.training.arguments import (
+from jnana.training.options.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -18,7 +18,7 @@ from jnana.training.arguments import (
     TextDataArguments,
     TextModelArguments,
 )
-from jnana.training.recipes import parse_arguments
+from jnana.training.options.recipes import parse_arguments
 
 
 ROOT = Path(__file__).resolve().parents[2]

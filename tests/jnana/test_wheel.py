@@ -88,7 +88,7 @@ def test_the_installed_package_is_the_one_that_runs(installed, tmp_path):
 
 def test_recipes_are_found_where_there_is_no_clone(installed, tmp_path):
     """By the names that README and messages give, and messages name files that exist."""
-    code = "from jnana.training.recipes import accelerate_config, read_recipe, recipe_path\n"
+    code = "from jnana.training.options.recipes import accelerate_config, read_recipe, recipe_path\n"
     code += "print(read_recipe('recipes/jnana/sft.yaml')['lora_r'], recipe_path('recipes/none.yaml'))\n"
     code += "print(accelerate_config('fsdp2.yaml'))"
     recipe, config = python(installed, "-c", code, cwd=tmp_path).splitlines()[-2:]
@@ -99,7 +99,7 @@ def test_recipes_are_found_where_there_is_no_clone(installed, tmp_path):
 
 def test_in_a_clone_the_clone_runs(installed):
     """The clone's `jnana/` comes first on the path there; it must not be mixed with the installed subpackages."""
-    code = "import jnana, jnana.modeling, jnana.training.arguments as a\n"
+    code = "import jnana, jnana.modeling, jnana.training.options.arguments as a\n"
     code += "print(jnana.__file__, jnana.modeling.__file__, a.__file__)"
     out = python(installed, "-c", code, cwd=ROOT)
     assert out.count(str(ROOT)) == 3 and str(installed) not in out

@@ -7,8 +7,7 @@ from transformers import AttentionInterface
 
 from jnana.modeling import CACHE_NAME, packed_kernels_jnana, packed_layout_jnana
 from jnana.modeling import packed_attention_jnana as packed_attention
-from jnana.modeling.packed_layout_jnana import PackedLayout
-from jnana.modeling.packed_plan_jnana import make_mask, pieces_in
+from jnana.modeling.packed_layout_jnana import PackedLayout, make_mask, pieces_in
 from tests.modeling.packed import (
     batch,
     batches,

@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jnana.modeling import packed_kernels_jnana, packed_probe_jnana
+from jnana.modeling import packed_kernels_jnana
 from jnana.modeling.packed_attention_jnana import packed_mask_function
-from jnana.modeling.packed_kernels_jnana import FLASH_FUNCTIONS, takes
-from jnana.modeling.packed_layout_jnana import PackedLayout
-from jnana.modeling.packed_plan_jnana import CALL_COST, pieces_in
-from jnana.modeling.packed_probe_jnana import probe_varlen, varlen_problem
+from jnana.modeling.packed_kernels_jnana import FLASH_FUNCTIONS, attend_packed, probe_varlen, takes, varlen_problem
+from jnana.modeling.packed_layout_jnana import CALL_COST, PackedLayout, pieces_in
 
 
 HEADS, DIM = 4, 8
@@ -123,12 +121,12 @@ def test_pieces_are_the_dense_mask(seed, monkeypatch):
     states = states_of(layout, kv_heads=(4, 2)[seed % 2])
     for window in (None, 6):
         expected = dense(ids, states, window)
-        assert differs(ids, states, layout.attend("sdpa", *states, sliding_window=window), expected) < 1e-9
+        assert differs(ids, states, attend_packed(layout, "sdpa", *states, window=window), expected) < 1e-9
         as_operation = torch.ops.jnana.packed_attention(*states, layout.table, DIM**-0.5, window or 0)
         assert differs(ids, states, as_operation.transpose(1, 2), expected) < 1e-9
         for_gpu = PackedLayout.from_ids(*ids)
         monkeypatch.setitem(for_gpu.plans, "cpu", for_gpu.plan("cuda"))
-        assert differs(ids, states, for_gpu.attend("sdpa", *states, sliding_window=window), expected) < 1e-9
+        assert differs(ids, states, attend_packed(for_gpu, "sdpa", *states, window=window), expected) < 1e-9
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -138,7 +136,7 @@ def test_one_call_for_all_pieces_is_the_dense_mask(seed, kernel, doubles):
     layout = PackedLayout.from_ids(*ids)
     states = states_of(layout, kv_heads=(4, 2)[seed % 2])
     for window in (None, 6):
-        output = layout.attend(kernel, *states, sliding_window=window)
+        output = attend_packed(layout, kernel, *states, window=window)
         assert differs(ids, states, output, dense(ids, states, window)) < 1e-9
 
 
@@ -149,12 +147,12 @@ def test_another_groups_prefix_is_seen(kernel, doubles):
     layout = PackedLayout.from_ids(*ids)
     states = states_of(layout)
     expected = dense(ids, states)
-    assert differs(ids, states, layout.attend(kernel, *states), expected) < 1e-9
+    assert differs(ids, states, attend_packed(layout, kernel, *states), expected) < 1e-9
     pieces = pieces_in(layout.table)
     assert pieces[-1].prefix_start == 20
     pieces[-1] = pieces[-1]._replace(prefix_start=0)
     wrong = PackedLayout(pieces, layout.shape)
-    assert differs(ids, states, wrong.attend(kernel, *states), expected) > 1e-2
+    assert differs(ids, states, attend_packed(wrong, kernel, *states), expected) > 1e-2
 
 
 def test_a_triangle_aligned_at_the_beginning_is_seen(doubles, monkeypatch):
@@ -187,13 +185,13 @@ def test_where_varlen_can_not_run(monkeypatch):
     gpu = torch.device("cuda", 0)
     assert varlen_problem(torch.device("cpu"), 4, 4, 8, False) == "varlen_attn of torch does not run on cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(packed_probe_jnana, "varlen_attn", varlen_double)
+    monkeypatch.setattr(packed_kernels_jnana, "varlen_attn", varlen_double)
     assert "needs compute capability 8.0 and this GPU has 7.5" in varlen_problem(gpu, 4, 4, 8, False)
-    monkeypatch.setattr(packed_probe_jnana, "varlen_attn", None)
+    monkeypatch.setattr(packed_kernels_jnana, "varlen_attn", None)
     assert "has no varlen_attn" in varlen_problem(gpu, 4, 4, 16, False)
-    monkeypatch.setattr(packed_probe_jnana, "varlen_attn", varlen_double)
+    monkeypatch.setattr(packed_kernels_jnana, "varlen_attn", varlen_double)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(packed_probe_jnana, "probe_varlen", lambda *given: f"tried for {given[1:]}")
+    monkeypatch.setattr(packed_kernels_jnana, "probe_varlen", lambda *given: f"tried for {given[1:]}")
     assert varlen_problem(gpu, 4, 2, 80, True) == "tried for (4, 2, 80, True)"
     varlen_problem.cache_clear()
     assert not takes(torch.zeros(1, dtype=torch.bfloat16))  # not on a GPU
@@ -206,14 +204,14 @@ def test_16_bits_autocast_and_inference(doubles):
     kept = (ids[0] >= 0)[..., None, None]
     expected = dense(ids, [of.float() for of in states]) * kept
     with torch.inference_mode():  # and its masks serve a backward pass afterwards
-        layout.attend("sdpa", *states)
-    output = layout.attend("sdpa", *states)
+        attend_packed(layout, "sdpa", *states)
+    output = attend_packed(layout, "sdpa", *states)
     output.sum().backward()
     assert output.dtype == torch.bfloat16 and (output * kept - expected).norm() < 0.01 * expected.norm()
     with torch.autocast("cpu", torch.bfloat16):  # rotary embeddings make queries and keys wider than values
         query, key, value = states
         for kernel in ("sdpa", "varlen"):
-            mixed = layout.attend(kernel, query.float(), key.float(), value)
+            mixed = attend_packed(layout, kernel, query.float(), key.float(), value)
             assert mixed.dtype == torch.bfloat16 and (mixed * kept - expected).norm() < 0.01 * expected.norm()
 
 
@@ -223,7 +221,7 @@ def test_dropout(kernel, doubles):
     layout = PackedLayout.from_ids(*ids)
     states = states_of(layout)
     torch.manual_seed(0)
-    dropped = [layout.attend(kernel, *states, dropout=0.3) for _ in range(200)]
+    dropped = [attend_packed(layout, kernel, *states, dropout=0.3) for _ in range(200)]
     reference = dense(ids, states)
     assert (torch.stack(dropped).mean(0) - reference).norm() < 0.1 * reference.norm()
     assert (dropped[0] - reference).norm() > 0.3 * reference.norm()
@@ -263,7 +261,7 @@ def test_the_layout_of_another_batch_raises():
     layout = PackedLayout.from_ids(*ids_of([[(4, [3, 3])]]))
     other = PackedLayout.from_ids(*ids_of([[(4, [3, 4])]]))
     with pytest.raises(ValueError, match=r"of shape \(1, 10\), but the rows are of shape \(1, 11\)"):
-        layout.attend("sdpa", *states_of(other))
+        attend_packed(layout, "sdpa", *states_of(other))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +283,7 @@ def test_pieces_in_between():
     ids = tuple(torch.tensor([v]) for v in ([0, 0, 1, -1, 0, 0, 1], [0, 0, 0, 0, 1, 1, 2], [0, 1, 5, 0, 2, 3, 6]))
     layout = PackedLayout.from_ids(*ids)
     states = states_of(layout)
-    assert differs(ids, states, layout.attend("sdpa", *states), dense(ids, states)) < 1e-9
+    assert differs(ids, states, attend_packed(layout, "sdpa", *states), dense(ids, states)) < 1e-9
 
 
 # ---------------------------------------------------------------------- memory
@@ -319,7 +317,7 @@ def test_memory_is_linear(how):
         with _Allocations() as allocations:
             states = [torch.randn(1, 1, length, 2).requires_grad_() for _ in range(3)]
             if how == "pieces":
-                output = PackedLayout.from_ids(*ids).attend("sdpa", *states)
+                output = attend_packed(PackedLayout.from_ids(*ids), "sdpa", *states)
             else:
                 output = dense(ids, states)
             output.sum().backward()

@@ -69,7 +69,7 @@ answers = {"transformers": transformers.__version__, **ask(model, processor)}
 Path(target, "answers.json").write_text(json.dumps(answers))
 
 from jnana.training.adapters import base_reference, complete_adapter_folder
-from jnana.training.arguments import LoraArguments, ModelArguments
+from jnana.training.options.arguments import LoraArguments, ModelArguments
 from jnana.training.stages import apply_stage
 lora, adapter = LoraArguments(lora_r=2), target + "-adapter"
 reference = base_reference(ModelArguments(model_name_or_path=target, dtype="float32"), lora)

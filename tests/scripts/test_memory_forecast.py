@@ -5,7 +5,7 @@ from tests.scripts.conftest import PRETRAIN, options, sft_options
 
 
 def test_the_scripts_log_it(aligned, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jnana.training.forecast.FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr("jnana.training.profiling.forecast.FEWEST_WEIGHTS", 0)
     run_pretrain.main(
         options(**{**PRETRAIN, "max_steps": 1}, train_data=data / "corpus.txt", output_dir=tmp_path / "text")
     )

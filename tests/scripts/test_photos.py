@@ -15,7 +15,7 @@ from PIL import Image
 from jnana import run_photos
 from jnana.processing.data import load_image, load_rows
 from jnana.processing.data.records import read_records
-from jnana.training.recipes import read_recipe
+from jnana.training.options.recipes import read_recipe
 from tests.scripts.hub import LocalHub
 from tests.scripts.launching import ROOT
 

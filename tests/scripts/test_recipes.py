@@ -7,7 +7,7 @@ import pytest
 from jnana import ChatSession, run_align, run_pretrain, run_sft
 from jnana.training.adapters import adapter_reference
 from jnana.training.loading import load_model
-from jnana.training.recipes import read_recipe
+from jnana.training.options.recipes import read_recipe
 from tests.modeling.tiny_idefics import save_tiny_idefics
 from tests.scripts.conftest import options
 from tests.tiny import save_tiny_llava, save_tiny_text, save_tiny_vision

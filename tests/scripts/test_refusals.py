@@ -58,7 +58,7 @@ def test_align_refuses(no_model, data, vision, pretrained, tmp_path, changes, me
 
 
 def test_a_feature_cache_under_zero_3(no_model, data, vision, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.option_checks.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("jnana.training.options.option_checks.is_deepspeed_zero3_enabled", lambda: True)
     options = {"output_dir": tmp_path, "feature_cache": tmp_path / "cache"}
     with pytest.raises(ValueError, match="feature_cache is .*, but ZeRO-3 partitions .*fsdp2.yaml.* leave it out"):
         run_align.main(align_options(data, vision, pretrained, **options))
@@ -112,7 +112,7 @@ def test_another_adapter_than_the_one_to_continue(no_model, data, tuned, tmp_pat
 
 
 def test_quantising_without_bitsandbytes(no_model, data, aligned, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.option_checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.options.option_checks.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes, .* `quantization: none`"):
         run_sft.main(sft_options(data, aligned, output_dir=tmp_path, quantization="nf4"))
 

@@ -9,7 +9,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
-from jnana.training.arguments import LoraArguments
+from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import apply_stage
 from tests.scripts.sharding import CONFIGS, launch_environment
 from tests.tiny import tiny_text_config, tiny_vision_config

@@ -7,7 +7,6 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from jnana.training.arguments import ModelArguments, TextDataArguments, TextModelArguments
 from jnana.training.cards import (
     EvaluationResult,
     add_evaluation_results,
@@ -18,7 +17,8 @@ from jnana.training.cards import (
     set_name_in_usage,
     write_model_card,
 )
-from jnana.training.recipes import read_recipe
+from jnana.training.options.arguments import ModelArguments, TextDataArguments, TextModelArguments
+from jnana.training.options.recipes import read_recipe
 from jnana.training.run import finish_run
 from tests.tiny import tiny_text_config, tiny_tokenizer
 

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from jnana.modeling import image_inputs_jnana, image_slots_jnana, modeling_jnana
 from jnana.modeling.packed_layout_jnana import PackedLayout
-from jnana.training.arguments import LoraArguments, ModelArguments
 from jnana.training.device_map import check_device_map, check_spread, spread_over_devices
+from jnana.training.options.arguments import LoraArguments, ModelArguments
 from jnana.training.stages import apply_stage
 from tests.training.test_stages import LORA, batch, pair
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from jnana.training.arguments import LoraArguments
 from jnana.training.diagnosis import DiagnosisCallback, gradient_norm, watched
-from jnana.training.speed import Work
+from jnana.training.options.arguments import LoraArguments
+from jnana.training.profiling.speed import Work
 from jnana.training.stages import apply_stage
-from tests.training.test_speed import PEAK
+from tests.training.profiling.test_speed import PEAK
 from tests.training.test_stages import pair
 
 

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
-from jnana.training.arguments import LoraArguments
 from jnana.training.checkpoints import check_disk_space, checkpoint_size, merged_size, weights_size
 from jnana.training.optimizers import trainer_optimizer
+from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import apply_stage
 from tests.tiny import tiny_text_config, tiny_vision_config
 

@@ -25,8 +25,8 @@ from jnana.processing.data import feature_cache as cache_format
 from jnana.processing.data.feature_cache import StoredImage, weights_digest
 from jnana.processing.data.rows import caption_conversation, make_row, message, rows_to_dataset, text_part
 from jnana.training import feature_cache
-from jnana.training.arguments import DataArguments
 from jnana.training.feature_cache import prepare_feature_cache
+from jnana.training.options.arguments import DataArguments
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 

@@ -9,7 +9,6 @@ from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor, read_chat_template
 from jnana.processing.data import tokenizer_fingerprint
 from jnana.training.adapters import adapter_reference, write_base_reference
-from jnana.training.arguments import LoraArguments, ModelArguments
 from jnana.training.loading import (
     build_pair,
     check_text_tokenizer,
@@ -18,6 +17,7 @@ from jnana.training.loading import (
     prepare_model,
     prepare_processor,
 )
+from jnana.training.options.arguments import LoraArguments, ModelArguments
 from jnana.training.stages import apply_stage
 from tests.processing.chats import instruct_tokenizer
 from tests.tiny import (

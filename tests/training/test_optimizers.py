@@ -9,7 +9,6 @@ import torch
 from torch.optim import AdamW, Muon
 from transformers import AutoModelForCausalLM, SchedulerType, Trainer, TrainingArguments, get_scheduler
 
-from jnana.training.arguments import LoraArguments, PartArguments
 from jnana.training.optimizers import (
     SCHEDULES_OF_THE_LOSS,
     MuonWithAdamW,
@@ -21,6 +20,7 @@ from jnana.training.optimizers import (
     stock_groups,
     trainer_optimizer,
 )
+from jnana.training.options.arguments import LoraArguments, PartArguments
 from jnana.training.stages import apply_stage, part_of
 from tests.tiny import tiny_text_config
 from tests.training.test_stages import LORA, batch, pair

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
-from jnana.training.arguments import LoraArguments
+from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import (
     STAGES,
     active_dropout,

@@ -12,12 +12,12 @@ from jnana.modeling import (
     jnana_config_from_idefics,
     jnana_config_from_llava,
 )
-from jnana.training.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
-from jnana.training.recipes import parse_arguments
+from jnana.training.options.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
+from jnana.training.options.recipes import parse_arguments
 from jnana.training.stages import apply_stage, count_parameters
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "tests" / "fixtures" / "configs"
 CLASSES = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
 

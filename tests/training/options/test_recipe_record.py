@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from jnana.training.arguments import DataArguments, ModelArguments, RunArguments
-from jnana.training.recipe_record import (
+from jnana.training.options.arguments import DataArguments, ModelArguments, RunArguments
+from jnana.training.options.recipe_record import (
     FREE,
     PROCESSES,
     check_same_data,
@@ -163,7 +163,7 @@ def test_every_free_option_exists():
     """A misspelt name would protect nothing."""
     import dataclasses
 
-    from jnana.training import arguments
+    from jnana.training.options import arguments
 
     classes = [value for value in vars(arguments).values() if dataclasses.is_dataclass(value)]
     known = {field.name for of_class in (*classes, TrainingArguments) for field in dataclasses.fields(of_class)}

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data import BatchCounts, count_tensors
-from jnana.training.arguments import LoraArguments
-from jnana.training.flops import ModelFlops, attention_windows
+from jnana.training.options.arguments import LoraArguments
+from jnana.training.profiling.flops import ModelFlops, attention_windows
 from jnana.training.stages import apply_stage
 from tests.tiny import tiny_text_config, tiny_vision_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from jnana.training.arguments import (
+from jnana.training.options.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -14,10 +14,10 @@ from jnana.training.arguments import (
     TextDataArguments,
     TextModelArguments,
 )
-from jnana.training.recipes import parse_arguments, read_recipe
+from jnana.training.options.recipes import parse_arguments, read_recipe
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 CLASSES = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
 CLASSES_OF = {
     "pretrain": (TextModelArguments, TextDataArguments, RunArguments, TrainingArguments),

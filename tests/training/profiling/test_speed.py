@@ -12,9 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from jnana.processing.data import BatchCounts, CountedBatch
-from jnana.training.batch_counts import counted_batches
-from jnana.training.chips import ChipPeak, measured_peak, stated_peak
-from jnana.training.speed import HostClock, SpeedCallback, Work, measured_speed
+from jnana.training.profiling.batch_counts import counted_batches
+from jnana.training.profiling.chips import ChipPeak, measured_peak, stated_peak
+from jnana.training.profiling.speed import HostClock, SpeedCallback, Work, measured_speed
 from jnana.training.stages import apply_stage
 from tests.training.test_stages import batch, pair
 

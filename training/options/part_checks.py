@@ -7,9 +7,10 @@ from safetensors import safe_open
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
+from jnana.training.optimizers import check_rates
+from jnana.training.stages import part_of
+
 from .arguments import DataArguments, LoraArguments, PartArguments
-from .optimizers import check_rates
-from .stages import part_of
 
 
 def check_parts(

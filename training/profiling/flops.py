@@ -29,8 +29,7 @@ from jnana.modeling import JnanaConfig
 from jnana.modeling.backbones_jnana import build_vision_tower, image_shape, select_image_features
 from jnana.modeling.projector_jnana import build_projector
 from jnana.processing.data import BatchCounts
-
-from .stages import part_of
+from jnana.training.stages import part_of
 
 
 IMAGE_INPUTS = ("k_proj", "v_proj")  # layers of a cross-attention block that see image vectors instead of tokens

@@ -8,9 +8,9 @@ from transformers import AutoConfig, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from jnana.modeling import read_base_reference
+from jnana.training.loading import load_config
 
 from .arguments import DataArguments, ModelArguments, TextModelArguments
-from .loading import load_config
 
 
 logger = logging.getLogger(__name__)

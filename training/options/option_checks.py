@@ -15,8 +15,12 @@ from transformers.utils import cached_file, is_bitsandbytes_available, is_liger_
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing.data.feature_cache import KEY_FILE
 from jnana.processing.data.paths import names_local_path
+from jnana.training.adapters import is_adapter
+from jnana.training.attention import check_attention, check_documents
+from jnana.training.device_map import check_device_map
+from jnana.training.distributed import sharding_of
+from jnana.training.stages import adapter_targets
 
-from .adapters import is_adapter
 from .arguments import (
     LIGER_LOSS,
     DataArguments,
@@ -26,12 +30,8 @@ from .arguments import (
     TextDataArguments,
     TextModelArguments,
 )
-from .attention import check_attention, check_documents
-from .device_map import check_device_map
-from .distributed import sharding_of
 from .output_checks import check_output_apart, check_trackers, models_read
 from .recipes import accelerate_config
-from .stages import adapter_targets
 
 
 # The smallest value of options that count something.

@@ -22,11 +22,11 @@ from torch import nn
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 
 from jnana.processing.data import BatchCounts
+from jnana.training.checkpoints import size_text
+from jnana.training.distributed import unpartitioned
 
 from .batch_counts import counted_batches
-from .checkpoints import size_text
 from .chips import ChipPeak, chip_peak
-from .distributed import unpartitioned
 from .flops import ModelFlops
 
 

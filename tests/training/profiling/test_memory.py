@@ -10,16 +10,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from jnana.modeling import JnanaForConditionalGeneration, jnana_config_from_llava
-from jnana.training.arguments import LoraArguments, TextModelArguments
 from jnana.training.checkpoints import ADAMW_BYTES
-from jnana.training.recipes import as_command_line, parse_arguments, read_recipe
+from jnana.training.options.arguments import LoraArguments, TextModelArguments
+from jnana.training.options.recipes import as_command_line, parse_arguments, read_recipe
 from jnana.training.stages import apply_stage, describe_parameters, parameter_count
 from jnana.training.text_models import text_model_config
 from tests.tiny import tiny_tokenizer
 from tests.training.test_disk_space import model_of
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def training_memory(model: nn.Module, shards: int = 1) -> dict[str, int]:
@@ -69,7 +69,7 @@ def test_the_table_of_stage_0():
     assert sharded < 24e9 / 2 < 24e9 < whole  # FSDP2 leaves half of a GPU of 24 GB for activations; DDP does not fit
 
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "configs"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "configs"
 LORA = {
     "lora_r": 64,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -79,7 +79,7 @@ ON_TOWER = {**LORA, "lora_vision_target_modules": ["q_proj", "k_proj", "v_proj",
 
 def test_the_table_of_llava():
     """docs/what_trains.md: the published checkpoints in bfloat16, on the meta device."""
-    text = (Path(__file__).parents[2] / "docs" / "what_trains.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "what_trains.md").read_text()
     rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     ways = [
         ("llava-v1.6-mistral-7b-hf", LoraArguments(**LORA), True),

@@ -23,9 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator
-
-from .adapters import is_adapter
-from .arguments import (
+from jnana.training.adapters import is_adapter
+from jnana.training.attention import text_collator
+from jnana.training.checkpoints import size_text
+from jnana.training.data import collator_options
+from jnana.training.distributed import run_on_main_process, sharding_of, unpartitioned
+from jnana.training.loading import image_fields, load_config
+from jnana.training.optimizers import stock_groups, trainer_optimizer
+from jnana.training.options.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -33,16 +38,11 @@ from .arguments import (
     RunArguments,
     TextModelArguments,
 )
-from .attention import text_collator
-from .checkpoints import size_text
-from .data import collator_options
-from .distributed import run_on_main_process, sharding_of, unpartitioned
-from .loading import image_fields, load_config
+from jnana.training.options.recipes import accelerate_config
+from jnana.training.stages import apply_stage, parameter_count, part_of
+from jnana.training.text_models import text_model_config
+
 from .memory_trace import StepMemory, TracedEightBitAdamW, TracedLinear, held_bytes, trace_step
-from .optimizers import stock_groups, trainer_optimizer
-from .recipes import accelerate_config
-from .stages import apply_stage, parameter_count, part_of
-from .text_models import text_model_config
 
 
 logger = logging.getLogger(__name__)

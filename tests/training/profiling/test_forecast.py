@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
-from jnana.training import forecast as module
-from jnana.training.arguments import LoraArguments
-from jnana.training.forecast import Forecast, check_forecast, judge, make_optimizer
-from jnana.training.memory_trace import StepMemory, TracedEightBitAdamW
+from jnana.training.options.arguments import LoraArguments
+from jnana.training.profiling import forecast as module
+from jnana.training.profiling.forecast import Forecast, check_forecast, judge, make_optimizer
+from jnana.training.profiling.memory_trace import StepMemory, TracedEightBitAdamW
 from jnana.training.stages import apply_stage
 from tests.tiny import tiny_text_config, tiny_vision_config
 
@@ -40,7 +40,7 @@ def check(args: TrainingArguments, make_batch=lambda: {"input_ids": IDS, "labels
 
 def test_parts_add_up_and_the_random_state_stays(forecast_everything, tmp_path, caplog):
     before = torch.get_rng_state()
-    with caplog.at_level(logging.INFO, "jnana.training.forecast"):
+    with caplog.at_level(logging.INFO, "jnana.training.profiling.forecast"):
         found = check(arguments(tmp_path))
     assert torch.equal(before, torch.get_rng_state())
     model = AutoModelForCausalLM.from_config(tiny_text_config())
@@ -78,13 +78,13 @@ def test_weights_that_cannot_fit_are_refused(forecast_everything, tmp_path, monk
 
 def test_a_peak_that_does_not_fit_is_warned_of(tmp_path, caplog):
     args = arguments(tmp_path)
-    with caplog.at_level(logging.INFO, "jnana.training.forecast"):
+    with caplog.at_level(logging.INFO, "jnana.training.profiling.forecast"):
         judge(FOUND, "Tiny GPU", 999, args)
     assert "memory: Tiny GPU has 999 bytes, which is less than the forecast 1.0 kB" in caplog.text
     assert "gradient_checkpointing: true; a smaller per_device_train_batch_size" in caplog.text
     assert "adamw_bnb_8bit" not in caplog.text  # the optimizer's part is small here
     caplog.clear()
-    with caplog.at_level(logging.INFO, "jnana.training.forecast"):
+    with caplog.at_level(logging.INFO, "jnana.training.profiling.forecast"):
         judge(FOUND, "Tiny GPU", 1000, args)  # the control
     assert "which fits" in caplog.text and "less" not in caplog.text
 

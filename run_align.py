@@ -22,12 +22,13 @@ from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
 from jnana.training.interruption import StopSignalCallback
-from jnana.training.loading import frozen_dtype, prepare_model, prepare_processor
+from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.options.arguments import DataArguments, ModelArguments, PartArguments, RunArguments
-from jnana.training.options.option_checks import check_computation, check_no_adapter, check_run
-from jnana.training.options.output_checks import limit_to_context
+from jnana.training.options.computation_checks import check_computation
+from jnana.training.options.model_checks import check_no_adapter, limit_to_context
+from jnana.training.options.option_checks import check_run
 from jnana.training.options.part_checks import check_parts
 from jnana.training.options.recipe_record import check_same_recipe, recipe_options
 from jnana.training.options.recipes import parse_arguments, recipe_name

@@ -34,8 +34,8 @@ from jnana.evaluation import (
 from jnana.evaluation.arguments import EvaluationArguments
 from jnana.training.cards import EvaluationResult, add_evaluation_results
 from jnana.training.loading import load_model
-from jnana.training.options.option_checks import check_output_dir, check_quantization, check_source
-from jnana.training.options.output_checks import check_output_apart
+from jnana.training.options.computation_checks import check_quantization
+from jnana.training.options.path_checks import check_output_apart, check_output_dir, check_source
 from jnana.training.options.recipes import parse_arguments
 
 

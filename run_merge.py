@@ -17,8 +17,7 @@ from typing import Literal
 
 from jnana.training.adapters import is_adapter
 from jnana.training.merging import merge_adapter
-from jnana.training.options.option_checks import check_output_dir, check_source
-from jnana.training.options.output_checks import check_output_apart
+from jnana.training.options.path_checks import check_output_apart, check_output_dir, check_source
 from jnana.training.options.recipes import parse_arguments
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from jnana.processing.data.captions import SPLITS, captioned_images, read_captions
 from jnana.processing.data.images import MAX_IMAGE_PIXELS
 from jnana.processing.data.photos import assign_splits, check_photos, find_photos, report, write_copies
-from jnana.training.options.option_checks import check_output_dir
+from jnana.training.options.path_checks import check_output_dir
 from jnana.training.options.recipes import parse_arguments
 
 

@@ -27,7 +27,8 @@ from jnana.training.interruption import StopSignalCallback
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.options.arguments import RunArguments, TextDataArguments, TextModelArguments
-from jnana.training.options.option_checks import check_computation, check_run
+from jnana.training.options.computation_checks import check_computation
+from jnana.training.options.option_checks import check_run
 from jnana.training.options.recipe_record import check_same_recipe, recipe_options
 from jnana.training.options.recipes import parse_arguments, recipe_name
 from jnana.training.profiling.forecast import forecast_text_run

@@ -31,8 +31,9 @@ from jnana import run_sft
 from jnana.modeling import PROJECTOR_FIELDS, JnanaConfig, JnanaForConditionalGeneration, quantized_weight_count
 from jnana.training.adapters import quantization_settings
 from jnana.training.data import load_conversations
-from jnana.training.loading import frozen_dtype, load_model, prepare_processor
+from jnana.training.loading import load_model
 from jnana.training.merging import merge_adapter
+from jnana.training.model_setup import frozen_dtype, prepare_processor
 from jnana.training.options.arguments import (
     DataArguments,
     LoraArguments,

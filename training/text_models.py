@@ -15,7 +15,7 @@ from transformers import (
 from jnana.modeling import explain_missing_safetensors
 from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
 
-from .loading import check_text_tokenizer
+from .model_setup import check_text_tokenizer
 from .options.arguments import TextModelArguments
 
 

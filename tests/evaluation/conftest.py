@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jnana.processing import JnanaProcessor
-from jnana.training.loading import build_pair
+from jnana.training.model_setup import build_pair
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 

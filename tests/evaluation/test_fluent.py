@@ -5,7 +5,7 @@ from PIL import Image
 
 from jnana.evaluation.fluent import fluent_answer
 from jnana.processing import JnanaProcessor
-from jnana.training.loading import build_pair
+from jnana.training.model_setup import build_pair
 from jnana.training.options.arguments import LoraArguments
 from jnana.training.stages import apply_stage
 from tests.tiny import save_tiny_text, save_tiny_vision

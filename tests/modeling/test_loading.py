@@ -18,7 +18,8 @@ from jnana.modeling import (
 )
 from jnana.processing import JnanaProcessor
 from jnana.training.adapters import base_reference, complete_adapter_folder
-from jnana.training.loading import build_pair, load_model
+from jnana.training.loading import load_model
+from jnana.training.model_setup import build_pair
 from jnana.training.options.arguments import LoraArguments, ModelArguments
 from jnana.training.stages import apply_stage
 from tests.packed_kernel import KERNELS, force_kernel

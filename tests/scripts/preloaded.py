@@ -9,7 +9,7 @@ from peft import get_peft_model  # noqa: F401
 from PIL import Image
 
 from jnana import run_align, run_pretrain, run_sft  # noqa: F401
-from jnana.training.loading import prepare_model, prepare_processor
+from jnana.training.model_setup import prepare_model, prepare_processor
 from jnana.training.monitoring import LossCurveCallback
 from jnana.training.options.arguments import ModelArguments
 from tests.tiny import save_tiny_text, save_tiny_vision

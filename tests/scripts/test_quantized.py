@@ -221,7 +221,7 @@ def test_evaluating_an_adapter_on_its_4_bits_and_off_them(quantized, data, tmp_p
 
 
 def test_evaluation_says_before_loading_that_bitsandbytes_is_missing(quantized, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.options.option_checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.options.computation_checks.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr(run_evaluate, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     values = {"eval_data": data / "instruct.json", "image_folder": data / "images", "output_dir": tmp_path}
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes"):

@@ -112,7 +112,7 @@ def test_another_adapter_than_the_one_to_continue(no_model, data, tuned, tmp_pat
 
 
 def test_quantising_without_bitsandbytes(no_model, data, aligned, tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.options.option_checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.options.computation_checks.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes, .* `quantization: none`"):
         run_sft.main(sft_options(data, aligned, output_dir=tmp_path, quantization="nf4"))
 

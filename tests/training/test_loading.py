@@ -9,14 +9,8 @@ from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor, read_chat_template
 from jnana.processing.data import tokenizer_fingerprint
 from jnana.training.adapters import adapter_reference, write_base_reference
-from jnana.training.loading import (
-    build_pair,
-    check_text_tokenizer,
-    load_model,
-    load_processor,
-    prepare_model,
-    prepare_processor,
-)
+from jnana.training.loading import load_model, load_processor
+from jnana.training.model_setup import build_pair, check_text_tokenizer, prepare_model, prepare_processor
 from jnana.training.options.arguments import LoraArguments, ModelArguments
 from jnana.training.stages import apply_stage
 from tests.processing.chats import instruct_tokenizer

@@ -7,9 +7,11 @@ from peft import prepare_model_for_kbit_training
 from jnana.modeling import quantization_config
 from jnana.processing import JnanaProcessor
 from jnana.training.adapters import base_reference, quantization_settings
-from jnana.training.loading import build_pair, load_model
+from jnana.training.loading import load_model
+from jnana.training.model_setup import build_pair
 from jnana.training.options.arguments import LoraArguments, ModelArguments
-from jnana.training.options.option_checks import check_lora, check_quantization
+from jnana.training.options.computation_checks import check_quantization
+from jnana.training.options.model_checks import check_lora
 from jnana.training.stages import apply_stage, count_parameters, part_of
 from tests.tiny import save_tiny_text, save_tiny_vision
 
@@ -103,7 +105,7 @@ def test_counts_are_those_of_the_whole_model(pair):
 
 
 def test_without_bitsandbytes(monkeypatch):
-    monkeypatch.setattr("jnana.training.options.option_checks.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("jnana.training.options.computation_checks.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="quantization is 'nf4', which needs bitsandbytes, .*`pip install bitsandbyt"):
         check_quantization(NF4, torch.device("cpu"))
     check_quantization({"quantization": "none"}, torch.device("cpu"))  # the control

@@ -109,7 +109,7 @@ def forecast_run(
     Args:
         stage (`str`): `align` or `sft`.
         training_args, model_args, data_args, run_args, part_args, lora_args: The run's.
-        quantization (`Mapping`, *optional*): As for [`~jnana.training.loading.prepare_model`].
+        quantization (`Mapping`, *optional*): As for [`~jnana.training.model_setup.prepare_model`].
         processor (`JnanaProcessor`): Of the model.
         rows (`Dataset` or `IterableDataset`): The training rows.
         fewest_weights (`int`, *optional*): Models with fewer are not forecast; default: `FEWEST_WEIGHTS`.

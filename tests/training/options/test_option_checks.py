@@ -139,7 +139,7 @@ class TestDispatchBatches:
 
 class TestLiger:
     def test_with_our_model(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("jnana.training.options.option_checks.is_liger_kernel_available", lambda: True)
+        monkeypatch.setattr("jnana.training.options.computation_checks.is_liger_kernel_available", lambda: True)
         on_cpu = arguments(tmp_path, use_liger_kernel=True)
         with pytest.raises(ValueError, match="use_liger_kernel is true, but this run is on 'cpu' .*; leave it out"):
             check_computation(on_cpu, PAIR, "stock")
@@ -150,7 +150,7 @@ class TestLiger:
             check_computation(on_cpu, PAIR, "stock")
 
     def test_that_is_not_installed(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("jnana.training.options.option_checks.is_liger_kernel_available", lambda: False)
+        monkeypatch.setattr("jnana.training.options.computation_checks.is_liger_kernel_available", lambda: False)
         model_args = TextModelArguments(text_config='{"model_type": "llama"}')
         with pytest.raises(ValueError, match="liger-kernel is not installed: `pip install liger-kernel`"):
             check_computation(arguments(tmp_path, use_liger_kernel=True), model_args, "stock")
@@ -162,7 +162,7 @@ class TestLiger:
         for name in ("liger_kernel", "liger_kernel.transformers"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, table.__name__, table)
-        monkeypatch.setattr("jnana.training.options.option_checks.is_liger_kernel_available", lambda: True)
+        monkeypatch.setattr("jnana.training.options.computation_checks.is_liger_kernel_available", lambda: True)
         args = arguments(tmp_path, use_liger_kernel=True)
         check_computation(args, TextModelArguments(text_config='{"model_type": "llama"}'), "stock")
         with pytest.raises(ValueError, match="Liger has no kernels for model_type 'phi'; leave it out"):

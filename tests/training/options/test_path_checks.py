@@ -8,7 +8,9 @@ from transformers import TrainerState, TrainingArguments
 
 from jnana import run_evaluate, run_merge
 from jnana.training.options.arguments import DataArguments, ModelArguments
-from jnana.training.options.output_checks import check_output_apart, check_trackers, limit_to_context
+from jnana.training.options.model_checks import limit_to_context
+from jnana.training.options.option_checks import check_trackers
+from jnana.training.options.path_checks import check_output_apart
 from jnana.training.run import MovedRunCallback, moved_checkpoint
 from tests.tiny import save_tiny_text
 
@@ -80,7 +82,7 @@ def test_results_over_a_model(model):
 
 
 def test_trackers_that_are_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("jnana.training.options.output_checks.get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr("jnana.training.options.option_checks.get_available_reporting_integrations", lambda: ["wandb"])
     check_trackers(TrainingArguments(output_dir=tmp_path, report_to=["wandb"]))
     check_trackers(TrainingArguments(output_dir=tmp_path, report_to="none"))
     with pytest.raises(ValueError, match="report_to names 'tensorboard', .*pip install tensorboard`, or .*none"):

@@ -65,7 +65,7 @@ clean:
 
 # The demo needs what training needs; everything else also needs what tests, style checks and the app use.
 $(VENV)/.installed: EXTRAS = [train]
-$(VENV)/.installed-dev: EXTRAS = [app,dev,trl]
+$(VENV)/.installed-dev: EXTRAS = [app,dev,trl,notebook]
 $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"

@@ -15,9 +15,21 @@ What other programs do with a checkpoint, and the test that covers it. The tests
 [versions.md](versions.md), with a stock LLaVA of the same weights beside ours where the behaviour is stock's.
 `python docs/write_clients.py` writes this page from the tests.
 
-| client | test | note |
-|---|---|---|
+| client | versions | test | note |
+|---|---|---|---|
 """
+# A client's package, by the beginning of its name.
+PACKAGES = {"PEFT": "peft", "TRL": "trl", "accelerate": "accelerate", "torch": "torch"}
+
+
+def versions_of(client: str) -> str:
+    """The lowest and the newest version of the client's package that the tests run on."""
+    package = next((package for start, package in PACKAGES.items() if client.startswith(start)), "transformers")
+    found = []
+    for name in ("lowest", "newest"):
+        text = (ROOT / f"constraints-{name}.txt").read_text(encoding="utf-8")
+        found += [line.split("==")[1] for line in text.splitlines() if line.startswith(f"{package}==")]
+    return f"{package} " + " to ".join(dict.fromkeys(found))
 
 
 def clients_page() -> str:
@@ -29,7 +41,7 @@ def clients_page() -> str:
                 if ast.unparse(mark).startswith("pytest.mark.client("):
                     assert isinstance(mark, ast.Call) and isinstance(node, ast.FunctionDef)
                     name, note = ast.literal_eval(mark.args[0]), ast.literal_eval(mark.keywords[0].value)
-                    lines.append(f"| {name} | `{file.name}::{node.name}` | {note} |")
+                    lines.append(f"| {name} | {versions_of(name)} | `{file.name}::{node.name}` | {note} |")
     return HEAD + "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ from jnana.modeling import available_device
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
 from jnana.processing.data.feature_cache import weights_digest
-from jnana.processing.data.records import read_json_lines
+from jnana.processing.data.records import read_json_lines, write_whole
 
 from .questions import Question, QuestionSet
 
@@ -308,10 +308,6 @@ def _read_answers(path: str | Path | None, keys: list[str], state: PartialState)
 def _replace_file(path: str | Path, records: list[dict[str, Any]]) -> None:
     """Replace the file by one with these records, atomically, and delete the part files of all processes."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     for part in path.parent.glob(f"{path.name}.part*"):
         part.unlink()

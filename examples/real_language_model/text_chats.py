@@ -155,7 +155,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, required=True, help="data of the chess demo")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=500, help="images whose questions are trained on")
+    parser.add_argument("--images", type=int, default=390, help="images whose questions are trained on")
     parser.add_argument("--prompts", type=int, default=1000, help="text prompts at most, held-out ones included")
     parser.add_argument("--held_out", type=int, default=16, help="prompts that only measure the loss")
     parser.add_argument("--max_new_tokens", type=int, default=64)

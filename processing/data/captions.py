@@ -6,7 +6,6 @@ changed.
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,14 +128,6 @@ def read_captions(folder: Path, prompt: str | None = None) -> dict[str, CaptionF
 def name_key(name: str) -> str:
     """A file name without ending and in lower case: by it a photograph and the line of its copy are matched."""
     return Path(name).with_suffix("").as_posix().lower() if name else ""
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is never incomplete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def captioned_images(folder: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> datasets.DatasetDict:

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .images import load_image, read_image_bytes
-from .records import read_json_lines
+from .records import read_json_lines, write_whole
 from .rows import BadSampleError, bad_sample
 
 
@@ -260,10 +260,7 @@ def read_key(folder: str | Path) -> dict[str, Any]:
 
 def write_key(folder: str | Path, key: dict[str, Any]) -> None:
     """Create a cache: the directory and its `cache.json`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    unfinished = Path(folder) / f".{KEY_FILE}.{os.getpid()}"
-    unfinished.write_text(json.dumps(key, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(unfinished, Path(folder) / KEY_FILE)
+    write_whole(Path(folder) / KEY_FILE, (json.dumps(key, indent=2, sort_keys=True) + "\n").encode())
 
 
 def key_differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

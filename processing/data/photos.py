@@ -19,8 +19,9 @@ from typing import Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .captions import SPLITS, CaptionFile, name_key, read_captions, write_whole
+from .captions import SPLITS, CaptionFile, name_key, read_captions
 from .images import MAX_IMAGE_PIXELS, check_image, load_image
+from .records import write_whole
 
 
 logger = logging.getLogger(__name__)

@@ -136,6 +136,26 @@ def test_dpo(stock, ours, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def letters(completions, **kwargs) -> list[float]:
+    """A reward: how many of the answer's characters are letters."""
+    return [float(sum(character.isalpha() for character in answer[0]["content"])) for answer in completions]
+
+
+@pytest.mark.client("TRL: GRPOTrainer", note="the images of the prompt are kept for the loss")
+def test_grpo(stock, ours, tmp_path):
+    """Answers are sampled, so the two sides are compared in the loss of the same answers only."""
+    for side in (stock, ours):
+        sizes = {"num_generations": 2, "max_completion_length": 4, "num_iterations": 2, "learning_rate": 1e-2}
+        args = settings(trl.GRPOConfig, tmp_path / type(side.model).__name__, **sizes, logging_steps=1)
+        data = rows({"prompt": [question() for _ in ANSWERS]})
+        trainer = trl.GRPOTrainer(str(side.folder), reward_funcs=letters, args=args, train_dataset=data)
+        before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+        assert len(logged) == 2 and all(entry["completions/mean_length"] > 0 for entry in logged)
+        assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+
+
 @pytest.mark.client("TRL: RewardTrainer", note="refused: a classification head does not exist")
 def test_reward_modelling_is_refused(ours, tmp_path):
     data = rows({"chosen": [question() + answer("yes")] * 4, "rejected": [question() + answer("no")] * 4})

@@ -19,6 +19,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
+from jnana.processing.data.records import write_whole
+
 from .arguments import RunArguments
 
 
@@ -172,11 +174,8 @@ def data_fingerprint(rows: Dataset | IterableDataset) -> str | None:
 def write_record(output_dir: str, options: dict[str, Any], fingerprint: str | None) -> None:
     """Write the record of a run that starts to train; one process calls this."""
     path = Path(output_dir) / RECORD_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"format": RECORD_FORMAT, "options": options, "data": fingerprint}
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
 def read_record(checkpoint: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .dataset_readers import CAPTION_COLUMNS
 from .images import MAX_IMAGE_PIXELS, load_image
-from .records import read_records
+from .records import read_records, write_whole
 
 
 SPLITS = ("train", "test")

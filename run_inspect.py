@@ -1,0 +1,186 @@
+"""Looks at the data of a recipe before the run: sizes, what is supervised, repetitions, leaks, a page of examples.
+
+    python run_inspect.py recipes/jnana/sft.yaml
+    python run_inspect.py recipes/jnana/align.yaml --train_data my_photos --tokens_per_second 4000
+
+Takes the recipe and the options of run_align.py or run_sft.py and reads no weights. Writes into
+`output_dir/inspection`: `index.html` with the figures and 50 rows with their images, and `inspection.json`.
+`python run_inspect.py --help` lists all options.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from jnana.evaluation.inspection import Inspection, inspect_rows, labelled_parts, shared_images, write_inspection
+from jnana.processing import JnanaProcessor
+from jnana.processing.data import check_rows, load_rows, plan_rows
+from jnana.processing.data.keywords import answers_as_keywords
+from jnana.processing.data.rows import rows_to_dataset
+from jnana.training.data import prepare_options
+from jnana.training.model_setup import prepare_processor
+from jnana.training.options.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
+from jnana.training.options.model_checks import check_model_arguments, check_models, limit_to_context
+from jnana.training.options.option_checks import check_data
+from jnana.training.options.path_checks import check_output_dir
+from jnana.training.options.recipes import parse_arguments, recipe_name
+
+
+logger = logging.getLogger("jnana")
+
+SHOWN = 3  # conversations in the terminal
+
+
+@dataclass
+class InspectArguments:
+    """What to look at, and for which machine."""
+
+    stage: Literal["align", "sft"] | None = field(
+        default=None, metadata={"help": "Whose recipe it is; default: by its name."}
+    )
+    stream_rows: int = field(default=2000, metadata={"help": "Rows of a stream that are looked at."})
+    max_examples: int = field(default=50, metadata={"help": "Rows of each source on the page."})
+    num_processes: int = field(default=1, metadata={"help": "Of the run, for its steps an epoch."})
+    tokens_per_second: float | None = field(
+        default=None, metadata={"help": "Of the machine, as an earlier run logged it: forecasts the time of an epoch."}
+    )
+
+
+def main(argv: list[str]) -> None:
+    # 1. Arguments and logging
+    classes = (
+        InspectArguments,
+        ModelArguments,
+        DataArguments,
+        LoraArguments,
+        PartArguments,
+        RunArguments,
+        TrainingArguments,
+    )
+    args, model_args, data_args, *_, training_args = parse_arguments(classes, argv)
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
+    for name in ("httpx", "httpx2", "fsspec", "datasets", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    check_model_arguments(model_args)
+    check_models(model_args)
+    check_data(training_args, data_args)
+    folder = Path(training_args.output_dir) / "inspection"
+    check_output_dir(str(folder))
+    recipe = recipe_name(argv) or "data"
+    align = args.stage == "align" or (args.stage is None and Path(recipe).stem.startswith("align"))
+
+    # 2. The processor, and the rows of both sources
+    processor = prepare_processor(model_args)
+    limit_to_context(data_args, model_args)
+    found = [
+        inspect_source(evaluation, align, args, data_args, processor, training_args) for evaluation in (False, True)
+    ]
+    inspections = [inspection for inspection in found if inspection is not None]
+    if len(inspections) == 2:
+        inspections[1].findings += shared_images(*inspections)
+
+    # 3. In the terminal, as JSON, as a page
+    for inspection in inspections:
+        print(describe(inspection, args, training_args))
+    print(f"\n{SHOWN} conversations, [[supervised]]:")
+    for row in inspections[0].rows[:SHOWN]:
+        parts = labelled_parts(row["conversations"][0], processor)
+        print(f"\n{row['source']}\n" + "".join(f"[[{text}]]" if labelled else text for text, labelled in parts))
+    figures = {
+        inspection.name: inspection.figures() | {"findings": list(map(dataclasses.asdict, inspection.findings))}
+        for inspection in inspections
+    }
+    (folder / "inspection.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+    page = write_inspection(folder / "index.html", inspections, processor, recipe, args.max_examples)
+    print(f"\nimages, questions, answers: {page}")
+
+
+def inspect_source(
+    evaluation: bool,
+    align: bool,
+    args: InspectArguments,
+    data_args: DataArguments,
+    processor: JnanaProcessor,
+    training_args: TrainingArguments,
+) -> Inspection | None:
+    """Read, check and plan a source as the run would; `None` if the recipe names none."""
+    source = data_args.eval_data if evaluation else data_args.train_data
+    if source is None:
+        return None
+    seed = None if evaluation else training_args.seed
+    options = prepare_options(data_args, training_args.output_dir, evaluation, True, seed, align)
+    rows = load_rows(
+        source,
+        format=options.format,
+        image_folder=options.image_folder,
+        split=options.split,
+        streaming=options.streaming,
+        independent_turns=options.independent_turns,
+        prompt=options.prompt,
+        captions=align,
+        max_rows=options.max_rows,
+        **({} if options.text_column is None else {"text_column": options.text_column}),
+    )
+    if not isinstance(rows, Dataset):
+        rows = rows_to_dataset(islice(rows, args.stream_rows))
+        logger.info(f"{source} is a stream: its first {len(rows):,} rows are looked at")
+    if options.answer_keywords:
+        rows = rows.map(answers_as_keywords)
+    report = check_rows(
+        rows,
+        processor,
+        max_length=options.max_length,
+        image_check=options.image_check,
+        max_image_pixels=options.max_image_pixels,
+        needs_images=align,
+        on_bad_sample="skip",
+    )
+    usable = rows.select(report.kept_indices)
+    plan = None
+    if options.packing != "none":
+        shared = report.shared if options.packing == "shared_image" else None
+        sizes = {"max_length": options.max_length, "seed": options.seed}
+        plan = plan_rows(report.lengths, shared, options.max_row_tokens, **sizes)
+    name = "eval" if evaluation else "train"
+    return inspect_rows(name, source, usable, report, plan, processor, options.max_length)
+
+
+def describe(inspection: Inspection, args: InspectArguments, training_args: TrainingArguments) -> str:
+    """The figures of a source for the terminal."""
+    figures = inspection.figures()
+    shortest, middle, longest = figures["tokens_of_a_conversation"]
+    images = ", ".join(f"{number} in {count:,}" for number, count in figures["images_per_row"].items())
+    lines = [
+        f"\n{inspection.name}: {inspection.source}",
+        f"  {figures['rows']:,} rows, {figures['conversations']:,} conversations of {shortest} to {longest} tokens, "
+        f"half of them up to {middle}; {figures['conversations_cut_to_max_length']:,} are cut to max_length",
+        f"  {figures['different_images']:,} different images; images a row: {images}",
+        f"  {figures['supervised_share']:.1%} of the tokens are supervised",
+    ]
+    if inspection.plan is not None:
+        lines.append(f"  {inspection.plan}")
+    if inspection.name == "train":
+        size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        steps = math.ceil(inspection.num_sequences / (size * args.num_processes))
+        line = f"  an epoch has {figures['tokens_of_an_epoch']:,} tokens and {steps:,} steps of {size} rows"
+        line += f" on each of {args.num_processes} processes" if args.num_processes > 1 else ""
+        if args.tokens_per_second:
+            minutes = figures["tokens_of_an_epoch"] / args.tokens_per_second / 60
+            line += f", {minutes:,.1f} minutes at {args.tokens_per_second:,g} tokens/s"
+        lines.append(line)
+    for finding in inspection.findings:
+        lines += [f"  LOOK: {finding.title}", *(f"    {example}" for example in finding.examples[:3])]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

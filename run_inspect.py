@@ -175,7 +175,7 @@ def describe(inspection: Inspection, args: InspectArguments, training_args: Trai
         line += f" on each of {args.num_processes} processes" if args.num_processes > 1 else ""
         if args.tokens_per_second:
             minutes = figures["tokens_of_an_epoch"] / args.tokens_per_second / 60
-            line += f", {minutes:,.1f} minutes at {args.tokens_per_second:,g} tokens/s"
+            line += f", {minutes:,.1f} minutes at {args.tokens_per_second:,.0f} tokens/s"
         lines.append(line)
     for finding in inspection.findings:
         lines += [f"  LOOK: {finding.title}", *(f"    {example}" for example in finding.examples[:3])]

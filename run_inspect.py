@@ -21,7 +21,7 @@ from typing import Literal
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from jnana.evaluation.inspection import Inspection, inspect_rows, labelled_parts, shared_images, write_inspection
+from jnana.evaluation.inspection import Inspection, find_repetitions, inspect_rows, labelled_parts, write_inspection
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import check_rows, load_rows, plan_rows
 from jnana.processing.data.keywords import answers_as_keywords
@@ -85,8 +85,7 @@ def main(argv: list[str]) -> None:
         inspect_source(evaluation, align, args, data_args, processor, training_args) for evaluation in (False, True)
     ]
     inspections = [inspection for inspection in found if inspection is not None]
-    if len(inspections) == 2:
-        inspections[1].findings += shared_images(*inspections)
+    find_repetitions(inspections)
 
     # 3. In the terminal, as JSON, as a page
     for inspection in inspections:

@@ -116,10 +116,9 @@ def inspect_rows(
     plan: RowPlan | None,
     processor: JnanaProcessor,
     max_length: int | None = None,
-    progress: bool = True,
 ) -> Inspection:
     """
-    Compute the figures of a source, and look for repetitions.
+    The figures of a source; [`find_repetitions`] compares its images and texts.
 
     Args:
         name, source (`str`): As in [`Inspection`].
@@ -128,18 +127,31 @@ def inspect_rows(
         plan (`RowPlan`, *optional*): Of [`plan_rows`].
         processor (`JnanaProcessor`): Marks the answers.
         max_length (`int`, *optional*): As in [`Inspection`].
-        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
         [`Inspection`].
     """
     found = Inspection(name, source, report, rows, plan, max_length)
-    found.digests = image_digests(rows, progress)
     found.supervised_share = supervised_share(rows, report, processor, max_length)
     if report.problems:
         found.findings.append(Finding(f"Rows that can't be used: {len(report.problems):,}", report.problems[:LISTED]))
-    found.findings += [*repeated_images(found), *repeated_conversations(found), *constant_answers(found)]
     return found
+
+
+def find_repetitions(inspections: Sequence[Inspection], progress: bool = True) -> None:
+    """
+    Compare the images of all sources by content, and add what repeats to their findings.
+
+    Args:
+        inspections (`Sequence[Inspection]`): The training data, then perhaps the validation data; changed in place.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+    """
+    digests = iter(image_digests([row for found in inspections for row in found.rows], progress))
+    for found in inspections:
+        found.digests = [next(digests) for _ in found.rows]
+        found.findings += [*repeated_images(found), *repeated_conversations(found), *constant_answers(found)]
+    for found in inspections[1:]:
+        found.findings += shared_images(inspections[0], found)
 
 
 def supervised_share(
@@ -157,12 +169,12 @@ def supervised_share(
     return labels / max(tokens, 1)
 
 
-def image_digests(rows: Sequence[dict], progress: bool = True) -> list[list[str]]:
+def image_digests(rows: Iterable[dict], progress: bool = True) -> list[list[str]]:
     """
     A digest of the content of every image, by row. Files of a size that no other file has are not read.
 
     Args:
-        rows (`Sequence[dict]`): Of `ROW_FEATURES`.
+        rows (`Iterable[dict]`): Of `ROW_FEATURES`.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
     """
     references: dict[Any, tuple[dict, str]] = {}  # each file once
@@ -262,7 +274,7 @@ def shared_images(train: Inspection, evaluation: Inspection) -> list[Finding]:
     shared = {}
     for row, digests in zip(evaluation.rows, evaluation.digests, strict=True):
         for digest in digests:
-            if digest in trained and not digest.startswith("size "):
+            if digest in trained:
                 shared.setdefault(digest, f"{row['source']} has an image of {trained[digest][0]}")
     if not shared:
         return []

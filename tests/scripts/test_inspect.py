@@ -83,6 +83,14 @@ def test_clean_data_has_no_findings(pretrained, vision, faulty, tmp_path):
     assert found["train"]["findings"] == found["eval"]["findings"] == []
 
 
+def test_a_leak_of_an_image_that_is_alone_in_its_size(pretrained, vision, faulty, tmp_path):
+    """Files of a size that no other has are not read; here two sources have one of that size each."""
+    shutil.copy(faulty / "images" / "7.png", faulty / "images" / "leak.png")
+    (faulty / "leak.json").write_text(json.dumps([record("leak", "number?", "7")]))
+    found = inspect(pretrained, vision, faulty, tmp_path, train="clean.json", evaluation="leak.json")
+    assert titles(found["eval"]) == "Validation images that are trained on too: 1"
+
+
 def test_the_supervised_share_is_the_collators(pretrained, vision, faulty, tmp_path):
     """Tokens with a label over all tokens, counted in the batches that a run would train on."""
     from jnana.processing.data import JnanaCollator, load_rows

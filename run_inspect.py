@@ -25,7 +25,7 @@ from jnana.evaluation.inspection import Inspection, find_repetitions, inspect_ro
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import check_rows, load_rows, plan_rows
 from jnana.processing.data.keywords import answers_as_keywords
-from jnana.processing.data.rows import rows_to_dataset
+from jnana.processing.data.rows import iterate_rows, rows_to_dataset
 from jnana.training.data import prepare_options
 from jnana.training.model_setup import prepare_processor
 from jnana.training.options.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     for inspection in inspections:
         print(describe(inspection, args, training_args))
     print(f"\n{SHOWN} conversations, [[supervised]]:")
-    for row in inspections[0].rows[:SHOWN]:
+    for row in islice(iterate_rows(inspections[0].rows), SHOWN):
         parts = labelled_parts(row["conversations"][0], processor)
         print(f"\n{row['source']}\n" + "".join(f"[[{text}]]" if labelled else text for text, labelled in parts))
     figures = {

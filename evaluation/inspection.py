@@ -18,7 +18,7 @@ from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, CheckReport, load_image, thumbnail
 from jnana.processing.data.images import read_image_bytes
 from jnana.processing.data.packing import RowPlan
-from jnana.processing.data.rows import message_text
+from jnana.processing.data.rows import iterate_rows, message_text
 
 from .report import THUMBNAIL_SIDE, drawn_at_random
 
@@ -87,7 +87,7 @@ class Inspection:
 
     def figures(self) -> dict[str, Any]:
         """The numbers, for `inspection.json` and the table."""
-        images = Counter(len(row["images"]) for row in self.rows)
+        images = Counter(len(row["images"]) for row in iterate_rows(self.rows))
         lengths = sorted(self.lengths)
         found = {
             "rows": self.report.num_rows,
@@ -146,7 +146,7 @@ def find_repetitions(inspections: Sequence[Inspection], progress: bool = True) -
         inspections (`Sequence[Inspection]`): The training data, then perhaps the validation data; changed in place.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
     """
-    digests = iter(image_digests([row for found in inspections for row in found.rows], progress))
+    digests = iter(image_digests((row for found in inspections for row in iterate_rows(found.rows)), progress))
     for found in inspections:
         found.digests = [next(digests) for _ in found.rows]
         found.findings += [*repeated_images(found), *repeated_conversations(found), *constant_answers(found)]
@@ -218,7 +218,7 @@ def size_of(image: dict) -> int | None:
 def repeated_images(inspection: Inspection) -> list[Finding]:
     """Images that several rows have: one file, or equal files."""
     where = defaultdict(list)
-    for row, digests in zip(inspection.rows, inspection.digests, strict=True):
+    for row, digests in zip(iterate_rows(inspection.rows), inspection.digests, strict=True):
         for digest in set(digests):
             where[digest].append(row["source"])
     repeated = [sources for sources in where.values() if len(sources) > 1]
@@ -231,7 +231,7 @@ def repeated_images(inspection: Inspection) -> list[Finding]:
 def repeated_conversations(inspection: Inspection) -> list[Finding]:
     """Conversations with equal texts about equal images."""
     where = defaultdict(list)
-    for row, digests in zip(inspection.rows, inspection.digests, strict=True):
+    for row, digests in zip(iterate_rows(inspection.rows), inspection.digests, strict=True):
         for chat in row["conversations"]:
             where[json.dumps([digests, chat], sort_keys=True)].append(row["source"])
     repeated = [sources for sources in where.values() if len(sources) > 1]
@@ -246,7 +246,7 @@ def constant_answers(inspection: Inspection) -> list[Finding]:
     """Questions that get one answer, whatever the image: they can be answered without looking."""
     answers: dict[str, set[str]] = defaultdict(set)
     images: dict[str, set] = defaultdict(set)
-    for row, digests in zip(inspection.rows, inspection.digests, strict=True):
+    for row, digests in zip(iterate_rows(inspection.rows), inspection.digests, strict=True):
         if not digests:
             continue
         for chat in row["conversations"]:
@@ -268,11 +268,11 @@ def constant_answers(inspection: Inspection) -> list[Finding]:
 def shared_images(train: Inspection, evaluation: Inspection) -> list[Finding]:
     """Validation images that are trained on, by content."""
     trained = defaultdict(list)
-    for row, digests in zip(train.rows, train.digests, strict=True):
+    for row, digests in zip(iterate_rows(train.rows), train.digests, strict=True):
         for digest in digests:
             trained[digest].append(row["source"])
     shared = {}
-    for row, digests in zip(evaluation.rows, evaluation.digests, strict=True):
+    for row, digests in zip(iterate_rows(evaluation.rows), evaluation.digests, strict=True):
         for digest in digests:
             if digest in trained:
                 shared.setdefault(digest, f"{row['source']} has an image of {trained[digest][0]}")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, QuantoConfig, TorchAoConfig
 
 
 @pytest.fixture
@@ -21,6 +21,19 @@ def expected(stock, ours) -> list[int]:
 @pytest.mark.client("generate: static cache", note="")
 def test_a_static_cache(stock, ours, expected):
     assert stock.answer(cache_implementation="static") == ours.answer(cache_implementation="static") == expected
+
+
+@pytest.mark.client("generate: quantised cache", note="optimum-quanto, HQQ")
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_a_quantised_cache(stock, ours, backend, package):
+    pytest.importorskip(package)
+    settings = {"backend": backend, "nbits": 4, "q_group_size": 8, "residual_length": 4}
+    settings |= {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
+    answers = [
+        side.answer(cache_implementation="quantized", cache_config=settings, max_new_tokens=16)
+        for side in (stock, ours)
+    ]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.client("generate: beam search", note="")
@@ -117,6 +130,30 @@ def test_dynamic_quantisation(stock, ours):
     projector = quantised[1].model.multi_modal_projector
     assert not any(weight.is_floating_point() for weight in projector.parameters())
     assert stock.answer(quantised[0]) == ours.answer(quantised[1])
+
+
+@pytest.mark.client("from_pretrained: torchao, quanto", note="weights of the language model in 8 bits")
+@pytest.mark.parametrize("method", ["torchao", "quanto"])
+def test_quantised_at_loading(stock, ours, method):
+    """The logits of both sides are equal, and differ from those of the unquantised weights."""
+    pytest.importorskip({"quanto": "optimum.quanto"}.get(method, method))
+    if method == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = QuantoConfig(weights="int8")
+    found = []
+    for side in (stock, ours):
+        model = AutoModelForImageTextToText.from_pretrained(
+            side.folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+        )
+        inputs = side.inputs()
+        with torch.no_grad():
+            found.append(model(**inputs).logits)
+            assert not torch.equal(found[-1], side.model(**inputs).logits)
+        assert len(side.answer(model)) == 8
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.client("vLLM-like forward: inputs_embeds", note="vLLM itself is not tested")

@@ -145,7 +145,7 @@ def letters(completions, **kwargs) -> list[float]:
 def test_grpo(stock, ours, tmp_path):
     """Answers are sampled, so the two sides are compared in the loss of the same answers only."""
     for side in (stock, ours):
-        sizes = {"num_generations": 2, "max_completion_length": 4, "num_iterations": 2, "learning_rate": 1e-2}
+        sizes = {"num_generations": 2, "max_completion_length": 4, "learning_rate": 1e-2}
         args = settings(trl.GRPOConfig, tmp_path / type(side.model).__name__, **sizes, logging_steps=1)
         data = rows({"prompt": [question() for _ in ANSWERS]})
         trainer = trl.GRPOTrainer(str(side.folder), reward_funcs=letters, args=args, train_dataset=data)

@@ -72,10 +72,10 @@ def test_every_fault_is_found(pretrained, vision, faulty, tmp_path, capsys):
     assert "copy" in found["eval"]["findings"][0]["examples"][0]
     said = capsys.readouterr().out
     assert "LOOK: Questions with the same answer for every image: 1" in said and "minutes at 1,000 tokens/s" in said
-    assert "[[it is 0" in said
+    assert "[[ it is 0" in said
     page = (tmp_path / "output" / "inspection" / "index.html").read_text()
     assert page.count("<article>") == 26 + 2 and page.count('src="data:image') == 26 + 2
-    assert "<mark>it is 3" in page
+    assert "<mark> it is 3" in page
 
 
 def test_clean_data_has_no_findings(pretrained, vision, faulty, tmp_path):

@@ -65,7 +65,7 @@ clean:
 
 # The demo needs what training needs; everything else also needs what tests, style checks and the app use.
 $(VENV)/.installed: EXTRAS = [train]
-$(VENV)/.installed-dev: EXTRAS = [app,dev,trl,notebook]
+$(VENV)/.installed-dev: EXTRAS = [app,dev,clients,notebook]
 $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"
@@ -73,5 +73,5 @@ $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml con
 
 .venv-%/.installed: setup.cfg setup.py pyproject.toml constraints-%.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev$(if $(filter newest,$*),$(comma)trl)]"
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e ".[app,dev$(if $(filter newest,$*),$(comma)clients)]"
 	touch $@

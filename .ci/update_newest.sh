@@ -10,7 +10,7 @@ new=$(mktemp)
 trap 'rm -rf "$venv" "$new"' EXIT
 
 "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch" -e ".[app,dev,trl]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch" -e ".[app,dev,clients]"
 {
     grep '^#' "$file"
     # A CUDA build of torch brings its libraries along; they belong to the build, not to this list.

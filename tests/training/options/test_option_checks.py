@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from jnana.training.distributed import sharding_of
 from jnana.training.options.arguments import ModelArguments, TextModelArguments
-from jnana.training.options.option_checks import check_computation
+from jnana.training.options.computation_checks import check_computation
 from jnana.training.options.recipes import parse_arguments
 from tests.tiny import save_tiny_text
 

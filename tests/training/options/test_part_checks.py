@@ -6,7 +6,7 @@ import pytest
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from jnana.training.loading import frozen_dtype
+from jnana.training.model_setup import frozen_dtype
 from jnana.training.options.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments
 from jnana.training.options.part_checks import check_parts, tower_of_adapter
 from jnana.training.stages import apply_stage

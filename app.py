@@ -36,10 +36,7 @@ except ImportError:  # Windows: upload directories of killed apps are not delete
     fcntl = None  # type: ignore[assignment]
 
 
-NO_SPEECH = (
-    "Spoken questions are disabled, because no speech recogniser is set up. The operator of this app can enable them "
-    "with --speech_model small."
-)
+NO_SPEECH = "Spoken questions are not set up here. Please type the question."  # for visitors
 UPLOADS = "jnana-uploads-"
 logger = logging.getLogger("app")
 
@@ -47,28 +44,22 @@ logger = logging.getLogger("app")
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help=f"default: JNANA_MODEL, else {DEMO}")
-    parser.add_argument(
-        "--speech_model", help="WhisperX model: small, large-v3-turbo, a directory ...; 'none' disables speech"
-    )
+    parser.add_argument("--speech_model", help="WhisperX model: small, large-v3-turbo, a directory; 'none': no speech")
     parser.add_argument("--examples_folder", type=Path, default=EXAMPLES, help="example images, questions in .txt")
     parser.add_argument("--host", help="default: GRADIO_SERVER_NAME, else 127.0.0.1 (this machine only)")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, else 7860 or the next free one")
-    parser.add_argument(
-        "--api", action="store_true", help="also answer OpenAI clients under /v1, with the key of --api_key"
-    )
+    parser.add_argument("--api", action="store_true", help="also answer OpenAI clients under /v1, see --api_key")
     parser.add_argument("--login", help="name:password; JNANA_LOGIN is safer, because process lists show options")
     add_options(parser)
     return parser.parse_args(argv)
 
 
 def find_login(given: str | None) -> tuple[str, str] | None:
-    login = given or os.environ.get("JNANA_LOGIN")
-    if not login:
-        return None
-    name, colon, password = login.partition(":")
-    if not (name and colon and password):
+    login = given or os.environ.get("JNANA_LOGIN", "")
+    name, _, password = login.partition(":")
+    if login and not (name and password):
         raise SystemExit("The login must have the form name:password (--login or JNANA_LOGIN).")
-    return name, password
+    return (name, password) if login else None
 
 
 def find_speech(model: str | None, limits: Limits) -> Transcriber | None:
@@ -88,8 +79,11 @@ def load(arguments: argparse.Namespace) -> Assistant:
     if not arguments.examples_folder.is_dir():
         raise SystemExit(f"--examples_folder {arguments.examples_folder} is not a directory.")
     assistant = load_assistant(arguments, limits, transcriber=transcriber, speech_note=NO_SPEECH)
-    if transcriber is not None:
+    if transcriber is None:
+        logger.info("Spoken questions are off; --speech_model small turns them on.")
+    else:
         transcriber.start()
+    assistant.chats.watch()
     return assistant
 
 
@@ -113,9 +107,8 @@ def main(argv: list[str]) -> None:
     with upload_directory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         try:
-            options: dict[str, Any] = launch_options(
-                assistant, uploads, host_names, Api(assistant, api_key) if arguments.api else None
-            )
+            api = Api(assistant, api_key) if arguments.api else None
+            options: dict[str, Any] = launch_options(assistant, uploads, host_names, api)
             build_interface(assistant, arguments.examples_folder).launch(
                 server_name=arguments.host, server_port=arguments.port, auth=login, **options
             )
@@ -130,11 +123,7 @@ def handle_signals() -> None:
     """Make SIGTERM and SIGHUP end the app as Ctrl-C does, unless they are ignored already (`nohup`)."""
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         if signal.getsignal(signal.Signals[name]) is signal.SIG_DFL:
-            signal.signal(signal.Signals[name], raise_keyboard_interrupt)
-
-
-def raise_keyboard_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+            signal.signal(signal.Signals[name], signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from .api_request import ApiError, CompletionRequest, RequestReader
+from .api_request import ApiError, CompletionRequest, RequestReader, check_size
 from .assistant import Assistant
 from .completions import GENERAL, REASONS, Job, Worker, usage_of
 from .gate import error_object
@@ -28,6 +28,7 @@ from .session import ContextFullError, Turn
 
 logger = logging.getLogger(__name__)
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+READERS = 4  # requests that are parsed and whose images are decoded at one time; others wait
 LOOK_UP = 0.5  # seconds between two looks whether the client is still there
 
 
@@ -52,6 +53,7 @@ class Api:
         self.assistant, self.key = assistant, key
         self.reader, self.worker = RequestReader(assistant), Worker(assistant)
         self.started = int(time.time())
+        self.reading = asyncio.Semaphore(READERS)
         self.body_megabytes = assistant.limits.upload_megabytes * 4 / 3 + 1  # base64, and the texts
         router = APIRouter()
         for path, method, handler in (
@@ -107,7 +109,9 @@ class Api:
         return {"id": self.assistant.name, "object": "model", "created": self.started, "owned_by": "jnana"}
 
     async def complete(self, request: Request) -> Response:
-        job = Job(await asyncio.to_thread(self._read, await request.body()))
+        body = await request.body()
+        async with self.reading:
+            job = Job(await asyncio.to_thread(self._read, body))
         self.worker.submit(job)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.assistant.name}
         if job.request.stream:
@@ -115,6 +119,7 @@ class Api:
         return JSONResponse(await collect(job, head, request))
 
     def _read(self, body: bytes) -> CompletionRequest:
+        check_size(body)
         try:
             content = json.loads(body)
         except (ValueError, RecursionError):

@@ -1,156 +1,71 @@
-"""The state behind the chat page: the assistant that all visitors share, and one chat for each visitor.
-
-The handlers of a page run concurrently: an image may be uploaded while a question is sent and the chat is cleared.
-Therefore a visitor is created once, before the first handler runs, and no handler replaces it. Everything that belongs
-to one chat is in a `Chat`, and a handler checks at its end whether its chat has been closed.
-"""
+"""The assistant that all visitors of the page and all clients of the API share. chats.py holds the visitors' chats."""
 
 import logging
 import tempfile
 import threading
-from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
+from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import nn
 
 from jnana.processing import JnanaProcessor
 from jnana.processing.speech import TranscriptionError
 
+from .chats import Chat, ChatImage, Chats
 from .limits import Limits, Refused, read_image
 from .session import ChatSession, PreparedImage
 
 
 logger = logging.getLogger(__name__)
-TABS = 10  # as a multiple of `visitors`: browser tabs whose visitors are remembered after they were deleted
 THUMBNAIL_SIDE = 512  # pixels, of the copy that the page shows
 # Kinds of `TranscriptionError` whose message is shown to visitors; others may contain paths of this machine
 VISITOR_ERRORS = ("audio", "too_long", "timeout")
 SPEECH_FAILED = "Speech recognition failed; the reason is in the server's log. Please type the question."
 
 
-@dataclass
-class ChatImage:
-    """
-    An image of a chat.
-
-    Args:
-        prepared (`PreparedImage`): The image as the model takes it.
-        thumbnail (`str`): File of a small copy, for the page.
-    """
-
-    prepared: PreparedImage
-    thumbnail: str
-
-
-@dataclass
-class QueuedQuestion:
-    """
-    A question from the moment it is sent until it is answered.
-
-    Args:
-        question (`str`): Its text.
-        images (`list[ChatImage]`): Its images.
-        before (`list[dict]`): The transcript without the question, restored if the question fails.
-        is_retry (`bool`): Whether it repeats the last question.
-    """
-
-    question: str
-    images: list[ChatImage]
-    before: list[dict]
-    is_retry: bool = False
-
-
-@dataclass(eq=False)
-class Chat:
-    """
-    All messages and images between two clicks on Clear.
-
-    Args:
-        session (`ChatSession`): The chat session with the model.
-        waiting (`list[ChatImage]`): Images for the next question.
-        receiving (`int`): Number of images that are being read.
-        transcript (`list[dict]`): The chat as the page shows it.
-        queued (`QueuedQuestion` or `None`): The question that waits for the model.
-        answering (`QueuedQuestion` or `None`): The question that is being answered.
-        notice (`str`): Why the last click did nothing, for the status line; empty if it did something.
-        closed (`bool`): Whether the chat was cleared, or deleted after `idle_seconds`.
-        lock (`threading.RLock`): Held while `waiting`, `receiving`, `queued` or `answering` are read and changed.
-    """
-
-    session: ChatSession
-    waiting: list[ChatImage] = field(default_factory=list)
-    receiving: int = 0
-    transcript: list[dict] = field(default_factory=list)
-    queued: QueuedQuestion | None = None
-    answering: QueuedQuestion | None = None
-    notice: str = ""
-    closed: bool = False
-    lock: Any = field(default_factory=threading.RLock)
-
-    @property
-    def image_count(self) -> int:
-        """Number of images in the chat (`int`), including those of waiting questions and running uploads."""
-        answered = sum(part["type"] == "image" for message in self.session.messages for part in message["content"])
-        unanswered = sum(len(question.images) for question in (self.queued, self.answering) if question)
-        return answered + unanswered + len(self.waiting) + self.receiving
-
-
-class Visitor:
-    """
-    One browser tab and its chat. Gradio copies the value of a `State` for each browser session; a copy is a new
-    visitor with a new chat.
-
-    Args:
-        model (`nn.Module`): As [`ChatSession`] takes it.
-        processor (`JnanaProcessor`): Its processor.
-
-    Attributes:
-        token (`object`): Tells a visitor from the one that replaces it, without keeping its chat in memory.
-    """
-
-    def __init__(self, model: nn.Module, processor: JnanaProcessor):
-        self.model, self.processor = model, processor
-        self.token = object()
-        self.chat = Chat(ChatSession(model, processor))
-
-    def __deepcopy__(self, memo: dict) -> "Visitor":
-        return Visitor(self.model, self.processor)
-
-    def start_new_chat(self) -> Chat:
-        """Start a new chat; returns the old one (`Chat`)."""
-        old, self.chat = self.chat, Chat(ChatSession(self.model, self.processor))
-        return old
-
-
 class Turns:
-    """A lock that goes to those who wait for it in the order of their arrival. Any thread may release it."""
+    """The line of those who want the model, in the order of their arrival. Any thread may act for another."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._taken = False
-        self._waiting: deque[threading.Event] = deque()
+        self._line: list[object] = []  # the first one has the model
+        self._moved = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def join(self) -> object:
+        """Join the line; returns a ticket, which must be given to [`~Turns.leave`]."""
+        ticket = object()
+        with self._moved:
+            self._line.append(ticket)
+        return ticket
+
+    def wait(self, ticket: object, seconds: float | None = None) -> int:
+        """How many are before a ticket (`int`). Unless none is, wait until the line moves, or for `seconds`."""
+        with self._moved:
+            if self._line.index(ticket) > 0:
+                self._moved.wait(seconds)
+            return self._line.index(ticket)
+
+    def leave(self, ticket: object) -> None:
+        """Leave the line, from any place."""
+        with self._moved:
+            self._line.remove(ticket)
+            self._moved.notify_all()
 
     def __enter__(self) -> None:
-        with self._lock:
-            if not self._taken:
-                self._taken = True
-                return
-            mine = threading.Event()
-            self._waiting.append(mine)
-        mine.wait()
+        ticket = self.join()
+        while self.wait(ticket):
+            continue
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()  # it stays taken
-            else:
-                self._taken = False
+        self.leave(self._line[0])
 
 
 class Assistant:
@@ -183,40 +98,18 @@ class Assistant:
         self.transcriber = transcriber
         self.speech_note = speech_note
         self.turn = Turns()
+        self._preparer = self.new_session()  # for its preprocessing; it never answers
         self._recent: OrderedDict[int, ChatSession] = OrderedDict()
         self._recent_lock = threading.Lock()
-        self._tabs: OrderedDict[str, object] = OrderedDict()  # the token of each tab's visitor
+        self.chats = Chats(self.limits, self.new_session, self._stop)
 
-    def new_visitor(self) -> Visitor:
-        """A new visitor, with an empty chat."""
-        return Visitor(self.model, self.processor)
+    def new_session(self) -> ChatSession:
+        """A session of an empty chat with the model."""
+        return ChatSession(self.model, self.processor)
 
-    def has_lost_chat(self, tab: str, visitor: Visitor) -> bool:
-        """
-        Whether a browser tab had a chat that Gradio has deleted. The tab's visitor is then the new one.
-
-        Args:
-            tab (`str`): Gradio's name of the tab.
-            visitor (`Visitor`): Its visitor now.
-        """
+    def _stop(self, chat: Chat) -> None:
+        """Stop the answer of a closed chat and free its cache."""
         with self._recent_lock:
-            before = self._tabs.pop(tab, visitor.token)
-            self._tabs[tab] = visitor.token
-            while len(self._tabs) > TABS * self.limits.visitors:
-                self._tabs.popitem(last=False)
-        return before is not visitor.token
-
-    def forget_tab(self, visitor: Visitor) -> None:
-        """Call when a visitor's page is emptied; there is nothing more to lose."""
-        with self._recent_lock:
-            for tab in [tab for tab, token in self._tabs.items() if token is visitor.token]:
-                del self._tabs[tab]
-
-    def close_chat(self, visitor: Visitor) -> None:
-        """Close a visitor's chat: stop its answer and free its cache. The visitor gets a new chat."""
-        chat = visitor.start_new_chat()
-        with self._recent_lock:
-            chat.closed = True
             self._recent.pop(id(chat.session), None)
         chat.session.stop()
 
@@ -231,27 +124,44 @@ class Assistant:
             device = f"{device} ({torch.cuda.get_device_name(self.model.device)})"
         return f"{self.name} · {device} · {dtype}"
 
-    def receive(self, chat: Chat, path: str) -> None:
+    def receive(self, chat: Chat, files: list[str]) -> list[ChatImage]:
         """
-        Add an uploaded image to those of the next question.
+        The images of uploaded files, for the next question. Those decoded before are not decoded again.
 
         Raises:
-            Refused: if it can't be used, or the chat has reached its number of images.
+            Refused: if one can't be used, or the chat has more images than it may.
         """
-        with chat.lock:
-            if chat.image_count >= self.limits.images:
-                raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start a new one.")
-            chat.receiving += 1
-        received = []
+        earlier = sum(len(question.images) for question in chat.shown)
+        if earlier + len(files) > self.limits.images:
+            raise Refused(f"A chat takes at most {self.limits.images} pictures. Clear it to start a new one.")
+        with chat.reading:
+            for file in files:
+                if file not in chat.received:
+                    chat.received[file] = self.read(file)
+            return [chat.received[file] for file in files]
+
+    def read(self, file: str) -> ChatImage:
+        """Decode an image (`ChatImage`). Raises `Refused` if it can't be used."""
+        image = read_image(file, self.limits)
+        prepared = self._preparer.prepare(image)
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        return ChatImage(prepared, keep_file(image))
+
+    def check_system(self, messages: list[dict], images: list[PreparedImage]) -> None:
+        """
+        Check that the model sees the system prompt with which the messages begin, if they do.
+
+        Raises:
+            Refused: if the model's chat template refuses it or leaves it out.
+        """
+        if messages[0]["role"] != "system":
+            return
         try:
-            image = read_image(path, self.limits)
-            prepared = chat.session.prepare(image)
-            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            received.append(ChatImage(prepared, keep_file(image)))
-        finally:
-            with chat.lock:
-                chat.receiving -= 1
-                chat.waiting.extend(received)
+            honoured = self._preparer.encode(messages, images) != self._preparer.encode(messages[1:], images)
+        except TemplateError:
+            honoured = False
+        if not honoured:
+            raise Refused("This model takes no system prompt. Empty that field in the settings.")
 
     def listen(self, path: str) -> str:
         """

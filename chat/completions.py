@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .api_request import ApiError, CompletionRequest
-from .assistant import Assistant, Chat, is_out_of_memory
-from .session import ChatSession, Turn
+from .assistant import Assistant, is_out_of_memory
+from .chats import Chat
+from .session import Turn
 
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Worker:
         if chosen is None and len(chats) >= self.assistant.limits.kept_chats:
             chosen = chats[0]
         if chosen is None:
-            chosen = Chat(ChatSession(self.assistant.model, self.assistant.processor))
+            chosen = Chat(self.assistant.new_session())
         else:
             chats.remove(chosen)
         chats.append(chosen)

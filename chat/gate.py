@@ -32,6 +32,11 @@ OPEN = re.compile(
 )
 API = re.compile(r"/v1/.*|/health")
 API_BODIES = 8  # of the largest size that may be in memory at one time
+# Whatever an answer of the model holds, the page loads nothing from other servers and sends nothing there
+POLICY = (
+    b"img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self' data: blob:; "
+    b"font-src 'self' data:; object-src 'none'; form-action 'self'; base-uri 'self'"
+)
 ENVELOPE = 65_536  # bytes of a request in addition to its file or its question
 CHARACTER = 12  # largest size in bytes of one character in JSON
 ENTRY = 8_192  # smallest size in bytes of a file or a directory on the disk
@@ -75,7 +80,7 @@ class Gate:
         self.upload_megabytes, self.folder_megabytes = upload_megabytes, folder_megabytes
         self.other_bytes = question_characters * CHARACTER + ENVELOPE
         self.api_bytes, self.page = int(api_megabytes * 1e6), page
-        self.api_arriving = 0  # bytes of the API's running requests
+        self.api_arriving: Counter[str | None] = Counter()  # bytes of the API's running requests, by address
         self.counting = asyncio.Lock()
         self.counted_at = float("-inf")
         self.counted = 0  # bytes in the directory at the last measurement, and those accepted since
@@ -98,12 +103,11 @@ class Gate:
         if upload and not problem and not await self.has_room(length or 0, address):
             status, problem = 503, "There is no room for uploads at the moment. Try again later."
         api = self.is_api(path)
-        if api and not problem and self.api_arriving + (length or 0) > self.api_bytes * API_BODIES:
+        if api and not problem and not self.has_memory(length or 0, address):
             status, problem = 503, "Too many large requests are being answered. Try again later."
         if problem:
             await refuse(send, status, problem, as_json=api)
             return
-        self.api_arriving += api and length or 0
         body = Body(receive, send, length or 0)
         try:
             await self.app(scope, body.receive, body.send)
@@ -114,9 +118,22 @@ class Gate:
             if upload:
                 self.arriving[address] -= length or 0
                 self.arriving = +self.arriving
-            self.api_arriving -= api and length or 0
+            if api:
+                self.api_arriving[address] -= length or 0
+                self.api_arriving = +self.api_arriving
         if body.stalled and not body.answered:
             await refuse(send, 408, "The request took too long to arrive.", as_json=api)
+
+    def has_memory(self, length: int, address: str | None = None) -> bool:
+        """
+        Whether `length` more bytes fit beside the bodies of the API's running requests, and into the half of that
+        memory which one address may take; if so, they are counted.
+        """
+        most = self.api_bytes * API_BODIES
+        if self.api_arriving.total() + length > most or self.api_arriving[address] + length > most / 2:
+            return False
+        self.api_arriving[address] += length
+        return True
 
     def is_api(self, path: str) -> bool:
         """Whether a path is one of the API, and the API is on."""
@@ -226,6 +243,8 @@ class Body:
         if self.stalled and not self.answered:
             return  # the application's answer to a client that has left; the gate answers
         self.answered = True
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"content-security-policy", POLICY)]}
         await self._send(message)
 
 

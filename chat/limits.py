@@ -129,6 +129,19 @@ def check_question(text: str, limits: Limits) -> str:
     return text
 
 
+def check_sampling(temperature: Any, top_p: Any, new_tokens: Any, limits: Limits) -> dict[str, Any]:
+    """The options (`dict`) of [`ChatSession.answer`]. Raises `Refused` for one that is no number or out of range."""
+    try:
+        temperature, top_p, new_tokens = float(temperature), float(top_p), int(new_tokens)
+    except (TypeError, ValueError, OverflowError):
+        raise Refused("Temperature, top-p and length must be numbers.") from None
+    if not (0 <= temperature <= 2 and 0 < top_p <= 1 and 1 <= new_tokens <= limits.new_tokens):
+        raise Refused(
+            f"The temperature is 0 to 2, top-p above 0 and at most 1, the length 1 to {limits.new_tokens} tokens."
+        )
+    return {"temperature": temperature, "top_p": top_p, "max_new_tokens": new_tokens}
+
+
 def _decode(data: bytes, max_pixels: int) -> bytes:
     """
     An uploaded image as a PNG, decoded by `decode_upload.py` in a process without this one's environment variables,

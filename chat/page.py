@@ -1,22 +1,23 @@
 """The event handlers of the chat page. Each returns the new values of the page's components.
 
-Every error of a request becomes one line on the visitor's page. The messages of `Refused` and `ContextFullError` are
-shown as they are. All other errors show a general message, with the details in the log only.
-
-A question is queued when it is sent and answered when the model is free. Until then the visitor can withdraw it.
+Every error becomes one line on the page: the words of `Refused` and `ContextFullError`, else a general message, with
+the details in the log only. A question is queued when it is sent; until the model is free it can be withdrawn.
 """
 
 import functools
-import html
 import inspect
 import logging
+import re
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from .assistant import Assistant, Chat, QueuedQuestion, Visitor, is_out_of_memory
-from .limits import Refused, check_question
+from .assistant import Assistant, is_out_of_memory
+from .chats import Chat, Question
+from .limits import Refused, check_question, check_sampling
 from .session import ContextFullError
 
 
@@ -24,12 +25,20 @@ logger = logging.getLogger(__name__)
 
 GENERAL_ERROR = "Something went wrong on the server, and was logged. Try again, or clear the chat."
 STILL_ANSWERING = "Your last question is still being answered. Wait for the answer, or stop it."
-STILL_RECEIVING = "Your picture is still being uploaded. Send again in a moment."
+NOTHING_ASKED = "Type or say a question, or give a picture."
+NOTHING_YET = "Nothing has been asked yet."
+FULL = "Too many questions are waiting for the model. Send yours again in a moment."
+NO_MEMORY = "There was too little memory for that. Some has been freed: send it again."
 CHAT_LOST = (
     "This chat was closed after a long time without a question, or because many others have come. Its pictures are "
     "gone: send them again with the question."
 )
-WAITING = "waiting for the model ..."
+SOUND = re.compile(r"\.(aac|amr|flac|m4a|mp3|mp4|oga|ogg|opus|wav|weba|webm|wma)$", re.IGNORECASE)
+SPEECH_STARTS = "the speech recogniser is starting; its first start takes minutes, later ones seconds ..."
+LATE = 5.0  # seconds after which a page is shown that was reloaded in the middle of an answer
+PLACE = 0.5  # seconds between two looks at the place in the line
+UNCHANGED = (gr.skip(), gr.skip())  # status line and messages
+BREAK = "\u2060"  # an invisible character, after which `<` begins no HTML and `!` no image
 
 
 def line_for_visitor(handler: Callable, error: Exception) -> str:
@@ -41,69 +50,19 @@ def line_for_visitor(handler: Callable, error: Exception) -> str:
     return GENERAL_ERROR
 
 
-def in_status_line(handler: Callable, num_outputs: int) -> Callable:
+def safe_markdown(text: str) -> str:
     """
-    Decorate a handler that runs outside the queue and whose last output is the status line: every exception becomes
-    one line there, and everything else on the page stays as it is.
+    Markdown in which HTML is text and images of other addresses are links, whatever the model or a visitor wrote. Code
+    stays as it is, because Markdown shows it as text.
     """
-
-    @functools.wraps(handler)
-    def guarded(*args: Any) -> Any:
-        try:
-            return handler(*args)
-        except Exception as error:
-            line = line_for_visitor(handler, error)
-        return line if num_outputs == 1 else (*(gr.skip() for _ in range(num_outputs - 1)), line)
-
-    return guarded
-
-
-def with_notice(handler: Callable) -> Callable:
-    """
-    Decorate a handler outside the queue whose success starts an answer: every exception is kept as the chat's notice,
-    which [`Page.show_notice`] shows, and raised, so that no answer is started.
-    """
-
-    @functools.wraps(handler)
-    def guarded(*args: Any) -> Any:
-        try:
-            return handler(*args)
-        except Exception as error:
-            visitor = next(arg for arg in args if isinstance(arg, Visitor))
-            visitor.chat.notice = line_for_visitor(handler, error)
-            raise gr.Error(visitor.chat.notice, print_exception=False) from None
-
-    return guarded
-
-
-def for_visitors(handler: Callable) -> Callable:
-    """Decorate a queued handler: every exception becomes one line for the visitor, and the app continues."""
-
-    def visitor_error(error: Exception) -> gr.Error:
-        refused = isinstance(error, (Refused, ContextFullError))
-        text = line_for_visitor(handler, error)
-        return gr.Error(text, title="Not possible" if refused else "Sorry", print_exception=False)
-
-    @functools.wraps(handler)
-    def guarded(*args: Any) -> Any:
-        try:
-            return handler(*args)
-        except Exception as error:
-            raise visitor_error(error) from None
-
-    @functools.wraps(handler)
-    def guarded_stream(*args: Any) -> Iterator[Any]:
-        try:
-            yield from handler(*args)
-        except Exception as error:
-            raise visitor_error(error) from None
-
-    return guarded_stream if inspect.isgeneratorfunction(handler) else guarded
+    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]+`)", text, flags=re.DOTALL)
+    parts[::2] = [re.sub(r"<(?=[A-Za-z/!?])|!(?=\[)", rf"\g<0>{BREAK}", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 class Page:
     """
-    The handlers of the page.
+    The handlers of the page. Each takes the visitor's chat first.
 
     Args:
         assistant (`Assistant`): The model that answers.
@@ -111,249 +70,229 @@ class Page:
     """
 
     def __init__(self, assistant: Assistant, examples: list[tuple[str, str]]):
-        self.assistant = assistant
-        self.examples = examples
+        self.assistant, self.examples = assistant, examples
 
-    def add_image(self, path: str | None, visitor: Visitor, request: gr.Request | None = None):
-        """Add an uploaded image to the waiting ones, and empty the input for the next image."""
-        if path is None:  # the input was emptied; another `None` would end an upload that has begun since
-            return (gr.skip(),) * 5
-        refusal = ""
-        try:
-            self._check_lost(visitor, request)
-            self.assistant.receive(visitor.chat, path)
-        except Exception as error:
-            refusal = line_for_visitor(self.add_image, error)
-        return *self._waiting_images(visitor), None, refusal
+    def guarded(self, handler: Callable, otherwise: Callable[[Chat], Any]) -> Callable:
+        """
+        The function for Gradio: it finds the chat of the key that the page sends, and every exception becomes one line
+        on the page, with the outputs of `otherwise`.
+        """
 
-    def drop_images(self, visitor: Visitor):
-        chat = visitor.chat
-        with chat.lock:
-            chat.waiting = []
-        return *self._waiting_images(visitor), ""
+        def find(key: str) -> tuple[Chat, bool]:
+            chat, lost = self.assistant.chats.find(key)
+            if otherwise == self.view and handler not in (self.show, self.open) or lost:
+                chat.notice = CHAT_LOST if lost else ""
+            return chat, lost
 
-    def choose_example(self, index: int, visitor: Visitor, request: gr.Request | None = None):
-        self._check_lost(visitor, request)
-        path, question = self.examples[int(index)]
-        chat = visitor.chat
-        with chat.lock:
-            before, chat.waiting = chat.waiting, []
-        try:
-            self.assistant.receive(chat, path)
-        except Exception:
-            with chat.lock:
-                chat.waiting = [*before, *chat.waiting]
-            raise
-        return *self._waiting_images(visitor), question, ""
+        @functools.wraps(handler)
+        def once(key: str, *args: Any) -> Any:
+            chat, lost = find(key)
+            try:
+                return otherwise(chat) if lost else handler(chat, *args)
+            except Exception as error:
+                chat.notice = line_for_visitor(handler, error)
+                return otherwise(chat)
 
-    def notice(self, path: str | None) -> str:
-        """The status line while a recording is transcribed."""
-        if path is None or self.assistant.transcriber is None:
-            return ""
-        if self.assistant.transcriber.ready:
-            return "transcribing the recording ..."
-        return "the speech recogniser is starting; its first start takes minutes, later ones seconds ..."
+        @functools.wraps(handler)
+        def stream(key: str, *args: Any) -> Iterator[Any]:
+            yield from handler(find(key)[0], *args)
 
-    def transcribe(self, path: str | None) -> tuple[str, str]:
-        """The transcript of a recording, and an empty status line."""
-        return ("" if path is None else self.assistant.listen(path)), ""
+        return stream if inspect.isgeneratorfunction(handler) else once
 
-    def append_transcript(self, transcript: str, question: str) -> tuple[str, str]:
-        """Append a transcript to the question box, where the visitor can correct it; and an empty status line."""
-        return (f"{question} {transcript}".strip() if transcript else question), ""
+    # ------------------------------------------------------------------ the composer
 
-    def take(self, question: str, visitor: Visitor, request: gr.Request | None = None):
-        """Queue the question with the waiting images."""
-        self._check_lost(visitor, request)
-        chat, question = visitor.chat, check_question(question, self.assistant.limits)
-        with chat.lock:
-            chat.notice = ""
-            if chat.queued or chat.answering:
-                raise Refused(STILL_ANSWERING)
-            if chat.receiving:
-                raise Refused(STILL_RECEIVING)
-            if not question and not chat.waiting:
-                raise Refused("Type or say a question, or give a picture.")
-            chat.queued = queued = QueuedQuestion(question, chat.waiting, chat.transcript)
-            chat.transcript = [*queued.before, *self._messages(queued)]
-            chat.waiting = []
-        return self._view(visitor, "", WAITING)
+    def receive(self, chat: Chat, value: dict) -> str:
+        """Decode the images in the composer while the visitor types; drop those that can't be used, in words."""
+        pictures, taken = [file for file in value["files"] if not SOUND.search(file)], []
+        for file in pictures:
+            try:
+                self.assistant.receive(chat, [*taken, file])
+                taken.append(file)
+                chat.refused.discard(file)
+            except Refused as error:
+                chat.refused.add(file)
+                chat.notice = line_for_visitor(self.receive, error)
+        with chat.reading:  # forget those that were taken out of the composer
+            chat.received = {file: image for file, image in chat.received.items() if file in pictures}
+            chat.refused &= set(value["files"])
+        return self.line(chat)
 
-    def take_again(self, visitor: Visitor, request: gr.Request | None = None):
+    def listen(self, chat: Chat, value: dict) -> Iterator[str]:
+        """Transcribe the recordings in the composer."""
+        for file in filter(SOUND.search, value["files"]):
+            if file in chat.heard:
+                continue
+            starting = self.assistant.transcriber and not self.assistant.transcriber.ready
+            yield SPEECH_STARTS if starting else "transcribing the recording ..."
+            try:
+                chat.heard[file] = self.assistant.listen(file)
+                chat.refused.discard(file)
+            except Exception as error:
+                chat.refused.add(file)
+                chat.notice = line_for_visitor(self.listen, error)
+        yield self.line(chat)
+
+    def tidy(self, chat: Chat, value: dict) -> Any:
+        """The composer without refused files, and with transcripts in its text, where they can be corrected."""
+        files = value["files"]
+        said = " ".join(chat.heard[file] for file in files if file in chat.heard)
+        kept = [file for file in files if file not in chat.heard and file not in chat.refused]
+        if kept == files:
+            return gr.skip()
+        return {"text": f"{value['text']} {said}".strip(), "files": kept}
+
+    # ------------------------------------------------------------------ questions
+
+    def take(self, chat: Chat, value: dict):
+        """Queue the question in the composer."""
+        files, text = value["files"], check_question(value["text"], self.assistant.limits)
+        if any(map(SOUND.search, files)):
+            raise Refused("Your recording is still being transcribed. Send again in a moment.")
+        if not text and not files:
+            raise Refused(NOTHING_ASKED)
+        images = self.assistant.receive(chat, files)
+        return self._queue(chat, Question(text, images, files, len(chat.answered)), {"text": "", "files": []})
+
+    def choose(self, chat: Chat, event: gr.SelectData):
+        """Queue an example."""
+        if event.index not in range(len(self.examples)):
+            raise Refused("There is no such example.")
+        path, text = self.examples[event.index]
+        image = self.assistant.read(path)
+        return self._queue(chat, Question(text, [image], [image.thumbnail], len(chat.answered)))
+
+    def retry(self, chat: Chat):
         """Queue the last question again."""
-        self._check_lost(visitor, request)
-        chat = visitor.chat
-        with chat.lock:
-            chat.notice = ""
-            if chat.queued or chat.answering:
-                raise Refused(STILL_ANSWERING)
-            if not chat.session.messages:
-                raise Refused("Nothing has been asked yet.")
-            chat.queued = QueuedQuestion("", [], chat.transcript, is_retry=True)
-            chat.transcript = chat.transcript[:-1]
-        return self._view(visitor, gr.skip(), WAITING)
+        if not chat.answered:
+            raise Refused(NOTHING_YET)
+        last = chat.answered[-1]
+        return self._queue(chat, Question(last.text, last.images, last.files, len(chat.answered) - 1, returns=False))
 
-    def answer(self, temperature: float, new_tokens: int, visitor: Visitor):
-        """Answer the queued question, and stream the answer."""
-        chat, problem = visitor.chat, None
-        try:
-            answer = self._begin(chat, temperature, new_tokens)
-            if answer is None:  # the question was withdrawn, or the chat was cleared
-                yield self._unchanged()
-                return
-            with self.assistant.turn:  # page and API take turns
-                yield from self._write(visitor, chat, answer)
-            view = self._summary(visitor, chat)
-        except Exception as error:  # the session has restored its state; restore the page too
-            problem, view = error, self._restore(visitor, chat, chat.answering)
-            if chat.closed:
-                logger.error("the answer failed after its chat was cleared", exc_info=error)
-        finally:  # before the last view is shown, because the visitor may then ask again
-            chat.answering = None
-        if problem is not None and is_out_of_memory(problem):
-            logger.error("out of memory; a smaller --kept_chats keeps fewer caches", exc_info=problem)
-            self.assistant.make_room()
-            problem = Refused("There was too little memory for that. Some has been freed: send it again.")
-        yield view
-        if problem is not None and not chat.closed:
-            raise problem
+    def edit(self, chat: Chat, event: gr.EditData):
+        """Queue a question of the chat with another text; its answer replaces all that follows."""
+        owners = [number for number, question in enumerate(chat.shown) for _ in messages_of(question)]
+        if chat.pending or event.index not in range(len(owners)):
+            raise Refused(STILL_ANSWERING if chat.pending else "There is no such question.")
+        old = chat.answered[owners[event.index]]
+        text = check_question(str(event.value).replace(BREAK, ""), self.assistant.limits)
+        return self._queue(chat, Question(text, old.images, old.files, owners[event.index], returns=False))
 
-    def stop(self, visitor: Visitor):
-        """Stop the answer, or withdraw the queued question into its box."""
-        chat = visitor.chat
+    def undo(self, chat: Chat):
+        """Take the last question and its answer out of the chat, and the question back into the composer."""
         with chat.lock:
-            if chat.queued is None:
+            if chat.pending or not chat.answered:
+                raise Refused(STILL_ANSWERING if chat.pending else NOTHING_YET)
+            *chat.answered, chat.withdrawn = chat.answered
+            chat.status = ""
+        return self.show(chat)
+
+    def stop(self, chat: Chat):
+        """Stop the answer, or withdraw the queued question into the composer."""
+        with chat.lock:
+            if chat.pending and chat.pending.writing:
                 chat.session.stop()
-        return self.withdraw(visitor)
+            elif chat.pending:
+                chat.withdraw(chat.pending)
+        return self.show(chat)
 
-    def clear(self, visitor: Visitor):
-        self.assistant.close_chat(visitor)
-        self.assistant.forget_tab(visitor)
-        return self._view(visitor, "", "")
+    def clear(self, chat: Chat):
+        return self.view(self.assistant.chats.clear(chat))
 
-    def show_notice(self, visitor: Visitor):
-        """The page as it is, with the notice in the status line."""
-        return self._view(visitor, gr.skip(), visitor.chat.notice)
+    def open(self, chat: Chat):
+        """A page that was opened or reloaded; an answer that the page before it awaited is stopped and shown."""
+        late = time.monotonic() + LATE
+        while chat.pending and time.monotonic() < late:
+            chat.session.stop()
+            time.sleep(0.1)
+        return self.show(chat)
 
-    def settle(self, visitor: Visitor):
-        """Called after an answer: shows an empty chat if the chat was cleared just before the answer ended."""
-        if visitor.chat.transcript:
-            return gr.skip(), gr.skip()
-        return [], visitor.chat.notice
+    def show(self, chat: Chat):
+        """The page as it is, after an answer too, whose last lines may have crossed a click."""
+        back = chat.take_back()
+        return self.view(chat, back and {"text": back.text, "files": [f for f in back.files if Path(f).is_file()]})
 
-    def withdraw(self, visitor: Visitor):
-        """Put the queued question back into its box; also called if the queue is full."""
-        chat = visitor.chat
-        with chat.lock:
-            queued, chat.queued = chat.queued, None
-            return self._unchanged() if queued is None else self._restore(visitor, chat, queued)
+    # ------------------------------------------------------------------ answers
 
-    # ------------------------------------------------------------------ helpers
-
-    def _check_lost(self, visitor: Visitor, request: gr.Request | None) -> None:
-        """
-        Refuse once, so that the page is emptied, if the tab had another visitor before: Gradio has deleted that one.
-
-        Raises:
-            Refused: with the reason.
-        """
-        tab = None if request is None else request.session_hash
-        if tab is not None and self.assistant.has_lost_chat(tab, visitor):
-            raise Refused(CHAT_LOST)
-
-    def _begin(self, chat: Chat, temperature: float, new_tokens: int) -> Iterator[str] | None:
-        """Start answering the queued question, under the lock that Stop takes too; `None` if none is queued."""
-        with chat.lock:
-            queued, chat.queued = chat.queued, None
-            if queued is None:
-                return None
-            chat.answering = queued
-            options = self._options(temperature, new_tokens)
-            if queued.is_retry:
-                return chat.session.retry(**options)
-            return chat.session.ask(queued.question, [image.prepared for image in queued.images], **options)
-
-    def _write(self, visitor: Visitor, chat: Chat, answer: Iterator[str]):
-        reply = {"role": "assistant", "content": ""}
-        chat.transcript = [*chat.transcript, reply]
+    def answer(self, chat: Chat, system: str, temperature: float, top_p: float, new_tokens: int):
+        """Wait for the model with the queued question, and stream the answer."""
+        if (question := chat.claim()) is None:  # the question was refused or withdrawn, or the chat was cleared
+            yield UNCHANGED
+            return
+        turn, shown = self.assistant.turn, 0
+        ticket = turn.join()
         try:
-            yield self._progress(visitor, "reading ...")  # with the notice that a question was sent too early
+            options = check_sampling(temperature, top_p, new_tokens, self.assistant.limits)
+            system = check_question(str(system or ""), self.assistant.limits)
+            while (place := turn.wait(ticket, PLACE)) and chat.pending is question:
+                if place != shown:
+                    yield self._progress(chat, f"waiting for the model: {place} before you ...")
+                shown = place
+            yield from self._write(chat, question, system, options)
+        except Exception as error:
+            if is_out_of_memory(error):
+                logger.error("out of memory; a smaller --kept_chats keeps fewer caches", exc_info=error)
+                self.assistant.make_room()
+                error = Refused(NO_MEMORY)
+            chat.notice = line_for_visitor(self.answer, error)
+        finally:  # also when the page was closed
+            turn.leave(ticket)
+            chat.withdraw(question)
+        yield self._progress(chat, chat.status)
+
+    def _write(self, chat: Chat, question: Question, system: str, options: dict[str, Any]):
+        session = chat.session
+        with chat.lock:  # which Stop takes too
+            if chat.pending is not question:
+                return
+            messages, images = chat.conversation(question, system)
+            self.assistant.check_system(messages, images)
+            answer = session.answer(messages, images, **options)
+            question.writing, session.last_turn = True, None
+        try:
+            yield self._progress(chat, "reading ...")
             while not chat.closed and (text := next(answer, None)) is not None:
-                reply["content"] = text
-                if not chat.closed:
-                    yield self._progress(visitor, "writing ...")
+                question.answer = text
+                yield self._progress(chat, "writing ...")
         finally:
             answer.close()  # type: ignore[attr-defined]  # stops the answer when the page is closed
             self.assistant.keep_recent(chat)
-        if not chat.closed:
-            reply["content"] = chat.session.messages[-1]["content"][0]["text"] or "(no answer)"
+            chat.record(question)
 
-    def _summary(self, visitor: Visitor, chat: Chat):
-        """The complete answer, with its token counts and times."""
-        turn, chat.notice = chat.session.last_turn, ""
-        if chat.closed or turn is None:
-            return self._unchanged()
-        speed = turn.new_tokens / max(turn.seconds, 1e-9)
-        ends = {
-            "length": " · truncated at the longest answer set",
-            "context": " · the context is full: clear the chat",
-            "stopped": " · stopped",
-        }
-        status = (
-            f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them cached · first word after "
-            f"{turn.seconds_to_first_token:.2f} s · {turn.new_tokens} new tokens, {speed:.0f} a second"
-        )
-        return self._progress(visitor, status + ends.get(turn.finish_reason, ""))
+    # ------------------------------------------------------------------ helpers
 
-    def _restore(self, visitor: Visitor, chat: Chat, question: QueuedQuestion):
-        """Restore the page as it was before the question, unless the chat has been cleared since."""
-        if chat.closed:
-            return self._unchanged()
+    def _queue(self, chat: Chat, question: Question, composer: dict | None = None):
         with chat.lock:
-            chat.transcript, chat.waiting = question.before, [*question.images, *chat.waiting]
-        return self._view(visitor, gr.skip() if question.is_retry else question.question, "")
+            if chat.pending:
+                raise Refused(STILL_ANSWERING)
+            if len(self.assistant.turn) > self.assistant.limits.queue_length:
+                raise Refused(FULL)
+            chat.pending, chat.received, chat.heard, chat.refused = question, {}, {}, set()
+            chat.status = "waiting for the model ..."
+        return self.view(chat, composer)
 
-    def _options(self, temperature: float, new_tokens: int) -> dict[str, Any]:
-        try:
-            temperature, new_tokens = float(temperature), int(new_tokens)
-        except (TypeError, ValueError, OverflowError):
-            raise Refused("Temperature and length must be numbers.") from None
-        if not 0 <= temperature <= 2 or not 1 <= new_tokens <= self.assistant.limits.new_tokens:
-            raise Refused(f"The temperature is 0 to 2, the length 1 to {self.assistant.limits.new_tokens} tokens.")
-        return {"temperature": temperature, "max_new_tokens": new_tokens}
+    def view(self, chat: Chat, composer: dict | None = None):
+        """The key, the messages, the composer and the status line."""
+        busy, value = chat.pending is not None, {} if composer is None else {"value": composer}
+        messages = [m for one in chat.shown for m in messages_of(one, chat.status if one is chat.pending else "")]
+        update = gr.update(submit_btn=not busy, stop_btn=busy, **value)
+        return self.assistant.chats.key(chat), messages, update, self.line(chat)
 
-    def _messages(self, queued: QueuedQuestion) -> list[dict]:
-        messages: list[dict] = [
-            {"role": "user", "content": {"path": image.thumbnail, "alt_text": "picture"}} for image in queued.images
-        ]
-        return [*messages, {"role": "user", "content": queued.question}] if queued.question else messages
+    def line(self, chat: Chat) -> str:
+        return f"{chat.status} {chat.notice}".strip() if chat.pending else chat.notice or chat.status
 
-    def _view(self, visitor: Visitor, question: Any, status: str):
-        return *self._waiting_images(visitor), as_plain_text(visitor.chat.transcript), question, status
-
-    def _progress(self, visitor: Visitor, status: str):
-        """
-        The values that change while an answer is written; the question box stays untouched, because the visitor may be
-        typing. Returning the visitor resets its idle time.
-        """
-        chat = visitor.chat
-        line = f"{status} {chat.notice}" if chat.notice else status
-        return visitor, gr.skip(), gr.skip(), as_plain_text(chat.transcript), gr.skip(), line
-
-    def _unchanged(self):
-        return (gr.skip(),) * 6
-
-    def _waiting_images(self, visitor: Visitor):
-        """The visitor, the gallery of waiting images, and the button that removes them."""
-        files = [image.thumbnail for image in visitor.chat.waiting]
-        return visitor, gr.update(value=files, visible=bool(files)), gr.update(visible=bool(files))
+    def _progress(self, chat: Chat, status: str):
+        """The values that change while an answer is written; the composer stays, because the visitor may be typing."""
+        if chat.closed:
+            return UNCHANGED
+        chat.status = status
+        chat.touch()
+        return self.line(chat), self.view(chat)[1]
 
 
-def as_plain_text(transcript: list[dict]) -> list[dict]:
-    """A transcript with its text escaped: Gradio renders HTML in messages even with `render_markdown=False`."""
-    return [
-        {**message, "content": html.escape(message["content"], quote=False)}
-        if isinstance(message["content"], str)
-        else message
-        for message in transcript
-    ]
+def messages_of(question: Question, status: str = "") -> list[dict]:
+    """A question and its answer as the page shows them; the status of a pending one takes the answer's place."""
+    images = [{"path": image.thumbnail, "alt_text": "picture"} for image in question.images]
+    texts = [{"type": "text", "text": safe_markdown(question.text)}] if question.text else []
+    answer = safe_markdown(question.answer or "") or (f"*{status}*" if status else "(no answer)")
+    messages = [{"role": "user", "content": content} for content in (*images, *texts)]
+    return [*messages, {"role": "assistant", "content": {"type": "text", "text": answer}}]

@@ -65,12 +65,14 @@ class RunningApp:
         address (`str`): Of its page.
         log (`Path`): What it prints.
         dawdle (`Path`): While this file is there, tokens wait until it is touched, or the answer is stopped.
+        says (`Path`): While this file is there, every answer is its text.
         deaf (`str`): Why it has no speech recogniser; empty if it has one.
     """
 
     address: str
     log: Path
     dawdle: Path
+    says: Path
     deaf: str = ""
 
 
@@ -78,7 +80,7 @@ class RunningApp:
 def running(checkpoint, tmp_path_factory):
     """The app in a separate process, with the real speech worker if one is available (`RunningApp`)."""
     folder = tmp_path_factory.mktemp("app")
-    log, dawdle = folder / "app.log", folder / "dawdle"
+    log, dawdle, says = folder / "app.log", folder / "dawdle", folder / "says"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("JNANA_LOGIN", None)
     (folder / "tmp").mkdir()
@@ -88,12 +90,20 @@ def running(checkpoint, tmp_path_factory):
         environment["JNANA_WHISPERX_PYTHON"] = whisperx_python()
     except RuntimeError as error:
         deaf, speech_model = f"no environment with WhisperX: {error}", "none"
-    command = [sys.executable, "-m", "tests.app.slow_app", str(dawdle), "--model_name_or_path", str(checkpoint)]
-    command += ["--name", "chess", "--speech_model", speech_model, "--upload_megabytes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.app.slow_app",
+        str(dawdle),
+        str(says),
+        "--model_name_or_path",
+        str(checkpoint),
+    ]
+    command += ["--name", "chess", "--speech_model", speech_model, "--upload_megabytes", "2", "--visitors", "3"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:
-        yield RunningApp(wait_for_address(process, log), log, dawdle, deaf)
+        yield RunningApp(wait_for_address(process, log), log, dawdle, says, deaf)
     finally:
         process.terminate()
         process.wait(timeout=120)

@@ -152,7 +152,7 @@ def test_a_signal_that_was_turned_off_stays_off():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         app.handle_signals()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) is app.raise_keyboard_interrupt
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

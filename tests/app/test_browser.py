@@ -1,4 +1,4 @@
-"""The running app in a real browser: images, questions, correct answers, and errors.
+"""The running app in a real browser: the composer, images, questions, correct answers, and errors.
 
 Screenshots stay in `JNANA_SCREENSHOTS`, or in `outputs/screenshots` of the working folder.
 """
@@ -25,6 +25,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; .ci/system_packages.sh installs it")
 
 TIMEOUT = 60_000  # ms; on a quiet machine everything takes a second or two
+DESKTOP, PHONE = {"width": 1180, "height": 900}, {"width": 390, "height": 844}
 sync_api.expect.set_options(timeout=TIMEOUT)
 
 
@@ -50,14 +51,24 @@ def browser(microphone):
 @pytest.fixture
 def tab(browser, running):
     devices = ["camera", "microphone", "clipboard-read", "clipboard-write"]
-    page = browser.new_page(viewport={"width": 1180, "height": 940}, permissions=devices)
-    page.set_default_timeout(TIMEOUT)
+    page = browser.new_page(viewport=DESKTOP, permissions=devices)
     page.outside = []  # requests to other servers
     page.on("request", lambda r: page.outside.append(r.url) if running.address not in r.url else None)
-    page.goto(running.address)
-    page.wait_for_selector("#question textarea")
-    yield page
+    yield opened(page, running)
     page.close()
+
+
+def opened(page, running):
+    page.set_default_timeout(TIMEOUT)
+    page.goto(running.address)
+    return ready(page)
+
+
+def ready(page):
+    """Wait until the page is loaded and has the key of its chat."""
+    page.wait_for_selector("#composer textarea")
+    page.wait_for_function("sessionStorage.getItem('jnana-chat')")
+    return page
 
 
 def screenshot(tab, name: str) -> None:
@@ -66,30 +77,69 @@ def screenshot(tab, name: str) -> None:
     tab.screenshot(path=str(folder / f"{name}.png"))
 
 
+def attach(tab, *files: Path) -> None:
+    """Choose files with the composer's button, and wait until they are there."""
+    tab.set_input_files("#composer input[type=file]", [str(file) for file in files])
+
+
+def waiting(tab):
+    """The files in the composer."""
+    return tab.locator("#composer .thumbnail-item")
+
+
 def show(tab, file: Path) -> None:
-    tab.set_input_files("#picture input[type=file]", str(file))
+    attach(tab, file)
+    sync_api.expect(waiting(tab)).to_have_count(1)
 
 
-def hand_over(tab, recording: Path) -> None:
-    """Drop a recording."""
-    tab.click('#recording button[aria-label="Upload file"]')
-    tab.set_input_files("#recording input[type=file]", str(recording))
+def box(tab):
+    return tab.locator("#composer textarea")
+
+
+def status(tab):
+    return tab.locator("#status")
+
+
+def bubbles(tab):
+    return tab.locator("#chat .message")
+
+
+def answers(tab):
+    return tab.locator("#chat .bot.message")
+
+
+def press(tab, name: str) -> None:
+    """Press the last button of that name beside the messages."""
+    tab.locator(f'#chat button[aria-label="{name}"]').last.click()
+
+
+def send(tab, question: str) -> None:
+    box(tab).fill(question)
+    tab.click("#composer .submit-button")
 
 
 def ask(tab, question: str | None = None) -> str:
     """Type a question (or keep the text of the box), send it, and wait for the answer; returns the last message."""
-    answers = tab.locator("#chat .bot.message")
-    before = answers.count()
+    before = answers(tab).count()
     if question is not None:
-        tab.fill("#question textarea", question)
-    tab.click("#send")
-    sync_api.expect(answers).to_have_count(before + 1)
-    sync_api.expect(tab.locator("#status")).to_contain_text("new tokens")
-    return answers.nth(before).inner_text().strip()
+        box(tab).fill(question)
+    tab.click("#composer .submit-button")
+    sync_api.expect(answers(tab)).to_have_count(before + 1)
+    answer_is_complete(tab)
+    return answers(tab).nth(before).inner_text().strip()
+
+
+def answer_is_complete(tab) -> None:
+    sync_api.expect(status(tab)).to_contain_text("new tokens")
+    sync_api.expect(tab.locator("#composer .submit-button")).to_have_count(1)
+
+
+def prompt_tokens(tab) -> int:
+    return int(re.search(r"(\d+) tokens,", status(tab).inner_text())[1])
 
 
 def toast(tab, name: str) -> str:
-    """The text of a notice, which is saved as a screenshot and closed."""
+    """The text of a notice of Gradio's, which is saved as a screenshot and closed."""
     tab.wait_for_selector(".toast-body")
     screenshot(tab, name)
     text = tab.inner_text(".toast-body")
@@ -98,12 +148,11 @@ def toast(tab, name: str) -> str:
     return text
 
 
-def refusal(tab, name: str) -> str:
-    """The text beside the images about a file that was refused; a screenshot is saved."""
-    sync_api.expect(tab.locator("#picture img")).to_have_count(0)  # the server has answered
-    sync_api.expect(tab.locator("#refused")).to_contain_text(re.compile("[a-z]{3}"))  # not Gradio's timer alone
+def refusal(tab, name: str, words: str) -> str:
+    """The words of a refusal in the status line; a screenshot is saved."""
+    sync_api.expect(status(tab)).to_contain_text(words)
     screenshot(tab, name)
-    return tab.inner_text("#refused")
+    return status(tab).inner_text()
 
 
 def chats(chess: Path) -> list[tuple[Path, list[str]]]:
@@ -117,15 +166,54 @@ def chats(chess: Path) -> list[tuple[Path, list[str]]]:
 def test_pictures_questions_and_right_answers(tab, chess):
     for number, (file, turns) in enumerate(chats(chess)):
         show(tab, file)
-        tab.wait_for_selector("#waiting img")
         assert ask(tab, turns[0]) == turns[1]
-        assert " 0 of them cached" in tab.inner_text("#status")
+        assert " 0 of them cached" in status(tab).inner_text()
         assert ask(tab, turns[2]) == turns[3]
-        assert " 0 of them cached" not in tab.inner_text("#status")  # the image was not processed again
+        assert " 0 of them cached" not in status(tab).inner_text()  # the image was not processed again
         screenshot(tab, f"two_turns_{number}")
-        tab.click("#clear")
-        sync_api.expect(tab.locator("#chat .message")).to_have_count(0)
+        press(tab, "Clear")
+        sync_api.expect(bubbles(tab)).to_have_count(0)
     assert [url for url in tab.outside if not url.startswith(("data:", "blob:"))] == []
+
+
+def test_an_empty_chat_welcomes_and_shows_visitors_nothing_of_the_operators(tab, running):
+    assert tab.title() == "chess · Jnana"
+    text = tab.inner_text("body")
+    assert "Ask about a picture" in tab.inner_text("#chat")
+    for word in ("cpu", "cuda", "float32", "--", "operator"):
+        assert word not in text.lower(), word
+    icon = tab.request.get(f"{running.address}/favicon.ico")
+    assert Image.open(io.BytesIO(icon.body())).size == (192, 192)
+    screenshot(tab, "welcome")
+
+
+def test_the_composer_has_everything_and_is_below_the_chat(browser, running):
+    for size in (DESKTOP, PHONE):
+        page = opened(browser.new_page(viewport=size), running)
+        chat = page.locator("#chat").bounding_box()
+        names = ['[aria-label="Upload a file"]', "textarea", '[data-testid="submit-button"]']
+        names += [] if running.deaf else ['[data-testid="microphone-button"]']
+        parts = [page.locator(f"#composer {name}") for name in names] + [page.locator("#camera")]
+        for part in parts:
+            place = part.bounding_box()
+            assert place["y"] >= chat["y"] + chat["height"]
+            assert place["y"] + place["height"] <= size["height"], "it is seen without scrolling"
+            assert 0 <= place["x"] and place["x"] + place["width"] <= size["width"]
+        assert chat["y"] < 100 and chat["height"] > size["height"] / 2  # the chat comes first
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        page.close()
+
+
+def test_enter_sends_and_shift_enter_breaks_the_line(tab, chess):
+    box(tab).type("first line")
+    box(tab).press("Shift+Enter")
+    box(tab).type("second line")
+    assert box(tab).input_value() == "first line\nsecond line"
+    sync_api.expect(bubbles(tab)).to_have_count(0)
+    box(tab).press("Enter")
+    sync_api.expect(status(tab)).to_contain_text("new tokens")
+    assert tab.locator("#chat .user.message").inner_text().split() == ["first", "line", "second", "line"]
+    assert box(tab).input_value() == ""
 
 
 def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, running, tmp_path):
@@ -134,65 +222,140 @@ def test_hostile_uploads_are_refused_and_the_app_goes_on(tab, chess, running, tm
     Image.effect_noise((1800, 1800), 90).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size > 2e6
     for name in ("text", "bomb", "large"):
-        show(tab, tmp_path / f"{name}.png")
+        box(tab).fill("typed meanwhile")
+        attach(tab, tmp_path / f"{name}.png")
         # The page itself refuses large files; tests/chat/test_gate.py has the server's refusal
-        said = toast(tab, "hostile_large") if name == "large" else refusal(tab, f"hostile_{name}")
-        assert ("maximum allowed size" if name == "large" else "can't be used as a picture") in said
+        said = (
+            toast(tab, "large") if name == "large" else refusal(tab, f"hostile_{name}", "can't be used as a picture")
+        )
+        assert name != "large" or "maximum allowed size" in said
         assert str(tmp_path) not in said and "Traceback" not in said and "/tmp" not in said
+        sync_api.expect(waiting(tab)).to_have_count(0)  # the composer drops it, and keeps what was typed
+        assert box(tab).input_value() == "typed meanwhile"
         tab.reload()
-        tab.wait_for_selector("#question textarea")
+        ready(tab)
     file, turns = chats(chess)[0]
     show(tab, file)
-    tab.wait_for_selector("#waiting img")
     assert ask(tab, turns[0]) == turns[1]
     assert "Traceback" not in running.log.read_text()
 
 
 def test_the_second_image_of_a_tab_is_checked_as_the_first(tab, chess, running, tmp_path):
     """A format that is not opened, a bomb and a transparent image, one after the other in one tab."""
-    files, (first, _) = tab.locator("#waiting img"), chats(chess)[0]
+    first, turns = chats(chess)[0]
     show(tab, first)
-    sync_api.expect(files).to_have_count(1)
     Image.new("1", (64, 64)).save(tmp_path / "fax.tiff", compression="group4")
     bomb(tmp_path / "bomb.png", 13_000, 13_700)
     for name in ("fax.tiff", "bomb.png"):
-        show(tab, tmp_path / name)
-        tab.wait_for_selector("#picture img", state="attached")
-        assert "can't be used as a picture" in refusal(tab, f"second_{name}")
-        sync_api.expect(files).to_have_count(1)
+        attach(tab, tmp_path / name)
+        refusal(tab, f"second_{name}", "can't be used as a picture")
+        sync_api.expect(waiting(tab)).to_have_count(1)
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "transparent.png")
-    show(tab, tmp_path / "transparent.png")
-    sync_api.expect(files).to_have_count(2)
-    shown = tab.request.get(files.nth(1).get_attribute("src")).body()
+    attach(tab, tmp_path / "transparent.png")
+    sync_api.expect(waiting(tab)).to_have_count(2)
+    ask(tab, turns[0])
+    images = tab.locator("#chat .user img")
+    sync_api.expect(images).to_have_count(2)
+    shown = tab.request.get(images.nth(1).get_attribute("src")).body()
     assert Image.open(io.BytesIO(shown)).convert("RGB").getpixel((30, 30)) == (255, 255, 255)
     assert "Traceback" not in running.log.read_text()
 
 
 def test_a_refusal_is_words_and_leaves_the_chat(tab, chess):
-    status = tab.locator("#status")
-    tab.click("#send")
-    sync_api.expect(status).to_have_text("Type or say a question, or give a picture.")
+    tab.click("#composer .submit-button")
+    sync_api.expect(status(tab)).to_have_text("Type or say a question, or give a picture.")
     file, turns = chats(chess)[0]
     show(tab, file)
-    tab.wait_for_selector("#waiting img")
     assert ask(tab, turns[0]) == turns[1]
-    before = tab.locator("#chat .message").all_inner_texts()
-    tab.click("#send")
-    sync_api.expect(status).to_have_text("Type or say a question, or give a picture.")
-    screenshot(tab, "refusal")
-    assert tab.locator("#chat .message").all_inner_texts() == before and turns[1] in "".join(before)
+    before = bubbles(tab).all_inner_texts()
+    tab.click("#composer .submit-button")
+    refusal(tab, "refusal", "Type or say a question, or give a picture.")
+    assert bubbles(tab).all_inner_texts() == before and turns[1] in "".join(before)
     assert ask(tab, turns[2]) == turns[3]  # the control: the chat goes on
 
 
-def test_an_example_is_clicked_and_the_answer_retried(tab):
-    tab.click("#examples tbody tr")
-    tab.wait_for_selector("#waiting img")
-    assert tab.input_value("#question textarea") == "What do you see in this picture?"
-    answer = ask(tab, "How many pieces are there?")
-    tab.click("#retry")
-    sync_api.expect(tab.locator("#chat .bot.message")).to_have_text([answer])
-    sync_api.expect(tab.locator("#status")).to_contain_text("new tokens")
+def test_an_example_is_sent_at_once(tab):
+    tab.locator('#chat button[aria-label^="Select example 2"]').click()
+    sync_api.expect(status(tab)).to_contain_text("new tokens")
+    assert tab.locator("#chat .user.message").last.inner_text().strip() == "How many pieces are there?"
+    assert tab.locator("#chat .user img").count() == 1 and answers(tab).count() == 1
     screenshot(tab, "example")
+
+
+def test_an_answer_is_copied_retried_undone_and_cleared(tab, chess):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    assert ask(tab, turns[0]) == turns[1]
+    press(tab, "Copy message")
+    tab.wait_for_function("async (text) => await navigator.clipboard.readText() === text", arg=turns[1])
+    press(tab, "Retry")
+    sync_api.expect(answers(tab)).to_have_text([turns[1]])
+    sync_api.expect(status(tab)).to_contain_text("new tokens")
+    assert ask(tab, turns[2]) == turns[3]
+    press(tab, "Undo")
+    sync_api.expect(answers(tab)).to_have_text([turns[1]])
+    assert box(tab).input_value() == turns[2]  # the question is back in the composer
+    assert ask(tab) == turns[3]
+    press(tab, "Undo")
+    sync_api.expect(answers(tab)).to_have_count(1)
+    press(tab, "Undo")
+    sync_api.expect(bubbles(tab)).to_have_count(0)
+    assert box(tab).input_value() == turns[0]
+    sync_api.expect(waiting(tab)).to_have_count(1)  # and so is its image
+    assert ask(tab) == turns[1]
+    press(tab, "Clear")
+    sync_api.expect(bubbles(tab)).to_have_count(0)
+    assert "Ask about a picture" in tab.inner_text("#chat")
+
+
+def test_a_question_is_edited_with_its_image(tab, chess):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    ask(tab, "Who are you?")
+    ask(tab, "and then?")
+    tab.locator('#chat button[aria-label="Edit"]').first.click()
+    tab.fill("#chat textarea", turns[0])
+    press(tab, "Submit")
+    sync_api.expect(answers(tab)).to_have_text([turns[1]])  # of the image, and what followed it is gone
+    assert tab.locator("#chat .user img").count() == 1
+
+
+def test_the_conversation_is_downloaded(tab, chess):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    ask(tab, turns[0])
+    with tab.expect_download() as download:
+        tab.get_by_text("Download", exact=True).click()
+    assert download.value.suggested_filename == "conversation.md"
+    text = Path(download.value.path()).read_text()
+    assert text == f"**You:** [picture]\n\n**You:** {turns[0]}\n\n**Answer:** {turns[1]}\n"
+
+
+def test_the_settings_reach_the_model(tab, chess):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    ask(tab, turns[0])
+    tokens = prompt_tokens(tab)
+    tab.get_by_text("Settings").click()
+    tab.get_by_label("System prompt").fill("Count the pieces with care.")
+    for name in ("Temperature", "Top-p", "Longest answer"):
+        assert tab.locator(f"label:has-text('{name}')").count() >= 1, name
+    press(tab, "Retry")
+    sync_api.expect(status(tab)).not_to_contain_text(f"{tokens} tokens")
+    answer_is_complete(tab)
+    assert prompt_tokens(tab) > tokens
+    screenshot(tab, "settings")
+
+
+def test_light_and_dark(browser, running):
+    for scheme in ("light", "dark"):
+        page = opened(browser.new_page(color_scheme=scheme), running)
+        is_dark = "document.body.classList.contains('dark')"
+        assert page.evaluate(is_dark) == (scheme == "dark")
+        page.get_by_text("Settings").click()
+        page.get_by_text("Light or dark").click()
+        assert page.evaluate(is_dark) == (scheme == "light")
+        page.close()
 
 
 def test_a_spoken_question_is_heard_shown_and_answered(tab, running, chess, tmp_path):
@@ -202,12 +365,11 @@ def test_a_spoken_question_is_heard_shown_and_answered(tab, running, chess, tmp_
     file, turns = chats(chess)[0]
     spoken = speak(turns[0], tmp_path / "question.wav")
     show(tab, file)
-    tab.wait_for_selector("#waiting img")
-    hand_over(tab, spoken)
-    box = tab.locator("#question textarea")
-    sync_api.expect(box).to_have_value(turns[0], timeout=3 * TIMEOUT)  # loading WhisperX included
+    attach(tab, spoken)
+    sync_api.expect(box(tab)).to_have_value(turns[0], timeout=3 * TIMEOUT)  # loading WhisperX included
+    sync_api.expect(waiting(tab)).to_have_count(1)  # the image alone
     screenshot(tab, "spoken_question")
-    sync_api.expect(tab.locator("#chat .message")).to_have_count(0)  # nothing is sent before it was read
+    sync_api.expect(bubbles(tab)).to_have_count(0)  # nothing is sent before it was read
     assert ask(tab) == turns[1]
     screenshot(tab, "spoken_question_answered")
     assert "Traceback" not in running.log.read_text()
@@ -216,22 +378,50 @@ def test_a_spoken_question_is_heard_shown_and_answered(tab, running, chess, tmp_
 def test_an_answer_is_stopped(tab, running, chess):
     file, turns = chats(chess)[0]
     show(tab, file)
-    tab.wait_for_selector("#waiting img")
     assert ask(tab, turns[0]) == turns[1]
+    stop = tab.locator("#composer .stop-button")
+    assert stop.count() == 0
     running.dawdle.touch()
     try:
-        tab.fill("#question textarea", turns[2])
-        tab.click("#send")
-        sync_api.expect(tab.locator("#status")).to_contain_text("writing")
-        tab.click("#stop")
-        sync_api.expect(tab.locator("#status")).to_contain_text("stopped")
+        send(tab, turns[2])
+        sync_api.expect(status(tab)).to_contain_text("writing")
+        assert tab.locator("#composer .submit-button").count() == 0
+        screenshot(tab, "writing")
+        stop.click()
+        sync_api.expect(status(tab)).to_contain_text("stopped")
     finally:
         running.dawdle.unlink()
-    last = tab.locator("#chat .bot.message").nth(1)
+    sync_api.expect(stop).to_have_count(0)
+    last = answers(tab).nth(1)
     said = last.inner_text().strip()
     assert turns[3].startswith(said) and said != turns[3]
-    tab.click("#retry")
+    press(tab, "Retry")
     sync_api.expect(last).to_have_text(turns[3])  # the whole of it
+
+
+def test_a_waiting_question_knows_its_place_and_is_taken_back(browser, tab, running):
+    other = opened(browser.new_page(), running)
+    running.dawdle.touch()
+    try:
+        send(other, "why?")
+        sync_api.expect(status(other)).to_contain_text("writing")
+        send(tab, "and I?")
+        sync_api.expect(status(tab)).to_contain_text("1 before you")
+        sync_api.expect(answers(tab)).to_contain_text("waiting")  # where the answer will be
+        screenshot(tab, "place_in_the_line")
+        send_again = "Your last question is still being answered"
+        box(tab).fill("now!")
+        box(tab).press("Enter")
+        sync_api.expect(status(tab)).to_contain_text(send_again)
+        assert box(tab).input_value() == "now!"
+        tab.click("#composer .stop-button")
+        sync_api.expect(bubbles(tab)).to_have_count(0)
+        assert box(tab).input_value() == "and I?"
+    finally:
+        running.dawdle.unlink()
+    sync_api.expect(status(other)).to_contain_text("new tokens")
+    other.close()
+    ask(tab)
 
 
 def with_silence(recording: Path, said: Path, rate: int = 48_000) -> None:
@@ -254,73 +444,97 @@ def test_a_question_is_said_into_the_microphone_and_corrected(tab, running, ches
     file, turns = chats(chess)[0]
     with_silence(speak(turns[0], tmp_path / "question.wav"), microphone)
     show(tab, file)
-    tab.wait_for_selector("#waiting img")
-    tab.click("#recording .record-button")
+    tab.click("#composer [data-testid=microphone-button]")
+    record = tab.locator('#composer button[aria-label="Start recording"]')
+    halt = tab.locator('#composer button[aria-label="Stop recording"]')
+    tab.wait_for_timeout(2000)  # it has looked for microphones
+    if record.is_visible():  # there are several to choose from
+        record.click()
     tab.wait_for_timeout(5000)
-    tab.click("#recording .stop-button")
-    box = tab.locator("#question textarea")
-    sync_api.expect(box).to_have_value(re.compile(r"\w+ \w+"), timeout=3 * TIMEOUT)
-    heard = box.input_value()
+    halt.click()
+    tab.click('#composer button[aria-label="Attach audio"]')
+    sync_api.expect(box(tab)).to_have_value(re.compile(r"\w+ \w+"), timeout=3 * TIMEOUT)
+    heard = box(tab).input_value()
     screenshot(tab, "microphone")
-    sync_api.expect(tab.locator("#chat .message")).to_have_count(0)  # nothing is sent before it was read
-    box.press("End")
-    box.press("Backspace")
-    assert box.input_value() == heard[:-1]
+    sync_api.expect(bubbles(tab)).to_have_count(0)  # nothing is sent before it was read
+    box(tab).press("End")
+    box(tab).press("Backspace")
+    assert box(tab).input_value() == heard[:-1]
     assert ask(tab, turns[0]) == turns[1]
 
 
-def test_pictures_from_the_camera_and_the_clipboard(tab, chess):
-    file, turns = chats(chess)[0]
-    tab.click('#picture button[aria-label="Capture from camera"]')
-    tab.click("#picture button:has-text('Access Webcam')")
-    tab.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
+def test_a_picture_from_the_camera(tab):
+    tab.click("#camera")
+    tab.wait_for_function("document.querySelector('#film video')?.videoWidth > 0")
     tab.wait_for_timeout(1000)  # the first frames of a camera are empty
-    tab.click("#picture button.photo-capture")
-    sync_api.expect(tab.locator("#waiting img")).to_have_count(1)
-    tab.click("#drop")
-    sync_api.expect(tab.locator("#waiting img")).to_have_count(0)
-    copy = """async data => {
-        const blob = await (await fetch("data:image/png;base64," + data)).blob();
-        await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
-    }"""
-    tab.evaluate(copy, base64.b64encode(file.read_bytes()).decode())
-    tab.click('#picture button[aria-label="Paste from clipboard"]')
-    sync_api.expect(tab.locator("#waiting img")).to_have_count(1)
-    assert ask(tab, turns[0]) == turns[1]
+    screenshot(tab, "camera")
+    tab.get_by_text("Take the picture").click()
+    sync_api.expect(waiting(tab)).to_have_count(1)
+    assert tab.locator("#film").count() == 0
+    ask(tab, "What is this?")
+    assert tab.locator("#chat .user img").count() == 1
+    tab.click("#camera")
+    tab.get_by_text("Cancel").click()
+    assert tab.locator("#film").count() == 0 and waiting(tab).count() == 0
 
 
-def test_what_is_written_is_shown_as_it_is(tab):
-    written = '<img src="http://127.0.0.1:1/x"><b>bold</b> [a](javascript:1) <image>'
-    ask(tab, written)
-    sync_api.expect(tab.locator("#chat .user.message")).to_have_text([written])
-    assert tab.locator("#chat .message").locator("img, b, a").count() == 0
+MARKUP = """A **bold** word, `<b>code</b>` and a table:
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+<img src=http://127.0.0.1:1/x onerror="document.title='taken over'"><script>document.title='taken over'</script>
+<form action="http://127.0.0.1:1/f"><input name=password></form> ![seen](http://127.0.0.1:1/y)
+[link](javascript:alert(1))"""
+
+
+def test_markdown_is_shown_and_html_is_text(tab, running):
+    """Of an answer of the model, and of a question."""
+    running.says.write_text(MARKUP)
+    try:
+        asked = '<img src="http://127.0.0.1:1/x"><b>bold</b> [a](javascript:1)'
+        ask(tab, asked)
+    finally:
+        running.says.unlink()
+    screenshot(tab, "markup")
+    answer, question = answers(tab).last, tab.locator("#chat .user.message").last
+    sync_api.expect(answer.locator("strong")).to_have_text("bold")
+    assert answer.locator("code").inner_text() == "<b>code</b>" and answer.locator("td").count() == 2
+    assert "<script>document.title" in answer.inner_text().replace("\u2060", "")
+    assert question.inner_text().replace("\u2060", "").startswith('<img src="http://127.0.0.1:1/x"><b>bold</b>')
+    for message in (answer, question):
+        assert message.locator("img, script, form, input, b").count() == 0
+        assert message.locator("a[href^=javascript]").count() == 0
+    assert tab.title() == "chess · Jnana"
     assert not [url for url in tab.outside if "127.0.0.1:1/" in url]
+    # and if HTML came through, the browser would load nothing from elsewhere
+    with tab.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        tab.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:1/z'}))")
 
 
 def test_a_chat_cleared_while_it_is_answered_stays_cleared(tab, running, chess):
     file, turns = chats(chess)[0]
     show(tab, file)
-    tab.wait_for_selector("#waiting img")
     assert ask(tab, turns[0]) == turns[1]
-    answer = tab.locator("#chat .bot.message").nth(1)
+    answer = answers(tab).nth(1)
     running.dawdle.touch()
     try:
-        tab.fill("#question textarea", turns[2])
-        tab.click("#send")
-        sync_api.expect(tab.locator("#status")).to_contain_text("writing")
-        tab.fill("#question textarea", "typed meanwhile")
+        send(tab, turns[2])
+        sync_api.expect(status(tab)).to_contain_text("writing")
+        box(tab).fill("typed meanwhile")
         said = answer.inner_text()
         running.dawdle.touch()  # one more token
         sync_api.expect(answer).not_to_have_text(said)
-        assert tab.input_value("#question textarea") == "typed meanwhile"
-        tab.click("#clear")
-        sync_api.expect(tab.locator("#chat .message")).to_have_count(0)
+        assert box(tab).input_value() == "typed meanwhile"
+        press(tab, "Clear")
+        sync_api.expect(bubbles(tab)).to_have_count(0)
     finally:
         running.dawdle.unlink()
-    sync_api.expect(tab.locator("#status")).to_have_text("")
+    sync_api.expect(status(tab)).to_have_text("")
     ask(tab, "why?")  # one answer is written at a time: the old one is over
     sync_api.expect(tab.locator("#chat .user.message")).to_have_text(["why?"])
-    assert tab.locator("#chat .bot.message").count() == 1
+    assert answers(tab).count() == 1
 
 
 PASTE = """([data, names, kind]) => {
@@ -330,40 +544,56 @@ PASTE = """([data, names, kind]) => {
     const event = kind === "paste"
         ? new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true, cancelable: true})
         : new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
-    document.querySelector(kind === "paste" ? "#question textarea" : "#chat").dispatchEvent(event);
+    document.querySelector(kind === "paste" ? "#title" : "#chat").dispatchEvent(event);
 }"""
 
 
 def bring(tab, file: Path, kind: str, number: int = 1) -> None:
-    """Paste a file into the question box, or drop it (several times) onto the chat."""
+    """Paste a file anywhere, or drop it (several times) onto the chat."""
     data = base64.b64encode(file.read_bytes()).decode()
-    tab.evaluate(PASTE, [data, [f"{index}.png" for index in range(number)], kind])
+    tab.evaluate(PASTE, [data, [f"{kind}_{index}.png" for index in range(number)], kind])
 
 
 def test_images_are_pasted_and_dropped_anywhere_and_all_are_shown(tab, chess, tmp_path):
     file, turns = chats(chess)[0]
-    images = tab.locator("#waiting .thumbnail-item")
-    tab.focus("#question textarea")
-    bring(tab, file, "paste")
-    sync_api.expect(images).to_have_count(1)
+    copy = """async data => {
+        const blob = await (await fetch("data:image/png;base64," + data)).blob();
+        await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+    }"""
+    tab.evaluate(copy, base64.b64encode(file.read_bytes()).decode())
+    box(tab).press("Control+v")
+    sync_api.expect(waiting(tab)).to_have_count(1)
     assert ask(tab, turns[0]) == turns[1]
     bring(tab, file, "drop", number=5)  # six with the first one
-    sync_api.expect(images).to_have_count(5)
-    gallery = tab.locator("#waiting").bounding_box()
+    sync_api.expect(waiting(tab)).to_have_count(5)
+    composer = tab.locator("#composer").bounding_box()
     for index in range(5):
-        box = images.nth(index).bounding_box()
-        assert box["height"] > 30 and box["y"] + box["height"] <= gallery["y"] + gallery["height"] + 1, index
+        place = waiting(tab).nth(index).bounding_box()
+        assert place["height"] > 30 and place["y"] >= composer["y"]
+        assert place["x"] + place["width"] <= composer["x"] + composer["width"] + 1, index
     screenshot(tab, "waiting_images")
-    bring(tab, file, "drop")
-    assert "at most 6 pictures" in refusal(tab, "seventh_image")
-    left = []
-    tab.on("dialog", lambda dialog: (left.append(dialog.type), dialog.accept()))
-    tab.reload()
-    assert left == ["beforeunload"]  # a reload says that the chat would be lost
-    tab.wait_for_selector("#question textarea")
+    bring(tab, file, "paste")
+    refusal(tab, "seventh_image", "at most 6 pictures")
+    sync_api.expect(waiting(tab)).to_have_count(5)
+    tab.locator('#composer button[aria-label="Remove file"]').nth(2).click()
+    sync_api.expect(waiting(tab)).to_have_count(4)
+    bring(tab, file, "paste")  # the one that was too many
+    sync_api.expect(waiting(tab)).to_have_count(5)
+    tab.locator('#composer button[aria-label="Remove file"]').first.click()
+    press(tab, "Clear")
+    for _ in range(4):
+        tab.locator('#composer button[aria-label="Remove file"]').first.click()
     Image.new("RGB", (8064, 6048), "red").save(tmp_path / "phone.jpg")  # 48 megapixels
     show(tab, tmp_path / "phone.jpg")
-    sync_api.expect(images).to_have_count(1)
+    ask(tab, "what is it?")
+
+
+def test_several_files_at_once_and_a_question_that_is_sent_too_early(tab, chess):
+    files = [file for file, _ in chats(chess)]
+    attach(tab, *files)
+    send(tab, "How many?")  # before they have arrived
+    sync_api.expect(status(tab)).to_contain_text("new tokens")
+    assert tab.locator("#chat .user img").count() == len(files) == 3
 
 
 def test_a_webm_recording_is_taken(tab, running, chess, tmp_path):
@@ -371,8 +601,72 @@ def test_a_webm_recording_is_taken(tab, running, chess, tmp_path):
     if running.deaf:
         pytest.skip(running.deaf)
     (tmp_path / "said.webm").write_bytes(b"\x1a\x45\xdf\xa3 not really a recording")
-    hand_over(tab, tmp_path / "said.webm")
-    assert "OGG and WebM can be read" in toast(tab, "webm")  # said by the worker, which it reached
+    attach(tab, tmp_path / "said.webm")
+    refusal(tab, "webm", "OGG and WebM can be read")  # said by the worker, which it reached
+    sync_api.expect(waiting(tab)).to_have_count(0)
+
+
+def test_a_reloaded_page_shows_its_chat_and_goes_on_with_its_image(tab, chess, running):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    assert ask(tab, turns[0]) == turns[1]
+    before = bubbles(tab).all_inner_texts()
+    tab.reload()
+    ready(tab)
+    sync_api.expect(answers(tab)).to_have_text([turns[1]])
+    assert bubbles(tab).all_inner_texts() == before
+    tab.wait_for_function("document.querySelector('#chat .user img')?.naturalWidth > 0")
+    running.dawdle.touch()
+    try:
+        send(tab, turns[2])
+        sync_api.expect(status(tab)).to_contain_text("writing")
+        tab.reload()  # in the middle of an answer
+        ready(tab)
+    finally:
+        running.dawdle.unlink()
+    sync_api.expect(tab.locator("#composer .submit-button")).to_have_count(1)
+    sync_api.expect(answers(tab).first).to_have_text(turns[1])
+    tab.reload()
+    ready(tab)
+    if answers(tab).count() == 2:  # the part that was written
+        press(tab, "Undo")
+        sync_api.expect(answers(tab)).to_have_count(1)
+    assert ask(tab, turns[2]) == turns[3]  # the answer needs the image
+    assert " 0 of them cached" not in status(tab).inner_text()
+
+
+def test_a_forged_key_opens_nothing(browser, tab, running, chess):
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    assert ask(tab, turns[0]) == turns[1]
+    key = tab.evaluate("sessionStorage.getItem('jnana-chat')")
+    other = opened(browser.new_page(), running)
+    for wrong in (key[:-1] + ("0" if key[-1] != "0" else "1"), key.rpartition(".")[0] + "."):
+        other.evaluate("key => sessionStorage.setItem('jnana-chat', key)", wrong)
+        other.reload()
+        sync_api.expect(status(other)).to_contain_text("This chat was closed")
+        assert bubbles(other).count() == 0
+    other.evaluate("key => sessionStorage.setItem('jnana-chat', key)", key)  # the control
+    other.reload()
+    sync_api.expect(answers(other)).to_have_text([turns[1]])
+    other.close()
+
+
+def test_a_chat_closed_for_others_says_so(browser, tab, running, chess):
+    """The app keeps three chats."""
+    file, turns = chats(chess)[0]
+    show(tab, file)
+    assert ask(tab, turns[0]) == turns[1]
+    for _ in range(3):
+        page = opened(browser.new_page(), running)
+        ask(page, "why?")
+        page.close()
+    send(tab, turns[2])
+    refusal(tab, "chat_closed", "Its pictures are gone")
+    sync_api.expect(bubbles(tab)).to_have_count(0)
+    assert box(tab).input_value() == turns[2]  # it was not answered without its image
+    show(tab, file)
+    assert ask(tab, turns[0]) == turns[1]
 
 
 AXE = Path(os.environ.get("JNANA_AXE", Path(__file__).parents[2] / ".axe/node_modules/axe-core/axe.min.js"))
@@ -391,26 +685,22 @@ def axe_violations(page) -> list[dict]:
 @pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed: npm install --prefix .axe axe-core")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(browser, running, chess, scheme):
-    """An empty page, and one with a conversation and a waiting image, at the widths of a desktop and a phone."""
+    """An empty page, and one with a conversation, a waiting image and open settings, at both widths."""
     file, turns = chats(chess)[0]
-    for width, height in ((1180, 940), (390, 844)):
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        page.set_default_timeout(TIMEOUT)
-        page.goto(running.address)
-        page.wait_for_selector("#question textarea")
-        chat, image = (page.locator(name).bounding_box() for name in ("#chat", "#picture"))
-        assert chat["y"] < image["y"] if width < 400 else chat["x"] > image["x"]  # on a phone the chat comes first
+    for size in (DESKTOP, PHONE):
+        page = opened(browser.new_page(viewport=size, color_scheme=scheme), running)
         page.evaluate(AXE.read_text())
         violations = axe_violations(page)
         bring(page, file, "paste")
-        page.wait_for_selector("#waiting img")
+        sync_api.expect(waiting(page)).to_have_count(1)
         assert ask(page, turns[0]) == turns[1]
         bring(page, file, "paste")
-        page.wait_for_selector("#waiting img")
-        screenshot(page, f"page_{'phone' if width < 400 else 'desktop'}_{scheme}")
+        sync_api.expect(waiting(page)).to_have_count(1)
+        screenshot(page, f"page_{'phone' if size is PHONE else 'desktop'}_{scheme}")
+        page.get_by_text("Settings").click()
         violations += axe_violations(page)
         found = [(v["id"], v["impact"], [node["html"][:200] for node in v["nodes"]]) for v in violations]
-        assert found == [], (width, scheme)
+        assert found == [], (size, scheme)
         page.evaluate("document.body.append(Object.assign(document.createElement('button'), {id: 'nameless'}))")
         assert "button-name" in [v["id"] for v in page.evaluate("axe.run()")["violations"]]  # the control
         page.close()

@@ -48,10 +48,8 @@ def client(tmp_path, monkeypatch):
             limits=limits,
             transcriber=None,
             speech_note="off",
-            describe=lambda: "tiny",
-            close_chat=lambda visitor: None,
+            name="tiny",
         )
-        assistant.new_visitor = lambda: None
         blocks = build_interface(assistant)
         options = launch_options(assistant, tmp_path, ["testserver"])
         blocks.max_file_size = options["max_file_size"]
@@ -276,3 +274,47 @@ def test_a_path_in_front_is_no_way_around(tmp_path):
     assert status("/jnana/gradio_api/runs", "/jnana") == status("/config/x") == [404]
     assert status("/config\n/gradio_api/runs") == [404]
     assert status("/config", kind="websocket") == ["websocket.close"]
+
+
+def test_an_address_takes_half_of_the_memory_of_api_bodies(tmp_path):
+    """Meanwhile other addresses are answered, and all together no more than there is."""
+    waiting, go = [], asyncio.Event()
+
+    async def inner(scope, receive, send):
+        waiting.append(scope["client"][0])
+        await go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    gate = Gate(inner, None, api_megabytes=0.001, page=False)
+
+    async def status(address: str, length: int = 1000) -> int:
+        sent: list[dict] = []
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-length", str(length).encode())]
+        scope = {"type": "http", "path": "/v1/x", "method": "POST", "headers": headers, "client": (address, 1)}
+        await gate(scope, None, send)
+        return sent[0]["status"]
+
+    async def all_at_once() -> list[int]:
+        first = [asyncio.create_task(status("a")) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        others = [asyncio.create_task(status(name)) for name in "bbbcd"]
+        await asyncio.sleep(0.01)
+        assert waiting == [*"aaaabbbc"]  # half for a; together they have all
+        go.set()
+        said = [await task for task in (*first, *others)]
+        return [*said, await status("a")]  # what has been answered takes no memory any more
+
+    assert asyncio.run(all_at_once()) == [200, 200, 200, 200, 503, 200, 200, 200, 200, 503, 200]
+    assert not gate.api_arriving
+
+
+def test_a_page_loads_nothing_from_other_servers(client):
+    policy = client().get("/gradio_api/app_id").headers["content-security-policy"]
+    for rule in ("img-src 'self' data: blob:", "connect-src 'self'", "form-action 'self'", "object-src 'none'"):
+        assert rule in policy
+    assert "content-security-policy" not in client(gate=False).get("/gradio_api/app_id").headers  # the control

@@ -34,7 +34,7 @@ from gradio.routes import App  # noqa: E402
 from openai.types.chat import completion_create_params as schema  # noqa: E402
 
 from jnana.chat.api import Api  # noqa: E402
-from jnana.chat.api_request import HONOURED, NEUTRAL  # noqa: E402
+from jnana.chat.api_request import HONOURED, NEUTRAL, ApiError, check_size  # noqa: E402
 from jnana.chat.assistant import Assistant, Turns  # noqa: E402
 from jnana.chat.completions import Written  # noqa: E402
 from jnana.chat.interface import build_interface, launch_options  # noqa: E402
@@ -337,6 +337,52 @@ def test_the_gate_stands_before_the_api(address):
         assert status("/v1/chat/completions", bad)[0] == 400, bad[:10]
 
 
+def test_json_that_would_take_much_memory_is_refused_before_it_is_parsed(client, monkeypatch):
+    from jnana.chat import api
+
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(api.json, "loads", lambda body: parsed.append(len(body)) or loads(body))
+    for body in (b"[" + b"[]," * 1_000_000 + b"0]", b"[" + b'{"a":0},' * 100_000 + b"0]", b'{"a":' * 200_000):
+        with pytest.raises(ApiError, match="values in its JSON; at most 250,000"):
+            Api._read(SimpleNamespace(), body)
+    assert parsed == []
+    text = json.dumps({"text": '[{,:"\\' * 100_000}).encode()  # the control: text is no structure
+    check_size(text)
+    with pytest.raises(AttributeError):  # it is parsed and handed on
+        Api._read(SimpleNamespace(), text)
+    assert parsed == [len(text)]
+    began = time.monotonic()
+    check_size(b'"' + b'\\"' * 5_000_000)  # a text that never ends, looked through once
+    assert time.monotonic() - began < 20
+
+
+def test_parsing_waits_for_its_turn(pair, monkeypatch):
+    """At most `READERS` bodies are parsed at one time."""
+    from jnana.chat import api
+
+    running, most, lock = [], [], threading.Lock()
+    read = Api._read
+
+    def counted(self, body):
+        with lock:
+            running.append(1)
+            most.append(len(running))
+        time.sleep(0.05)
+        try:
+            return read(self, body)
+        finally:
+            with lock:
+                running.pop()
+
+    monkeypatch.setattr(Api, "_read", counted)
+    assistant = Assistant(*pair, "tiny", LIMITS)
+    with Serving(build_server(assistant, set())) as address, ThreadPoolExecutor(20) as pool:
+        other = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=SECONDS)
+        list(pool.map(lambda _: ask(other, user("hi"), max_tokens=1), range(20)))
+    assert max(most) <= api.READERS and len(most) == 20
+
+
 def test_a_full_queue_and_a_failure_are_error_objects(pair, monkeypatch):
     assistant = Assistant(*pair, "tiny", Limits(queue_length=1, new_tokens=4))
     with Serving(build_server(assistant, set())) as address:
@@ -391,7 +437,7 @@ def test_turns_go_to_those_who_wait_in_order():
         for number in range(5):
             threads.append(threading.Thread(target=take, args=(number,)))
             threads[-1].start()
-            while len(turns._waiting) <= number:
+            while len(turns) <= number + 1:
                 time.sleep(0.001)
         assert order == []
     for thread in threads:

@@ -145,11 +145,10 @@ def test_it_answers_on_the_page(tuned, photos):
     from jnana.chat.page import Page
 
     page = Page(Assistant(*load_model(str(tuned / "merged")), "llava"), [])
-    visitor = page.assistant.new_visitor()
-    page.add_image(str(photos / "red_blue.png"), visitor)
-    page.take("what is the top?", visitor)
-    *_, last = page.answer(0.0, 4, visitor)
-    assert visitor.chat.session.last_turn.new_tokens > 0 and "new tokens" in last[-1]
+    chat, _ = page.assistant.chats.find("")
+    page.take(chat, {"text": "what is the top?", "files": [str(photos / "red_blue.png")]})
+    *_, last = page.answer(chat, "", 0.0, 1.0, 4)
+    assert chat.session.last_turn.new_tokens > 0 and "new tokens" in last[0]
 
 
 def test_evaluated(tuned, data, photos, tmp_path):

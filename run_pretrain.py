@@ -20,7 +20,6 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from jnana.training.attention import text_collator
-from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_blocks, load_documents
 from jnana.training.distributed import main_process_first, unpartitioned
 from jnana.training.interruption import StopSignalCallback
@@ -32,12 +31,14 @@ from jnana.training.options.option_checks import check_run
 from jnana.training.options.recipe_record import check_same_recipe, recipe_options
 from jnana.training.options.recipes import parse_arguments, recipe_name
 from jnana.training.profiling.forecast import forecast_text_run
-from jnana.training.run import finish_run, start_run, train
+from jnana.training.run import find_checkpoint, finish_run, start_run, train
+from jnana.training.run_lock import releases_directory
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
 from jnana.training.text_models import prepare_text_model, prepare_tokenizer
 
 
+@releases_directory
 def main(argv: list[str]) -> None:
     # 1. Arguments, logging, seed
     classes = (TextModelArguments, TextDataArguments, RunArguments, TrainingArguments)
@@ -50,9 +51,7 @@ def main(argv: list[str]) -> None:
     check_push(training_args)
 
     # 3. Checkpoint to resume from
-    checkpoint = checkpoint_to_resume(
-        training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
-    )
+    checkpoint = find_checkpoint(training_args, run_args)
     options = recipe_options(model_args, data_args, run_args, training_args)
     check_same_recipe(checkpoint, options, run_args)
 

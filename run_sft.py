@@ -31,7 +31,6 @@ from jnana.training.adapters import (
     quantization_settings,
     with_fingerprints,
 )
-from jnana.training.checkpoints import checkpoint_to_resume
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
 from jnana.training.interruption import StopSignalCallback
@@ -46,11 +45,13 @@ from jnana.training.options.part_checks import check_parts
 from jnana.training.options.recipe_record import check_same_recipe, recipe_options
 from jnana.training.options.recipes import parse_arguments, recipe_name
 from jnana.training.profiling.forecast import forecast_run
-from jnana.training.run import finish_run, merge_trained_adapter, prepare_collator, start_run, train
+from jnana.training.run import find_checkpoint, finish_run, merge_trained_adapter, prepare_collator, start_run, train
+from jnana.training.run_lock import releases_directory
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
 
 
+@releases_directory
 def main(argv: list[str]) -> None:
     # 1. Arguments, logging, seed
     classes = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments, TrainingArguments)
@@ -71,9 +72,7 @@ def main(argv: list[str]) -> None:
     check_push(training_args, base_reference(model_args, lora_args) if with_adapter else None)
 
     # 3. Checkpoint to resume from
-    checkpoint = checkpoint_to_resume(
-        training_args.output_dir, training_args.resume_from_checkpoint, run_args.overwrite_output_dir
-    )
+    checkpoint = find_checkpoint(training_args, run_args)
     options = recipe_options(model_args, data_args, lora_args, part_args, run_args, training_args)
     check_same_recipe(checkpoint, options, run_args)
 

@@ -3,6 +3,9 @@
 A run killed while it writes leaves a directory `checkpoint-N` with incomplete files. The Trainer would take it for the
 last checkpoint and stop with an error, or start from half of the weights. So each checkpoint is verified before it is
 used, and a broken one is skipped for the one before it.
+
+A checkpoint of this version is complete when it has a manifest (`manifests.py`), which is written last and by which
+changed bytes are noticed too. One of an older version is judged by the names and sizes of its files.
 """
 
 import json
@@ -18,11 +21,14 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .manifests import MANIFEST, manifest_problem
+from .options.recipe_record import read_record
 from .stages import parameter_count
 
 
 logger = logging.getLogger(__name__)
 
+DELETED = f"deleted-{PREFIX_CHECKPOINT_DIR}-"  # a checkpoint is renamed so before its files are deleted
 ADAMW_BYTES = 8  # two float32 values for each trained parameter
 
 
@@ -39,7 +45,8 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | None, ov
         `str` or `None`: The checkpoint directory for `Trainer.train`, `None` to start from the beginning.
 
     Raises:
-        ValueError: if the named checkpoint is not complete, or both options are given.
+        ValueError: if the named checkpoint is not complete, both options are given, or there are checkpoints but none
+            that can be resumed from. A run that was killed while it wrote its first one starts anew.
     """
     if overwrite and resume_from_checkpoint:
         raise ValueError(
@@ -52,12 +59,20 @@ def checkpoint_to_resume(output_dir: str, resume_from_checkpoint: str | None, ov
         if problem:
             raise ValueError(f"resume_from_checkpoint {resume_from_checkpoint!r} cannot be used: {problem}")
         return resume_from_checkpoint
+    lost: list[str] = []
     for folder in list_checkpoints(output_dir):
         problem = checkpoint_problem(folder)
         if problem is None:
             logger.info(f"resuming from {folder} (overwrite_output_dir: true would start anew)")
             return str(folder)
         logger.warning(f"{folder} is skipped: {problem}")
+        if not is_unfinished(folder):
+            lost.append(f"{folder.name}: {problem}")
+    if lost:
+        raise ValueError(
+            f"output_dir {output_dir!r} has checkpoints, but none to resume from ({'; '.join(lost)}). To start from "
+            "the beginning give another output_dir, or overwrite_output_dir: true, which deletes them"
+        )
     if resume_from_checkpoint:
         raise ValueError(
             f"resume_from_checkpoint is {resume_from_checkpoint!r}, but {output_dir!r} has no complete checkpoint-N; "
@@ -70,21 +85,60 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     """The `checkpoint-N` directories of a run, the latest first."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = [folder for folder in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)]
-    return sorted(numbered, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    return sorted(numbered, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a `checkpoint-N`."""
+    return int(folder.name.rsplit("-", 1)[1])
 
 
 def delete_checkpoints(output_dir: str) -> None:
     """Delete every `checkpoint-N` of a run."""
     for folder in list_checkpoints(output_dir):
         logger.info(f"deleting {folder}, as overwrite_output_dir is true")
-        shutil.rmtree(folder)
+        remove_checkpoint(folder)
+    remove_leftovers(output_dir)
 
 
-def checkpoint_problem(folder: Path) -> str | None:
+def remove_leftovers(output_dir: str) -> None:
+    """Delete the rest of checkpoints whose deletion was interrupted."""
+    for folder in Path(output_dir).glob(f"{DELETED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; its new name says so, should the deletion be interrupted."""
+    target = folder.with_name(f"{DELETED}{step_of(folder)}")
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        folder.rename(target)
+    except OSError:  # on Windows a file in it is open
+        target = folder
+        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / "trainer_state.json").unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether the run wrote manifests and was ended before it had written this checkpoint's."""
+    if (folder / MANIFEST).is_file():
+        return False
+    numbered = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)
+    after = (read_record(str(folder)) or {}).get("manifests_after")
+    return numbered is not None and after is not None and step_of(folder) > after
+
+
+def checkpoint_problem(folder: Path, read: bool = True, with_optimizer: bool = True) -> str | None:
     """Why a checkpoint cannot be resumed from, or `None` if it is complete.
 
-    The Trainer writes `trainer_state.json` last, so a directory without it is incomplete. Tensor files are checked by
-    the sizes in their headers, without reading the tensors.
+    A manifest is written last, so a directory without it is incomplete if its run writes manifests. In those of older
+    versions `trainer_state.json` is last, and tensor files are checked by the sizes in their headers.
+
+    Args:
+        folder (`Path`): `checkpoint-N`.
+        read (`bool`, defaults to `True`): Read all files and compare their digests; `False` compares sizes.
+        with_optimizer (`bool`, defaults to `True`): Whether one without an optimizer has a problem.
     """
     if not folder.is_dir():
         return "the directory does not exist"
@@ -92,6 +146,12 @@ def checkpoint_problem(folder: Path) -> str | None:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or incomplete"
+    if is_unfinished(folder):
+        return f"it was not finished ({MANIFEST} is missing)"
+    if (folder / MANIFEST).is_file():
+        problem = manifest_problem(folder, read)
+        if problem:
+            return problem
     weights = sorted(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
@@ -120,7 +180,7 @@ def checkpoint_problem(folder: Path) -> str | None:
     if deepspeed and not (folder / "latest").is_file():
         return "`latest` is missing"
     optimizers = ("optimizer.pt", "optimizer.bin", "optimizer_0")
-    if not deepspeed and not any((folder / name).exists() for name in optimizers):
+    if with_optimizer and not deepspeed and not any((folder / name).exists() for name in optimizers):
         return "optimizer.pt is missing (was it saved with save_only_model?)"
     return None
 
@@ -160,9 +220,9 @@ def check_disk_space(trainer: Trainer, merge: bool = False) -> None:
     if not args.should_save:
         return
     weights, checkpoint = weights_size(trainer), checkpoint_size(trainer)
-    # broken checkpoints and the final files of an earlier start are overwritten
+    # broken checkpoints and the final files of an earlier start are deleted or overwritten
     present = list_checkpoints(args.output_dir)
-    broken = [] if args.save_only_model else [path for path in present if checkpoint_problem(path)]
+    broken = [] if args.save_only_model else [path for path in present if checkpoint_problem(path, read=False)]
     final = max(weights - bytes_of(folder.glob("*.safetensors")), 0)
     merged = max(merged_size(trainer.model) - bytes_of(folder.glob("merged/*")), 0) if merge else 0
     free, held = shutil.disk_usage(folder).free, sum(bytes_of(path.rglob("*")) for path in broken)

@@ -20,15 +20,18 @@ from jnana.processing.data import JnanaCollator
 
 from .attention import choose_attention, row_multiple
 from .cards import write_model_card
-from .checkpoints import check_disk_space, delete_checkpoints
+from .checkpoints import check_disk_space, checkpoint_to_resume, delete_checkpoints, list_checkpoints, step_of
 from .data import collator_options
 from .diagnosis import watched
-from .distributed import unpartitioned
+from .distributed import run_on_main_process, unpartitioned
 from .feature_cache import prepare_feature_cache
+from .frozen_weights import copy_whole_weights, shared_frozen_weights, shares_frozen_weights
 from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
 from .options.arguments import DataArguments, ModelArguments, RunArguments, TextDataArguments, TextModelArguments
 from .options.recipe_record import check_same_data, data_fingerprint, write_record
+from .rotation import finished_checkpoints
+from .run_lock import hold_directory
 from .sharing import published_files, push_folder
 
 
@@ -47,6 +50,27 @@ def start_run(args: TrainingArguments) -> None:
         f"{args.world_size} process(es), {args.parallel_mode.value}, on {args.device}; output in {args.output_dir}"
     )
     set_seed(args.seed)
+
+
+def find_checkpoint(args: TrainingArguments, run_args: RunArguments) -> str | None:
+    """Hold `output_dir` for this run, then decide where training starts; the first process does both, for all.
+
+    Args:
+        args (`TrainingArguments`): `output_dir`, `resume_from_checkpoint`.
+        run_args (`RunArguments`): `overwrite_output_dir`.
+
+    Returns:
+        `str` or `None`: As [`checkpoint_to_resume`].
+
+    Raises:
+        ValueError: as [`checkpoint_to_resume`], or if another run writes into `output_dir`.
+    """
+
+    def find() -> str | None:
+        hold_directory(args.output_dir)
+        return checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint, run_args.overwrite_output_dir)
+
+    return run_on_main_process(find)
 
 
 def prepare_collator(
@@ -109,9 +133,17 @@ def train(
             return
     check_disk_space(trainer, merge)
     if trainer.args.should_save:
-        write_record(trainer.args.output_dir, options, fingerprint)
+        output_dir, present = trainer.args.output_dir, list_checkpoints(trainer.args.output_dir)
+        manifests_after = step_of(present[0]) if checkpoint is not None and present else 0
+        write_record(output_dir, options, fingerprint, trainer.args.save_total_limit, manifests_after)
     trainer.add_callback(MovedRunCallback())
-    with watched(trainer), restored_signals(trainer), explain_full_disk(trainer.args):
+    with (
+        watched(trainer),
+        restored_signals(trainer),
+        explain_full_disk(trainer.args),
+        finished_checkpoints(trainer),
+        shared_frozen_weights(trainer, checkpoint),
+    ):
         trainer.train(resume_from_checkpoint=checkpoint)
         # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
         trainer.save_model(_internal_call=True)
@@ -149,7 +181,12 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
     trainer.state = state
     if trainer.args.should_save:
         with explain_full_disk(trainer.args):
+            shared = shares_frozen_weights(source)
+            if shared:
+                copy_whole_weights(source, trainer.args.output_dir)
             for file in published_files(source):
+                if shared and ".safetensors" in file.name:
+                    continue
                 shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
     trainer.accelerator.wait_for_everyone()
 

@@ -2,7 +2,11 @@
 
 import errno
 import os
+import random
 import signal
+import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +53,97 @@ def kill_while_saving(what: str, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(Trainer, name, half_way)
+
+
+def kill_at_random(seed: int) -> None:
+    """SIGKILL at a moment that the seed draws: at one of the file operations in output_dir, or by the clock."""
+    draw = random.Random(seed)
+    if seed % 2:
+        kill_at_file_operation(draw.randrange(1, 120))
+    else:
+        seconds = draw.uniform(0.5, 5)
+        threading.Thread(
+            target=lambda: (time.sleep(seconds), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
+        ).start()
+
+
+def kill_at_file_operation(number: int) -> None:
+    """SIGKILL just before Python opens, renames or deletes a file of a run for the n-th time."""
+    seen = 0
+
+    def watch(event: str, args: tuple) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and "/run/" in f"{args[0]}/":
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+class ChangeAt(TrainerCallback):
+    """Changes a file of one checkpoint as a later step begins, and kills the process."""
+
+    def __init__(self, path: str, change, step: int):
+        self.path, self.change, self.step = path, change, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            file = Path(args.output_dir) / self.path
+            content = bytearray(file.read_bytes())
+            self.change(content)
+            file.write_bytes(content)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def flip_bit(path: str, step: int) -> None:
+    """One bit of a file flips after its checkpoint is written; then SIGKILL."""
+
+    def flip(content: bytearray) -> None:
+        content[-9] ^= 1
+
+    add_callback(ChangeAt(path, flip, step))
+
+
+def write_zeros(path: str, step: int) -> None:
+    """The end of a file becomes zeros, as after a power cut; then SIGKILL."""
+
+    def zero(content: bytearray) -> None:
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+
+    add_callback(ChangeAt(path, zero, step))
+
+
+class SetClockBack(TrainerCallback):
+    """Before each step the checkpoints get times in the future, so that every new one is the oldest by its time."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            os.utime(folder, (2e9, 2e9 + 1e6 - state.global_step))
+
+
+def set_clock_back(step: int) -> None:
+    """The clock is set back after each checkpoint; then SIGKILL."""
+    kill("on_step_begin", step)
+    add_callback(SetClockBack())
+
+
+class WaitAt(TrainerCallback):
+    """Makes the file `waiting` beside output_dir as one step begins, and goes on when it is gone."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            waiting = Path(args.output_dir).parent / "waiting"
+            waiting.touch()
+            while waiting.exists():
+                time.sleep(0.02)
+
+
+def wait(step: int) -> None:
+    add_callback(WaitAt(step))
 
 
 def refuse_file(name: str, step: int) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_u
 from jnana import run_merge, run_sft
 from jnana.processing.data import read_json_lines
 from jnana.training.adapters import adapter_reference
+from jnana.training.frozen_weights import checkpoint_tensors
 from jnana.training.loading import load_model
 from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
@@ -66,7 +67,7 @@ def test_align_changed_the_projector_alone(pretrained, aligned, vision):
         compared += 1
     projector = {name for name in tensors if part_of(name) == "multi_modal_projector"}
     assert compared + len(projector) == len(tensors)
-    earlier = load_file(aligned / "checkpoint-4" / "model.safetensors")
+    earlier = checkpoint_tensors(aligned / "checkpoint-4")
     assert {name for name in tensors if not torch.equal(tensors[name], earlier[name])} == projector
 
 

@@ -6,6 +6,8 @@ The file of final weights must be equal byte for byte, and so must the loss of e
 import json
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +15,22 @@ from pathlib import Path
 
 import pytest
 
+from jnana.training.checkpoints import checkpoint_problem
+from jnana.training.manifests import write_manifest
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.faults import (
+    flip_bit,
     kill,
+    kill_at_random,
     kill_while_saving,
     refuse_file,
     refuse_state,
     refuse_weights,
+    set_clock_back,
     terminate,
     terminate_group,
+    wait,
+    write_zeros,
 )
 from tests.scripts.forked import Ended, run_forked, succeed
 from tests.scripts.launching import ROOT, launch
@@ -64,6 +73,18 @@ PACKED = Kind(
     "adapter_model.safetensors",
     (("packing", "shared_image"), ("max_row_tokens", 96), ("gradient_accumulation_steps", 2)),
 )
+QLORA = Kind(
+    "sft, QLoRA (nf4), an evaluation every 2 steps",
+    "run_sft",
+    "adapter_model.safetensors",
+    (("quantization", "nf4"), ("eval_strategy", "steps"), ("eval_steps", 2), ("per_device_train_batch_size", 6)),
+)
+ONE_KEPT = Kind(
+    "align, `save_total_limit: 1`",
+    "run_align",
+    "model.safetensors",
+    (("gradient_accumulation_steps", 2), ("save_total_limit", 1)),
+)
 TWO = Kind(
     "align on 2 processes, a stream of tar files",
     "run_align",
@@ -82,6 +103,7 @@ class Case:
         codes: The exit codes that follow.
         resumed_from: The checkpoint that the last start goes on from; `None`: from the beginning.
         workers: Of the dataloader, in the first start.
+        ending: What the table says about the last start, where that is not one checkpoint.
     """
 
     how: str
@@ -91,10 +113,12 @@ class Case:
     codes: tuple[int, ...]
     resumed_from: int | None
     workers: int = 0
+    ending: str | None = None
 
     def line(self) -> str:
         """This case in the table of the docs."""
         start = "starts anew" if self.resumed_from is None else f"resumes from step {self.resumed_from}"
+        start = self.ending or start
         codes = ", ".join(str(code) for code in dict.fromkeys(self.codes))
         return f"| {self.how} | {self.when} | {self.kind.name} | {codes} | {start}; same bytes |"
 
@@ -105,6 +129,10 @@ LAUNCHED = {
     "launcher": Case("SIGTERM", "to `accelerate launch` alone", TWO, (), (TERMINATED,), 3),
     "all": Case("SIGTERM", "to `accelerate launch` and all its processes", TWO, (), (TERMINATED,), 3),
 }
+SEED, MOMENTS = 18, 8
+AT_RANDOM = (f"SIGKILL, {MOMENTS} times", f"at random moments (seed {SEED})")
+RANDOM = {kind: Case(*AT_RANDOM, kind, (), (KILLED,), None, ending="resumes each time") for kind in (LORA, ONE_KEPT)}
+SECOND_RUN = Case("two runs at once", "the second in step 4 of the first", ALIGN, (), (FAILED,), None, 0, "refused")
 CASES = [
     Case("SIGKILL", "before the first checkpoint", ALIGN, (partial(kill, "on_step_end", 1),), (KILLED,), None),
     Case("SIGKILL", "between two micro-batches", ALIGN, (partial(kill, "on_substep_end", 4),), (KILLED,), 4),
@@ -121,7 +149,35 @@ CASES = [
         (KILLED, KILLED),
         4,
     ),
+    Case(
+        "SIGKILL",
+        "between `trainer_state.json` and the record of the base",
+        LORA,
+        (partial(kill, "on_save", 4),),
+        (KILLED,),
+        2,
+    ),
     Case("SIGKILL", "between two steps", PACKED, (partial(kill, "on_step_end", 3),), (KILLED,), 2),
+    Case("SIGKILL", "after an evaluation", QLORA, (partial(kill, "on_step_begin", 5),), (KILLED,), 4),
+    *RANDOM.values(),
+    Case("clock set back", "after each checkpoint", ONE_KEPT, (partial(set_clock_back, 5),), (KILLED,), 4),
+    Case(
+        "flipped bit",
+        "in the last checkpoint's trained weights",
+        ALIGN,
+        (partial(flip_bit, "checkpoint-4/model-00001-of-00002.safetensors", 5),),
+        (KILLED,),
+        2,
+    ),
+    Case(
+        "zeros",
+        "in the last checkpoint's optimizer",
+        LORA,
+        (partial(write_zeros, "checkpoint-4/optimizer.pt", 5),),
+        (KILLED,),
+        2,
+    ),
+    SECOND_RUN,
     Case("SIGTERM", "between two micro-batches", ALIGN, (partial(terminate, "on_substep_end", 2),), (TERMINATED,), 3),
     Case("SIGTERM", "in the last step", ALIGN, (partial(terminate, "on_step_begin", 5),), (TERMINATED,), 6),
     Case(
@@ -242,6 +298,43 @@ def test_interrupted_under_accelerate_launch(to, start, whole, tmp_path, data, v
     assert_same(output, whole(case.kind), case.kind)
 
 
+@pytest.mark.parametrize("kind", RANDOM, ids=["adapter", "one_kept"])
+def test_killed_at_random_moments(kind: Kind, start, whole, tmp_path):
+    assert RANDOM[kind].line() in DOCS.read_text()
+    output, killed = tmp_path / "run", 0
+    for moment in range(MOMENTS):
+        ended = start(kind, output, partial(kill_at_random, SEED + moment))[0]
+        assert ended.code in (KILLED, 0), ended.output[-4000:]  # the last moments may lie behind the end
+        killed += ended.code == KILLED
+    assert killed >= MOMENTS // 2
+    succeed(start(kind, output))
+    assert_same(output, whole(kind), kind)
+    for checkpoint in output.glob("checkpoint-*"):
+        assert checkpoint_problem(checkpoint) is None
+    assert len(list(output.glob("*checkpoint-*"))) == (1 if kind is ONE_KEPT else 3)
+
+
+def test_two_runs_at_once(start, whole, tmp_path):
+    assert SECOND_RUN.line() in DOCS.read_text()
+    output, waiting, first = tmp_path / "run", tmp_path / "waiting", []
+    thread = threading.Thread(target=lambda: first.extend(start(ALIGN, output, partial(wait, 3))))
+    thread.start()
+    deadline = time.monotonic() + 120
+    while not waiting.exists():
+        assert thread.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    owner = json.loads((output / "run.lock").read_text())
+    second = start(ALIGN, output)[0]
+    waiting.unlink()
+    thread.join()
+    assert second.code == FAILED
+    named = f"process {owner['pid']} on host {owner['host']!r}, started {owner['started']}"
+    assert f"another run writes into output_dir {str(output)!r}: {named}" in second.output
+    succeed(first)
+    assert_same(output, whole(ALIGN), ALIGN)
+    assert not (output / "run.lock").exists()
+
+
 def test_the_table_lists_nothing_else():
     lines = [line for line in DOCS.read_text().splitlines() if line.endswith("; same bytes |")]
     assert lines == [case.line() for case in CASES]
@@ -251,6 +344,7 @@ def test_the_comparison_notices(start, whole, tmp_path):
     """The control: a resumed run whose dropout draws other numbers is not the same."""
     shutil.copytree(whole(LORA), tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-6"))
     (tmp_path / "run" / "checkpoint-4" / "rng_state.pth").unlink()
+    write_manifest(tmp_path / "run" / "checkpoint-4")
     assert "resuming from" in succeed(start(LORA, tmp_path / "run"))
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "run", whole(LORA), LORA)

@@ -27,7 +27,13 @@ SIZES = {
     "max_eval_rows": 4,
 }
 
-OF_THE_RUN = ("recipe_record.json", "trainer_state.json")  # they name the number of processes
+# They name the number of processes, or the files of weights, which FSDP writes in one
+OF_THE_RUN = (
+    "recipe_record.json",
+    "trainer_state.json",
+    "checkpoint_manifest.json",
+    "model.safetensors.index.json",
+)
 ADAPTER = {"lora_r": 4, "max_steps": 2}
 UNFUSED = "the loss computes all logits of a batch at once"  # logged where it is not fused with the head
 needs_deepspeed = pytest.mark.skipif(

@@ -171,10 +171,33 @@ def data_fingerprint(rows: Dataset | IterableDataset) -> str | None:
     return f"{len(rows)}:{digest.hexdigest()}"
 
 
-def write_record(output_dir: str, options: dict[str, Any], fingerprint: str | None) -> None:
-    """Write the record of a run that starts to train; one process calls this."""
+def write_record(
+    output_dir: str,
+    options: dict[str, Any],
+    fingerprint: str | None,
+    save_total_limit: int | None = None,
+    manifests_after: int = 0,
+) -> None:
+    """Write the record of a run that starts to train; one process calls this.
+
+    Args:
+        output_dir (`str`): Of the run.
+        options (`dict`): [`recipe_options`].
+        fingerprint (`str`, *optional*): [`data_fingerprint`] of the training data.
+        save_total_limit (`int`, *optional*): As the user gave it; the Trainer is not told.
+        manifests_after (`int`, defaults to 0): The last step of which a version without manifests may have written a
+            checkpoint; 0 for a run that starts anew. What the record says already stays.
+    """
     path = Path(output_dir) / RECORD_FILE
-    record = {"format": RECORD_FORMAT, "options": options, "data": fingerprint}
+    if manifests_after > 0:
+        manifests_after = (read_record(str(path)) or {}).get("manifests_after", manifests_after)
+    record = {
+        "format": RECORD_FORMAT,
+        "options": options,
+        "data": fingerprint,
+        "save_total_limit": save_total_limit,
+        "manifests_after": manifests_after,
+    }
     write_whole(path, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 

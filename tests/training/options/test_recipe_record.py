@@ -169,3 +169,15 @@ def test_every_free_option_exists():
     known = {field.name for of_class in (*classes, TrainingArguments) for field in dataclasses.fields(of_class)}
     assert FREE <= known
     assert is_free("save_steps") and is_free("logging_steps") and not is_free("learning_rate")
+
+
+def test_it_shows_the_limit_and_from_where_on_checkpoints_have_manifests(tmp_path):
+    def written(*values) -> tuple:
+        write_record(str(tmp_path), {}, None, *values)
+        record = json.loads((tmp_path / "recipe_record.json").read_text())
+        return record["save_total_limit"], record["manifests_after"]
+
+    assert written(3, 4) == (3, 4)  # begun by an older version, resumed from step 4
+    assert written(None, 8) == (None, 4)  # resumed once more, from a checkpoint with a manifest
+    assert written(2) == (2, 0)  # started anew
+    assert written(2, 6) == (2, 0)

@@ -1,0 +1,136 @@
+"""Checkpoints are deleted by step number, and never the last that is complete."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from jnana.training.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
+from jnana.training.manifests import MANIFEST
+from jnana.training.rotation import FinishedCheckpointCallback, finished_checkpoints, rotate
+from tests.training.test_interruption import make_trainer
+from tests.training.test_manifests import flip, write_checkpoint
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(step_of(path) for path in list_checkpoints(str(folder)))
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (2, 4, 6, 8):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6, 8]),
+        (0, None, [2, 4, 6, 8]),
+        (3, None, [4, 6, 8]),
+        (1, None, [8]),
+        (2, 2, [2, 8]),
+        (1, 4, [4, 8]),  # the newest beside the best: a finished run need not train again
+        (3, 8, [4, 6, 8]),
+    ],
+)
+def test_by_step_number(limit, best, left, run):
+    rotate(run / "checkpoint-8", limit, None if best is None else f"/elsewhere/checkpoint-{best}")
+    assert steps(run) == left
+
+
+def test_later_ones_stay(run):
+    """The run was resumed from step 2 by name, and has just written step 4."""
+    rotate(run / "checkpoint-4", 1, None)
+    assert steps(run) == [4, 6, 8]
+
+
+def test_broken_ones_do_not_count_and_are_deleted(run):
+    (run / "checkpoint-6" / "rng_state.pth").unlink()
+    (run / "checkpoint-2" / "trainer_state.json").unlink()
+    rotate(run / "checkpoint-8", 2, None)
+    assert steps(run) == [4, 8]
+
+
+def test_an_interrupted_deletion_is_recognised(run, monkeypatch):
+    def interrupted(folder, ignore_errors=False):
+        if Path(folder).is_dir():
+            (Path(folder) / "optimizer.pt").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remove_checkpoint(run / "checkpoint-2")
+    assert steps(run) == [4, 6, 8] and (run / f"{DELETED}2").is_dir()
+    rotate(run / "checkpoint-8", 3, None)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+class SetClockBack(TrainerCallback):
+    """Every checkpoint is older than the one before, as on a machine whose clock is set back after each."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for folder in list_checkpoints(args.output_dir):
+            os.utime(folder, (2e9 - state.global_step, 2e9 + 1e6 - state.global_step))
+
+
+def test_a_clock_set_back(tmp_path):
+    changes = {"max_steps": 4, "save_steps": 1, "save_strategy": "steps", "save_total_limit": 2}
+    trainer = make_trainer(tmp_path / "ours", SetClockBack(), **changes)
+    with finished_checkpoints(trainer):
+        trainer.train()
+    assert steps(tmp_path / "ours") == [3, 4]
+    assert all(checkpoint_problem(folder) is None for folder in list_checkpoints(tmp_path / "ours"))
+    assert trainer.args.save_total_limit == 2
+    # the control: the Trainer's own rotation keeps the first
+    make_trainer(tmp_path / "stock", SetClockBack(), **changes).train()
+    assert steps(tmp_path / "stock")[0] == 1
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.limits, self.manifests = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.limits.append(args.save_total_limit)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.manifests.append((Path(args.output_dir) / f"checkpoint-{state.global_step}" / MANIFEST).is_file())
+
+
+def test_the_limit_is_withheld_and_the_manifest_is_last(tmp_path):
+    watch = Watch()
+    trainer = make_trainer(tmp_path, watch, max_steps=2, save_steps=1, save_strategy="steps", save_total_limit=1)
+    with finished_checkpoints(trainer):
+        trainer.train()
+        names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert watch.limits == [None, None] and watch.manifests == [False, False]
+    assert names[-2:] == ["FinishedCheckpointCallback", "StopSignalCallback"]
+    assert steps(tmp_path) == [2] and trainer.args.save_total_limit == 1
+    assert not any(isinstance(each, FinishedCheckpointCallback) for each in trainer.callback_handler.callbacks)
+
+
+def test_the_limit_is_restored_after_an_error(tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("an error in training")
+
+    trainer = make_trainer(tmp_path, Fail(), save_total_limit=3)
+    with pytest.raises(RuntimeError, match="an error in training"), finished_checkpoints(trainer):
+        trainer.train()
+    assert trainer.args.save_total_limit == 3
+
+
+def test_broken_later_checkpoints_are_deleted_when_training_begins(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
+    flip(tmp_path / "checkpoint-3" / "optimizer.pt")
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="no")
+    with finished_checkpoints(trainer):
+        trainer.train()
+    assert steps(tmp_path) == [1, 3]

@@ -1,0 +1,101 @@
+"""Finishes each checkpoint with its manifest, then deletes old ones by step number; the Trainer deletes none.
+
+The Trainer would rotate by modification time, inside its saving: with a clock set back it deletes every new
+checkpoint, and it counts folders that are half deleted.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import distributed
+from transformers import Trainer, TrainerCallback
+
+from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
+from .interruption import StopSignalCallback
+from .manifests import write_manifest
+from .monitoring import LossCurveCallback
+
+
+logger = logging.getLogger(__name__)
+
+
+class FinishedCheckpointCallback(TrainerCallback):
+    """Writes the manifest of a checkpoint when all its files are there, and deletes those beyond `save_total_limit`.
+
+    It must come after all callbacks that write into a checkpoint. While it trains, the Trainer is not told the limit.
+    """
+
+    def __init__(self):
+        self.limit: int | None = None
+        self.digests: dict[tuple[int, ...], str] = {}  # of frozen weights, which the checkpoints share
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.limit, args.save_total_limit = args.save_total_limit, None
+        if args.should_save:
+            remove_leftovers(args.output_dir)
+            for folder in list_checkpoints(args.output_dir):
+                problem = checkpoint_problem(folder, read=False, with_optimizer=not args.save_only_model)
+                if step_of(folder) > state.global_step and problem:
+                    logger.info(f"deleting {folder}, which this run will write again: {problem}")
+                    remove_checkpoint(folder)
+
+    def on_save(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            distributed.barrier()  # each process writes its random state, and its shards
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            write_manifest(folder, self.digests)
+            rotate(folder, self.limit, state.best_model_checkpoint, with_optimizer=not args.save_only_model)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bool = True) -> None:
+    """Delete the oldest checkpoints of a run until `limit` are left, and broken ones, which do not count.
+
+    `newest` and the best one are always kept, and so are later ones: they were written before the run was resumed
+    from an earlier step, and it will write them again.
+
+    Args:
+        newest (`Path`): The checkpoint that was written last, with its manifest.
+        limit (`int`, *optional*): As `save_total_limit`; `None` or 0 deletes nothing.
+        best (`str`, *optional*): The best checkpoint.
+        with_optimizer (`bool`, defaults to `True`): Whether one without an optimizer counts as broken.
+    """
+    output_dir = str(newest.parent)
+    remove_leftovers(output_dir)
+    if not limit or limit < 0:
+        return
+    earlier = [folder for folder in list_checkpoints(output_dir) if step_of(folder) <= step_of(newest)]
+    kept = {newest.name} | ({Path(best).name} if best else set())
+    whole = []
+    for folder in earlier:  # the latest first
+        problem = checkpoint_problem(folder, read=False, with_optimizer=with_optimizer)
+        if problem is None or folder.name in kept:
+            whole.append(folder)
+        else:
+            logger.info(f"deleting {folder}, which is broken: {problem}")
+            remove_checkpoint(folder)
+    others = [folder for folder in whole if folder.name not in kept]
+    for folder in others[max(limit - (len(whole) - len(others)), 0) :]:
+        logger.info(f"deleting {folder}, as save_total_limit is {limit}")
+        remove_checkpoint(folder)
+
+
+@contextlib.contextmanager
+def finished_checkpoints(trainer: Trainer) -> Iterator[None]:
+    """Within the block the Trainer's checkpoints get manifests and are rotated here.
+
+    Of the callbacks, those that write into a checkpoint come first, then the manifest, then pictures, then the exit
+    after a signal.
+    """
+    limit, finish = trainer.args.save_total_limit, FinishedCheckpointCallback()
+    last = [trainer.pop_callback(LossCurveCallback), trainer.pop_callback(StopSignalCallback)]
+    for callback in (finish, *last):
+        if callback is not None:
+            trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.args.save_total_limit = limit
+        trainer.remove_callback(finish)

@@ -1,0 +1,201 @@
+"""One run at a time in an output directory: a lock file names the host, process and start of the run that has it.
+
+A run that was killed leaves its lock. Where the process can be looked up (same machine, same boot, same process
+namespace) a lock without its process is stale at once. Elsewhere (another host, another container, a reboot) the lock
+is watched: a run touches its lock every ten seconds, so one that rests for a minute is stale. Modification times are
+only compared with each other, so clocks need not agree. Uses no `fcntl`, which Windows lacks.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import psutil
+
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+BEAT = 10.0  # seconds between two touches
+PATIENCE = 60.0  # seconds without a touch after which a lock of another host is stale
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_held: dict[Path, threading.Event] = {}  # the locks of this process, and the events that end their touches
+
+
+def hold_directory(output_dir: str) -> None:
+    """Take the lock of an output directory, which is made, for this process; [`releases_directory`] returns it.
+
+    Raises:
+        ValueError: if another run holds it, naming its host, process and start.
+    """
+    lock = Path(output_dir).resolve() / LOCK
+    if lock in _held:
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while not _create(lock):
+        content = _read(lock)
+        if content is None:  # it was released meanwhile
+            continue
+        owner = _owner(content)
+        if _is_alive(lock, content, owner):
+            raise ValueError(
+                f"another run writes into output_dir {output_dir!r}: process {owner.get('pid')} on host "
+                f"{owner.get('host')!r}, started {owner.get('started')}; give another output_dir, or end that run "
+                f"first (if it surely has ended, delete {lock})"
+            )
+        logger.info(f"{lock} was left by process {owner.get('pid')} on host {owner.get('host')!r}, which has ended")
+        _remove_stale(lock, content)
+    stop = threading.Event()
+    _held[lock] = stop
+    threading.Thread(target=_touch, args=(lock, stop), daemon=True).start()
+
+
+def release_directories() -> None:
+    """Return the locks that this process holds."""
+    for lock in list(_held):
+        _held.pop(lock).set()
+        content = _read(lock)
+        if content is not None and _is_own(_owner(content)):
+            lock.unlink(missing_ok=True)
+
+
+def releases_directory(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a script's `main`: the lock is returned when it ends, by an error too."""
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return main(*args, **kwargs)
+        finally:
+            release_directories()
+
+    return run
+
+
+def _create(lock: Path) -> bool:
+    """Write the lock of this process, unless there is one. A half-written lock is never seen."""
+    own = {**_identity(os.getpid()), "started": datetime.now().astimezone().isoformat(timespec="seconds")}
+    temporary = lock.with_name(f"{LOCK}.{platform.node()}.{os.getpid()}")
+    temporary.write_text(json.dumps(own), encoding="utf-8")
+    try:
+        os.link(temporary, lock)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            with lock.open("x", encoding="utf-8") as stream:
+                stream.write(json.dumps(own))
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _read(lock: Path) -> str | None:
+    try:
+        return lock.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def _owner(content: str) -> dict[str, Any]:
+    """What a lock says; empty if it is damaged."""
+    with contextlib.suppress(ValueError):
+        owner = json.loads(content)
+        if isinstance(owner, dict):
+            return owner
+    return {}
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    """Host, machine, process and a mark of its start that no clock changes; the mark is `None` without the process.
+
+    The machine is the boot and the process namespace, by which a container is told from its host.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        machine = ""
+    mark: str | None
+    try:
+        if machine:
+            # the 20th value behind the name, which may contain anything: the start in ticks since the boot
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            values = stat.rpartition(")")[2].split()
+            mark = None if values[0] in "ZX" else values[19]
+        else:
+            mark = f"{psutil.Process(pid).create_time():.0f}"
+    except (OSError, psutil.Error):
+        mark = None
+    return {"host": platform.node(), "machine": machine, "pid": pid, "mark": mark}
+
+
+def _is_own(owner: dict[str, Any]) -> bool:
+    own = _identity(os.getpid())
+    return all(owner.get(name) == value for name, value in own.items())
+
+
+def _is_alive(lock: Path, content: str, owner: dict[str, Any]) -> bool:
+    """Whether the run of a lock still writes; of another machine, by watching the lock."""
+    if _is_own(owner):
+        return False  # left by an earlier `main` of this process
+    here = _identity(os.getpid())
+    if isinstance(owner.get("pid"), int) and all(owner.get(name) == here[name] for name in ("host", "machine")):
+        return _identity(owner["pid"])["mark"] == owner.get("mark") is not None
+    logger.warning(
+        f"{lock} is of process {owner.get('pid')} on host {owner.get('host')!r}, which cannot be looked up from here; "
+        f"waiting {PATIENCE:.0f} s to see whether it still runs"
+    )
+    start, end = _changed(lock), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(min(1.0, PATIENCE / 10))
+        if _read(lock) != content or _changed(lock) != start:
+            return lock.exists()
+    return False
+
+
+def _changed(lock: Path) -> int | None:
+    """The modification time, read through an open file: network file systems ask their server then."""
+    try:
+        with lock.open("rb") as stream:
+            return os.fstat(stream.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _remove_stale(lock: Path, content: str) -> None:
+    """Take a stale lock away; if another run has replaced it meanwhile, put that one back."""
+    taken = lock.with_name(f"{LOCK}.stale.{platform.node()}.{os.getpid()}")
+    try:
+        os.replace(lock, taken)
+    except FileNotFoundError:
+        return
+    if _read(taken) != content and not lock.exists():
+        os.replace(taken, lock)
+    taken.unlink(missing_ok=True)
+
+
+def _touch(lock: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        try:
+            content = _read(lock)
+            if content is None or not _is_own(_owner(content)):
+                logger.error(f"{lock} was taken from this run while it slept; another run may write there: end one")
+                return
+            os.utime(lock)
+        except OSError:
+            continue  # a disk that does not answer now may answer at the next touch

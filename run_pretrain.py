@@ -11,7 +11,7 @@ Two processes on a machine without a GPU:
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_pretrain.py recipes/...
 
-Started again, an interrupted run resumes from its last complete checkpoint; on SIGTERM it writes one and exits.
+Started again, an interrupted run resumes from its last complete checkpoint; on SIGTERM or Ctrl-C it writes one first.
 `python run_pretrain.py --help` lists all options.
 """
 
@@ -20,8 +20,8 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from jnana.training.attention import text_collator
-from jnana.training.data import load_blocks, load_documents
-from jnana.training.distributed import main_process_first, unpartitioned
+from jnana.training.data import prepare_text_data
+from jnana.training.distributed import unpartitioned
 from jnana.training.interruption import StopSignalCallback
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
@@ -35,7 +35,7 @@ from jnana.training.run import find_checkpoint, finish_run, start_run, train
 from jnana.training.run_lock import releases_directory
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
-from jnana.training.text_models import prepare_text_model, prepare_tokenizer
+from jnana.training.text_models import prepare_text_model
 
 
 @releases_directory
@@ -55,11 +55,8 @@ def main(argv: list[str]) -> None:
     options = recipe_options(model_args, data_args, run_args, training_args)
     check_same_recipe(checkpoint, options, run_args)
 
-    # 4. Tokenizer and data: the first process prepares them, the others read what it cached
-    with main_process_first():
-        tokenizer = prepare_tokenizer(model_args, load_documents(data_args), checkpoint)
-        train_blocks = load_blocks(data_args, tokenizer)
-        eval_blocks = load_blocks(data_args, tokenizer, evaluation=True)
+    # 4. Tokenizer and data: the first process of each machine prepares them for the others
+    tokenizer, train_blocks, eval_blocks = prepare_text_data(model_args, data_args, checkpoint)
 
     # 5. Model: everything trains; its memory is forecast before weights are read
     forecast_text_run(training_args, model_args, run_args, tokenizer, train_blocks, data_args.packing)
@@ -67,6 +64,7 @@ def main(argv: list[str]) -> None:
         model = apply_stage(prepare_text_model(model_args, tokenizer), "pretrain")
 
     # 6. Trainer
+    callbacks = monitoring_callbacks(run_args, eval_blocks, tokenizer)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> None:
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
-        callbacks=[*monitoring_callbacks(run_args, eval_blocks, tokenizer), StopSignalCallback()],  # must be the last
+        callbacks=[*callbacks, StopSignalCallback(run_args.save_minutes)],  # must be the last
         optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args),
         **evaluation_hooks("raise", training_args.world_size),
     )

@@ -14,7 +14,7 @@ Two processes on a machine without a GPU:
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 run_sft.py recipes/...
 
-Started again, an interrupted run resumes from its last complete checkpoint; on SIGTERM it writes one and exits.
+Started again, an interrupted run resumes from its last complete checkpoint; on SIGTERM or Ctrl-C it writes one first.
 `python run_sft.py --help` lists all options.
 """
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        callbacks=[*callbacks, StopSignalCallback()],  # must be the last
+        callbacks=[*callbacks, StopSignalCallback(run_args.save_minutes)],  # must be the last
         optimizer_cls_and_kwargs=trainer_optimizer(run_args.optimizer, model, training_args, part_args),
         **evaluation_hooks(data_args.on_bad_sample, training_args.world_size),
     )

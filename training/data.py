@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, IterableDataset, load_from_disk
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import (
@@ -18,11 +18,13 @@ from jnana.processing.data import (
     prepare,
 )
 
-from .distributed import run_on_main_process
-from .options.arguments import DataArguments, TextDataArguments
+from .distributed import once_per_machine, run_on_main_process
+from .options.arguments import DataArguments, TextDataArguments, TextModelArguments
+from .text_models import prepare_tokenizer
 
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
+SPLITS = ("train", "eval")
 
 
 def load_conversations(
@@ -81,6 +83,7 @@ def prepare_options(
         max_rows=args.max_eval_rows if evaluation else args.max_train_rows,
         answer_keywords=args.answer_keywords,
         max_length=args.max_length,
+        max_length_source=args.max_length_source,
         max_image_pixels=MAX_IMAGE_PIXELS if args.max_image_pixels is None else args.max_image_pixels,
         image_check=args.image_check,
         on_bad_sample=args.on_bad_sample,
@@ -110,6 +113,47 @@ def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | Iter
     batches.
     """
     return rows.repeat(None) if isinstance(rows, IterableDataset) and not evaluation else rows
+
+
+def prepare_text_data(
+    model_args: TextModelArguments, args: TextDataArguments, checkpoint: str | None = None
+) -> tuple[PreTrainedTokenizerBase, Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The tokenizer, loaded or trained on the corpus, and the training and validation blocks of stage 0.
+
+    The first process of each machine trains the tokenizer and packs the blocks; the others map the same files into
+    memory, and wait as long as that takes. A stream is packed by each process while it trains.
+
+    Args:
+        model_args (`TextModelArguments`): which tokenizer.
+        args (`TextDataArguments`): the corpus.
+        checkpoint (`str`, *optional*): the checkpoint to resume from; its model must have this tokenizer.
+
+    Raises:
+        ValueError: if a model is continued with another tokenizer, or the corpus can't be read or is too short.
+    """
+
+    def make():
+        tokenizer = prepare_tokenizer(model_args, load_documents(args), checkpoint)
+        return tokenizer, load_blocks(args, tokenizer), load_blocks(args, tokenizer, evaluation=True)
+
+    def save(made, folder: Path) -> None:
+        tokenizer, *blocks = made
+        tokenizer.save_pretrained(folder / "tokenizer")
+        for name, data in zip(SPLITS, blocks, strict=True):
+            if isinstance(data, Dataset):
+                data.save_to_disk(folder / name)
+
+    def load(folder: Path):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        blocks = [
+            load_from_disk(folder / name)
+            if (folder / name).is_dir()
+            else load_blocks(args, tokenizer, evaluation=name == "eval")
+            for name in SPLITS
+        ]
+        return tokenizer, *blocks
+
+    return once_per_machine(make, save, load)
 
 
 def load_blocks(

@@ -4,11 +4,16 @@ The process group that trains gives up after `ddp_timeout` (30 minutes). Reading
 the processes wait for one another in gloo groups of their own.
 """
 
+import atexit
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import datasets
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -96,6 +101,43 @@ def run_on_main_process(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def once_per_machine(make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
+    """Call `make` in the first process of each machine, and load in the others what it saved.
+
+    The files lie in a directory of the `datasets` cache, and are deleted when that process exits.
+
+    Args:
+        make (`Callable`): Takes no arguments; what it raises must be picklable.
+        save (`Callable`): Writes the result into a directory.
+        load (`Callable`): Reads it from there.
+
+    Raises:
+        Exception: what `make` or `save` raised on any machine, in every process.
+    """
+    with process_group() as group:
+        if group.size == 1:
+            return make()
+        state = PartialState()
+        result, folder, error = None, None, None
+        if state.is_local_main_process:
+            try:
+                result = make()
+                Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+                folder = tempfile.mkdtemp(prefix="jnana_", dir=datasets.config.HF_DATASETS_CACHE)
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
+                save(result, Path(folder))
+            except Exception as raised:
+                error = raised
+        said = group.gather((folder, error))
+        error = next((error for _, error in said if error is not None), None)
+        if error is not None:
+            raise error
+        if not state.is_local_main_process:
+            result = load(Path(said[group.rank - state.local_process_index][0]))
+        group.wait()
+    return result  # type: ignore[return-value]
 
 
 def sharding_of(args: TrainingArguments) -> Literal["fsdp", "zero1", "zero2", "zero3"] | None:

@@ -49,6 +49,7 @@ from jnana.processing.data.rows import iterate_rows, viewed_rows
 
 from .checkpoints import size_text
 from .distributed import ProcessGroup, process_group
+from .interruption import full_disk_error, is_full_disk
 from .options.arguments import DataArguments
 
 
@@ -171,6 +172,22 @@ class _Builder:
         self.autocast = lambda: torch.autocast(self.device.type, dtype=lower, enabled=enabled)
 
     def run(self, key: dict[str, Any], group: ProcessGroup) -> FeatureCache:
+        """
+        Complete the cache.
+
+        Raises:
+            OSError: If the disk is full; features that were written stay.
+        """
+        try:
+            return self.complete(key, group)
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            kept = "The features in it are complete and stay"
+            remedy = f"{kept}; make room, and start the same command again: it computes the rest"
+            raise full_disk_error("feature_cache", self.folder, "for more features", remedy) from error
+
+    def complete(self, key: dict[str, Any], group: ProcessGroup) -> FeatureCache:
         keys = group.gather(key)
         key = keys[0]
         if group.rank == 0:
@@ -344,15 +361,34 @@ class _Builder:
                         stored.append(StoredImage(views, image.size))
                 full = num_bytes >= PART_BYTES
                 if digests and (full or time.monotonic() - begun > PART_SECONDS or (bad and not self.skip)):
-                    write_part(self.folder, digests, stored)
+                    write_features(self.folder, digests, stored)
                     digests, stored, num_bytes, begun = [], [], 0, time.monotonic()
                 if bad and not self.skip:
                     self.report_problems(bad)
                 bar.update(len(good) + len(bad))
         if digests:
-            write_part(self.folder, digests, stored)
+            write_features(self.folder, digests, stored)
         tower.train(was_training)
         return problems
+
+
+def write_features(folder: Path, digests: list[bytes], images: list[StoredImage]) -> None:
+    """Add features to a cache; on a disk that becomes full, as many as it has room for.
+
+    Args:
+        folder, digests, images: As for [`write_part`].
+
+    Raises:
+        OSError: If they can't all be written.
+    """
+    try:
+        write_part(folder, digests, images)
+    except OSError as error:
+        if not is_full_disk(error) or len(digests) == 1:
+            raise
+        half = len(digests) // 2
+        write_features(folder, digests[:half], images[:half])
+        write_features(folder, digests[half:], images[half:])
 
 
 @dataclass

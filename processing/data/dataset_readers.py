@@ -3,6 +3,8 @@
 Embedded images are not copied or decoded here: the rows use the Arrow buffers of the data set.
 """
 
+import contextlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +17,14 @@ from datasets import Image, List
 
 from .records import RECORD_FILES, column_names, read_records
 from .rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset
-from .shards import IMAGE_ENDINGS, SHARDS, load_source
+from .shards import IMAGE_ENDINGS, SHARDS, TAR_FEATURES, load_source
 from .transcripts import StoredTranscripts
 from .turns import chat_row
 from .values import (
     UnusableValue,
     encodable,
     image_references,
+    is_missing,
     name_of,
     plain_columns,
     plain_features,
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "answer", "answers", "txt")
 IMAGE_COLUMNS = ("images", "image", "image_path", "file_name", *IMAGE_ENDINGS)
+INFERRED_SAMPLES = 100  # of a tar file, from which the columns are taken
 QUESTION_COLUMNS = ("question", "query")
 CHAT_COLUMNS = ("conversations", "messages")
 
@@ -90,13 +94,15 @@ def read_dataset(
         data = data.take(max_rows) if streamed else data.select(range(min(max_rows, len(data))))
     if streamed and data.features is None:
         data = data._resolve_features()
-    columns = list(data.features)
-    if "__key__" in columns and isinstance(data.features.get("json"), dict):
-        # the fields of a tar file's JSON object are the columns
-        columns = [column for column in columns if column != "json"] + list(data.features["json"])
-    features = {**data.features, **(data.features["json"] if isinstance(data.features.get("json"), dict) else {})}
-    convert = RecordConverter(name, columns, options, streamed)
-    convert.read_as_texts(dict.fromkeys(plain_features(features, convert.text_columns)))
+    if data.features == TAR_FEATURES:
+        convert = _tar_converter(name, data, options, streamed)
+    else:
+        columns, fields = list(data.features), data.features.get("json")
+        if "__key__" in columns and isinstance(fields, dict):  # the fields of a tar file's JSON object are the columns
+            columns = [column for column in columns if column != "json"] + list(fields)
+        features = {**data.features, **(fields if isinstance(fields, dict) else {})}
+        convert = RecordConverter(name, columns, options, streamed)
+        convert.read_as_texts(dict.fromkeys(plain_features(features, convert.text_columns)))
     data = _undecoded(data, convert.image_columns)
     if streamed:
         return data.map(convert, with_indices=True, remove_columns=list(data.features), features=ROW_FEATURES)
@@ -137,6 +143,23 @@ def rows_of_records(
     rows = rows_to_dataset(convert(record, index) for index, record in enumerate(records))
     convert.report()
     return rows
+
+
+def _tar_converter(name: str, data: Any, options: ReadOptions, streamed: bool) -> "RecordConverter":
+    """The converter of a local tar file's samples; the columns are those of the first ones."""
+    records = []
+    for sample in data.take(INFERRED_SAMPLES):
+        with contextlib.suppress(UnusableValue):
+            records.append(_flat_record(sample))
+    convert = RecordConverter(name, column_names(records), options, streamed, _tar_source)
+    convert.image_columns = ["images"]
+    convert.read_as_texts(plain_columns(records, convert.text_columns))
+    return convert
+
+
+def _tar_source(sample: dict, index: int) -> str:
+    """Names a sample by its archive and its key."""
+    return f"{sample['__url__']}, sample {sample['__key__']}"
 
 
 def _undecoded(data: Any, image_columns: list[str]) -> Any:
@@ -219,15 +242,16 @@ class RecordConverter:
             index (`int`): its number.
             images (`list[dict]`, *optional*): its images, where they are not read from the record.
         """
-        fields = _flat_record(record) if isinstance(record, dict) else {}
+        fields = record if isinstance(record, dict) else {}
         if self.source_of is not None:
             source = self.source_of(fields, index)
         else:
-            source = record_name(self.name, index, fields.get("id", fields.get("__key__")))
+            nested = fields["json"] if "__key__" in fields and isinstance(fields.get("json"), dict) else {}
+            source = record_name(self.name, index, nested.get("id", fields.get("id", fields.get("__key__"))))
         try:
             if not isinstance(record, dict):
                 raise UnusableValue(f"the record is {shown(record)}, not an object.", "Write it with named fields.")
-            record = fields
+            record = _flat_record(record, images)
             return self._row(record, self._images(record) if images is None else images, source)
         except UnusableValue as problem:
             return problem_row(source, problem)
@@ -255,11 +279,13 @@ class RecordConverter:
                 category=category,
                 transcripts=self.transcripts,
             )
-            if num_opening and self.streamed and not self.num_opening:
-                logger.warning(
-                    f"{source}: an answer in front of the first question is left out, also in later records"
-                )
+            before = len(str(self.num_opening)) if self.num_opening else 0
             self.num_opening += num_opening
+            if self.streamed and num_opening and len(str(self.num_opening)) > before:  # at 1, 10, 100, ...
+                logger.warning(
+                    f"{source}: an answer in front of the first question is left out; so far {self.num_opening:,} of "
+                    "this stream's"
+                )
             return row
         if self.chat_columns and (self.text_column is None or record.get(self.text_column) is None):
             return make_row(images, [], source)
@@ -324,11 +350,37 @@ def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _flat_record(record: dict) -> dict:
-    """A record of a tar file with the fields of its `.json` as columns; other records unchanged."""
-    if "__key__" in record and isinstance(record.get("json"), dict):
+def _flat_record(record: dict, images: list[dict] | None = None) -> dict:
+    """
+    A sample of a tar file with its texts, and the fields of its `.json`, as columns; other records unchanged.
+
+    Args:
+        record (`dict`): the record.
+        images (`list[dict]`, *optional*): its images, where it has no column of them.
+
+    Raises:
+        UnusableValue: if its `.json` is no JSON object, or names an image where the archive has none.
+    """
+    if "__key__" in record and isinstance(record.get("json"), dict):  # read by `datasets`, from the Hub
         return {**record, **record["json"]}
-    return record
+    if not {"__url__", "texts"} <= set(record):
+        return record
+    texts = json.loads(record["texts"])
+    fields = {}
+    if "json" in texts:
+        try:
+            fields = json.loads(texts.pop("json"))
+        except (ValueError, RecursionError) as error:
+            raise UnusableValue(f"its .json file is not valid JSON: {error}.", "Write one object.") from error
+        if not isinstance(fields, dict):
+            raise UnusableValue(f"its .json file holds {shown(fields)}, not an object.", "Write one object.")
+    named = next((name for name in IMAGE_COLUMNS if not is_missing(fields.get(name))), None)
+    if named is not None and not record.get("images", images):
+        raise UnusableValue(
+            f"its .json file has {named} {shown(fields[named])}, but the archive holds no image of this sample.",
+            f"Add the image as a file of the same name, such as {record['__key__']}.jpg.",
+        )
+    return {**fields, **texts, **record}
 
 
 def _as_lists(chunk: pa.Array) -> pa.Array:

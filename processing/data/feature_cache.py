@@ -305,10 +305,14 @@ def write_part(folder: str | Path, digests: list[bytes], images: list[StoredImag
     if sizes:
         tensors["num_views"] = torch.tensor([len(image.features) for image in images])
         tensors["image_sizes"] = torch.tensor(sizes)
-    with open(unfinished, "wb") as file:  # `save_file` creates files that other users can't read
-        file.write(save(tensors))
-        file.flush()
-        os.fsync(file.fileno())  # the content must be on disk before the file is renamed
+    try:
+        with open(unfinished, "wb") as file:  # `save_file` creates files that other users can't read
+            file.write(save(tensors))
+            file.flush()
+            os.fsync(file.fileno())  # the content must be on disk before the file is renamed
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     os.replace(unfinished, path)
     return path
 

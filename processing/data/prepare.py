@@ -43,6 +43,7 @@ class PrepareOptions:
         needs_images (`bool`, *optional*, defaults to `False`): as run_align, take no conversation without an image,
             and answers without a question as captions of their image.
         max_length, max_image_pixels, image_check, on_bad_sample, bad_samples_file, progress: as in [`check_rows`].
+        max_length_source (`str`, *optional*): what `max_length` is, for the log: a limit of the model.
         packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`, as in [`JnanaCollator`].
         max_row_tokens (`int`, *optional*, defaults to 1024): tokens a packed row may have.
         seed (`int`, *optional*): of the order in which conversations are packed; by default the order of the data.
@@ -59,6 +60,7 @@ class PrepareOptions:
     max_rows: int | None = None
     answer_keywords: bool = False
     max_length: int | None = None
+    max_length_source: str | None = None
     max_image_pixels: int = MAX_IMAGE_PIXELS
     image_check: str = "header"
     on_bad_sample: str = "raise"
@@ -141,7 +143,7 @@ def prepare(
     name = source if isinstance(source, (str, Path)) else "data set"
     if not report.lengths:
         raise ValueError(f"{name} has no rows")
-    logger.info(f"{name}: {describe_report(report, options.max_length)}")
+    logger.info(f"{name}: {describe_report(report, options.max_length, options.max_length_source)}")
     if report.problems:
         rows = rows.select(report.kept_indices)
     if options.packing == "none":
@@ -153,13 +155,14 @@ def prepare(
     return packed_rows(rows, plan)
 
 
-def describe_report(report: CheckReport, max_length: int | None) -> str:
+def describe_report(report: CheckReport, max_length: int | None, source: str | None = None) -> str:
     """One line for the log: the numbers of rows and conversations, and their lengths in tokens."""
     lengths = sorted(length for row in report.lengths for length in row)
     text = f"{len(report.kept_indices):,} of {report.num_rows:,} rows, {len(lengths):,} conversations of "
     text += f"{lengths[0]} to {lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
     if report.num_truncated:
         text += f"; {report.num_truncated:,} are cut to max_length {max_length}"
+        text += f" ({source})" if source else ""
     return text
 
 

@@ -122,6 +122,8 @@ def _parse(text: str, path: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise ValueError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits; lists in lists in lists
+        raise ValueError(f"{path}, line {line}: not read: {error}.") from error
 
 
 def _read_csv(path: Path) -> list[dict]:

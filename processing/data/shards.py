@@ -6,6 +6,8 @@ Local files are checked before they are read, so that a file whose end was cut o
 import glob
 import itertools
 import json
+import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import Features, Image, Value
+from datasets import Features, Image, List, Value
 
 from .paths import names_local_path
 from .records import RECORD_FILES
@@ -25,8 +27,16 @@ ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 # WebDataset names a column after the ending of the files, whose case `datasets` keeps.
 IMAGE_ENDINGS = (*ENDINGS, *(ending.upper() for ending in ENDINGS))
 TEXT_ENDINGS = ("txt", "text", "transcript")
-# Samples of the first archive from which the fields of the `.json` files are taken
-INFERRED_SAMPLES = 100
+SAMPLE_NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")  # the key of a sample, and the ending of one of its files
+# `texts` is a JSON object with the content of each text and `.json` file, by its ending
+TAR_FEATURES = Features(
+    {
+        "__key__": Value("string"),
+        "__url__": Value("string"),
+        "images": List(Image(decode=False)),
+        "texts": Value("string"),
+    }
+)
 
 
 def load_source(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
@@ -50,20 +60,32 @@ def load_source(source: str, split: str, streaming: bool, **load_options: Any) -
     elif path.is_file() and shards is None:
         raise ValueError(f"{source}: files read are {', '.join((*RECORD_FILES, *SHARDS))}.")
     if shards is None:
-        return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
+        return _load_named(source, split, streaming, **load_options)
     # a path that exists is that file, whatever characters it has
     pattern = glob.escape(source) if path.exists() else source
     files = sorted(glob.glob(pattern))
     for file in files:
-        _check_whole(file, shards)
-    if shards == "parquet" and path.is_file() and not streaming:
+        check_whole(file, shards)
+    if shards == "webdataset":
+        return _load_tar_files(files, streaming)
+    if path.is_file() and not streaming:
         return datasets.Dataset(read_parquet(path))  # `load_dataset` would write a cache
-    features = _tar_features(files[0]) if shards == "webdataset" else None
     try:
-        data = datasets.load_dataset(shards, data_files=pattern, split="train", streaming=streaming, features=features)
+        return datasets.load_dataset(shards, data_files=pattern, split="train", streaming=streaming)
     except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, TypeError, OSError) as error:
         raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
-    return data
+
+
+def _load_named(source: str, split: str, streaming: bool, **load_options: Any) -> Any:
+    """A data set on the Hub, or a directory of files."""
+    try:
+        return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise ValueError(f"{source}: {error} Set train_split or eval_split to one of them.") from error
 
 
 def read_parquet(path: Path) -> pa.Table:
@@ -73,7 +95,7 @@ def read_parquet(path: Path) -> pa.Table:
     Raises:
         ValueError: if it is not a whole parquet file.
     """
-    _check_whole(str(path), "parquet")
+    check_whole(str(path), "parquet")
     try:
         return pa.parquet.read_table(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
@@ -97,7 +119,7 @@ def split_of(data: Any, split: str, name: str) -> Any:
     return data[split]
 
 
-def _check_whole(file: str, kind: str) -> None:
+def check_whole(file: str, kind: str) -> None:
     """Raise if the end of a shard was cut off."""
     try:
         if kind == "parquet":
@@ -126,42 +148,37 @@ def _check_tar(file: str) -> None:
             raise tarfile.ReadError("unexpected end of data")
 
 
-def _tar_features(file: str) -> Features:
+def _load_tar_files(files: list[str], streaming: bool) -> Any:
     """
-    The columns of WebDataset's archives: all endings of images, and the texts and `.json` fields of the first samples.
+    The samples of WebDataset's archives, with the columns of `TAR_FEATURES`.
 
-    `datasets` takes the endings of the first sample for all of them, so that an archive with `.jpg` and `.png` files
-    raises, or loses the images of later samples.
+    The contents of texts and `.json` files stay texts. `datasets` would give their fields the types of the first
+    sample, so that one odd sample raises for all, or loses the images of later ones.
     """
-    columns: dict[str, Any] = {"__key__": Value("string"), "__url__": Value("string")}
-    columns |= {ending: Image() for ending in IMAGE_ENDINGS}
-    tables = []
-    for name, content in itertools.islice(_tar_files(file), 3 * INFERRED_SAMPLES):
-        ending = name.split(".", 1)[-1]
-        if ending.lower() in TEXT_ENDINGS:
-            columns[ending] = Value("string")
-        elif ending == "json":
-            try:
-                tables.append(pa.Table.from_pylist([{"json": json.loads(content)}]))
-            except (ValueError, pa.ArrowException) as error:
-                raise ValueError(f"{file}, {name} can't be read: {error}.") from error
-    if tables:
-        try:
-            schema = pa.concat_tables(tables, promote_options="permissive").schema
-        except pa.ArrowException as error:
-            remedy = "Give each field one type in all of them, or write the records as one .jsonl file."
-            raise ValueError(
-                f"{file}: its .json files differ in the types of their fields: {error}. {remedy}"
-            ) from error
-        columns |= Features.from_arrow_schema(schema)
-    return Features(columns)
+    if streaming:
+        return datasets.IterableDataset.from_generator(
+            _tar_samples, features=TAR_FEATURES, gen_kwargs={"files": files}
+        )
+    # in the cache of `datasets`, under a name that depends on the arguments; an archive that changed is read again
+    stamps = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
+    return datasets.Dataset.from_generator(
+        _tar_samples, features=TAR_FEATURES, gen_kwargs={"files": files, "stamps": stamps}
+    )
 
 
-def _tar_files(file: str) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files of an archive; images are not read."""
-    with tarfile.open(file, "r:") as archive:
-        for member in archive:
-            name = Path(member.name).name
-            stream = archive.extractfile(member) if member.isfile() else None
-            if stream is not None:
-                yield name, b"" if name.split(".", 1)[-1] in IMAGE_ENDINGS else stream.read()
+def _tar_samples(files: list[str], stamps: tuple = ()) -> Iterator[dict]:
+    """The samples of archives: neighbouring files whose names are the same up to the first dot."""
+    for file in files:
+        with tarfile.open(file, "r:") as archive:
+            named = ((SAMPLE_NAME.match(member.name), member) for member in archive if member.isfile())
+            samples = ((name[1], name[2], member) for name, member in named if name)
+            for key, members in itertools.groupby(samples, key=lambda sample: sample[0]):
+                images, texts = [], {}
+                for _, ending, member in members:
+                    if ending in IMAGE_ENDINGS:
+                        data = archive.extractfile(member).read()  # type: ignore[union-attr]
+                        images.append({"path": f"{key}.{ending}", "bytes": data})
+                    elif ending.lower() in (*TEXT_ENDINGS, "json"):
+                        data = archive.extractfile(member).read()  # type: ignore[union-attr]
+                        texts[ending.lower()] = data.decode("utf-8-sig", "replace")
+                yield {"__key__": key, "__url__": file, "images": images, "texts": json.dumps(texts)}

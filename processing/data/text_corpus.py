@@ -18,6 +18,8 @@ from jnana.modeling.packed_layout_jnana import PackedLayout
 from .packing import IGNORED, WINDOW, fill_rows, longest_first
 from .paths import names_local_path
 from .records import read_json_lines
+from .shards import check_whole, load_source, read_parquet
+from .values import encodable, shown
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -65,22 +67,16 @@ def load_text(
                 _documents, gen_kwargs={"path": str(path), "text_column": text_column}, features=TEXT_FEATURES
             )
         elif suffix == ".parquet":
-            table = pa.parquet.read_table(path, memory_map=True)
-            corpus = _text_only(datasets.Dataset(table), text_column, str(path))
+            corpus = _text_only(datasets.Dataset(read_parquet(path)), text_column, str(path))
         else:
             texts = list(_texts(path, text_column))
             corpus = datasets.Dataset(pa.table({"text": pa.array(texts, pa.string())}))
-    elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        loaded = datasets.load_from_disk(str(path))
-        loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        corpus = _text_only(loaded.to_iterable_dataset() if streaming else loaded, text_column, str(path))
     elif not path.exists() and names_local_path(str(source)):
         raise FileNotFoundError(f"source={str(source)!r} does not exist.")
     elif path.is_file():
         raise ValueError(f"source={str(source)!r}: text files read are {', '.join(TEXT_FILES)}.")
     else:
-        loaded = datasets.load_dataset(str(source), split=split, streaming=streaming, **load_options)
-        corpus = _text_only(loaded, text_column, str(source))
+        corpus = _text_only(load_source(str(source), split, streaming, **load_options), text_column, str(source))
     if max_rows is None:
         return corpus
     if isinstance(corpus, datasets.IterableDataset):
@@ -89,11 +85,37 @@ def load_text(
 
 
 def _text_only(corpus: Any, text_column: str, name: str) -> Any:
+    """The one column of texts; each is checked, those of a stream when it is read."""
     columns = corpus.column_names or list(next(iter(corpus)))
     if text_column not in columns:
         raise ValueError(f"{name}: no column {text_column!r}; it has {columns}. Set text_column.")
-    corpus = corpus.select_columns([text_column])
-    return corpus if text_column == "text" else corpus.rename_column(text_column, "text")
+    corpus = corpus.select_columns([text_column]).with_format(None)
+    corpus = corpus if text_column == "text" else corpus.rename_column(text_column, "text")
+    if isinstance(corpus, datasets.IterableDataset):
+        return corpus.map(_checked, with_indices=True, fn_kwargs={"name": name}, features=TEXT_FEATURES)
+    column = corpus.with_format("arrow")[:].column("text")
+    if column.null_count or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        for index, text in enumerate(row["text"] for row in corpus):
+            _text(text, name, index)
+    return corpus
+
+
+def _checked(document: dict, index: int, name: str) -> dict:
+    return {"text": _text(document["text"], name, index)}
+
+
+def _text(value: Any, name: str, index: int) -> str:
+    """A document.
+
+    Raises:
+        ValueError: if it is no text, naming the corpus and the record.
+    """
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{name}, record {index}: {shown(value)} is not a text. Remove the record, or set text_column to a column "
+            "that holds texts only."
+        )
+    return encodable(value)
 
 
 def _documents(path: str, text_column: str) -> Iterator[dict]:
@@ -104,18 +126,20 @@ def _documents(path: str, text_column: str) -> Iterator[dict]:
 def _texts(path: Path, text_column: str) -> Iterator[str]:
     """The documents of a local file, which is not read as a whole."""
     if path.suffix.lower() == ".parquet":
+        check_whole(str(path), "parquet")
         parquet = pa.parquet.ParquetFile(path)
         if text_column not in parquet.schema_arrow.names:
             raise ValueError(
                 f"{path}: no column {text_column!r}; it has {parquet.schema_arrow.names}. Set text_column."
             )
-        for batch in parquet.iter_batches(columns=[text_column]):
-            yield from batch.column(0).to_pylist()
+        batches = parquet.iter_batches(columns=[text_column])
+        for index, value in enumerate(value for batch in batches for value in batch.column(0).to_pylist()):
+            yield _text(value, str(path), index)
     elif path.suffix.lower() == ".jsonl":
-        for number, record in enumerate(read_json_lines(path)):
-            if not isinstance(record, dict) or not isinstance(record.get(text_column), str):
-                raise ValueError(f"{path}, record {number}: no text under {text_column!r}. Set text_column.")
-            yield record[text_column]
+        for index, record in enumerate(read_json_lines(path)):
+            if not isinstance(record, dict) or text_column not in record:
+                raise ValueError(f"{path}, record {index}: no text under {text_column!r}. Set text_column.")
+            yield _text(record[text_column], str(path), index)
     else:
         try:
             with open(path, encoding="utf-8-sig") as file:

@@ -20,6 +20,7 @@ IMAGE_PARTS = ("image", "image_url")
 # The fields in which a part of a chat names its own image, as Qwen-VL and OpenAI write it
 IMAGE_FIELDS = ("image", "image_url", "path", "url")
 PLACEHOLDER = "<image>"
+TAGGED_IMAGE = re.compile(r"<img>(.*?)</img>")  # an image named in the text, as the first Qwen-VL writes it
 PLACEHOLDER_LINE = re.compile(r"(^|\n)\s*<image>\s*(\n|$)")
 
 
@@ -63,7 +64,7 @@ def chat_row(
     """
     turns = _turns(record, field)
     messages = [_message(turn, f"{field} {number}", transcripts) for number, turn in enumerate(turns)]
-    images = _with_own_images(turns, images, folder)
+    images = _with_tagged_images(messages, _with_own_images(turns, images, folder), folder)
     if not any(part["type"] == "image" for m in messages for part in m["content"]):
         _place_images(messages, len(images))
     details = _answer_details(record, turns, messages, category)
@@ -165,6 +166,21 @@ def _with_own_images(turns: list[dict], images: list[dict], folder: Any) -> list
             "Keep one of them.",
         )
     return images or [image_reference(value, folder, f"image part {n}") for n, value in enumerate(own)]
+
+
+def _with_tagged_images(messages: list[dict], images: list[dict], folder: Any) -> list[dict]:
+    """The images of a record, or those that users' texts name in `<img>` tags, which become placeholders."""
+    parts = [part for m in messages if m["role"] == "user" for part in m["content"] if part["type"] == "text"]
+    tagged = [path for part in parts for path in TAGGED_IMAGE.findall(part["text"])]
+    if tagged and images:
+        raise UnusableValue(
+            f"a text names an image of its own (<img>{shown(tagged[0])}</img>), and the record has {len(images)} "
+            "beside it.",
+            "Keep one of them.",
+        )
+    for part in parts:
+        part["text"] = TAGGED_IMAGE.sub(PLACEHOLDER, part["text"])
+    return images or [image_reference(path.strip(), folder, f"image tag {n}") for n, path in enumerate(tagged)]
 
 
 def _place_images(chat: list[dict], num_images: int) -> None:

@@ -189,10 +189,10 @@ def refuse_weights(folder: str) -> None:
     Trainer._save = full
 
 
-def terminate_group(event: str, step: int) -> None:
-    """SIGTERM to this process and to the workers of its dataloader, as a scheduler sends it."""
+def strike_group(number: int, event: str, step: int) -> None:
+    """A signal to this process and to the workers of its dataloader, as a scheduler or a terminal sends it."""
     os.setpgrp()
-    add_callback(SignalAt(signal.SIGTERM, event, step, to_group=True))
+    add_callback(SignalAt(number, event, step, to_group=True))
 
 
 def files(folder: str) -> list[Path]:

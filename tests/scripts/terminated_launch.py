@@ -1,6 +1,6 @@
-"""Runs a script under `accelerate launch` and sends SIGTERM at one step.
+"""Runs a script under `accelerate launch` and sends a signal at one step.
 
-    terminated_launch.py TO STEP NOTES script ...
+    terminated_launch.py SIGNAL TO STEP NOTES script ...
 
 
 TO is `launcher` (what a scheduler that knows one process does) or `all` (Slurm, systemd: every process of the job).
@@ -19,10 +19,10 @@ from tests.scripts.faults import add_callback
 
 
 class Scheduler(TrainerCallback):
-    """Sends SIGTERM as a step begins; the first process does it, for all."""
+    """Sends a signal as a step begins; the first process does it, for all."""
 
-    def __init__(self, to: str, step: int):
-        self.to, self.step = to, step
+    def __init__(self, name: str, to: str, step: int):
+        self.number, self.to, self.step = getattr(signal, name), to, step
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step != self.step or not state.is_world_process_zero:
@@ -31,12 +31,12 @@ class Scheduler(TrainerCallback):
         workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         assert len(workers) == args.world_size, workers
         for process in [launcher, *(map(int, workers) if self.to == "all" else ())]:
-            os.kill(process, signal.SIGTERM)
+            os.kill(process, self.number)
 
 
 if __name__ == "__main__":
-    to, step, notes, script, *arguments = sys.argv[1:]
-    add_callback(Scheduler(to, int(step)))
+    name, to, step, notes, script, *arguments = sys.argv[1:]
+    add_callback(Scheduler(name, to, int(step)))
     try:
         importlib.import_module(f"jnana.{script}").main(arguments)
     except SystemExit as end:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from jnana.training.checkpoints import checkpoint_problem
+from jnana.training.interruption import STOP_SIGNALS
 from jnana.training.manifests import write_manifest
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.faults import (
@@ -27,8 +28,9 @@ from tests.scripts.faults import (
     refuse_state,
     refuse_weights,
     set_clock_back,
+    strike,
+    strike_group,
     terminate,
-    terminate_group,
     wait,
     write_zeros,
 )
@@ -92,6 +94,12 @@ TWO = Kind(
     (("gradient_accumulation_steps", 2), ("streaming", "true"), ("train_data", "tar files")),
     2,
 )
+NF4 = Kind(
+    "sft, LoRA on nf4, evaluation and samples at every step",
+    "run_sft",
+    "adapter_model.safetensors",
+    (("quantization", "nf4"), ("eval_strategy", "steps"), ("eval_steps", 1), ("sample_steps", 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,17 @@ class Case:
 
 
 KILLED, TERMINATED, FAILED = -signal.SIGKILL, 128 + signal.SIGTERM, 1
+CODES = {name: 128 + getattr(signal, name) for name in STOP_SIGNALS}
 # started by `accelerate launch`, which passes the signal on, after a moment and once more to those who have it already
+LAUNCHER, ALL = "to `accelerate launch` alone", "to `accelerate launch` and all its processes"
 LAUNCHED = {
-    "launcher": Case("SIGTERM", "to `accelerate launch` alone", TWO, (), (TERMINATED,), 3),
-    "all": Case("SIGTERM", "to `accelerate launch` and all its processes", TWO, (), (TERMINATED,), 3),
+    ("SIGTERM", "launcher"): Case("SIGTERM", LAUNCHER, TWO, (), (TERMINATED,), 3),
+    ("SIGTERM", "all"): Case("SIGTERM", ALL, TWO, (), (TERMINATED,), 3),
+    ("SIGINT", "all"): Case("SIGINT", ALL, TWO, (), (CODES["SIGINT"],), 3),
+    ("SIGHUP", "launcher"): Case("SIGHUP", LAUNCHER, TWO, (), (CODES["SIGHUP"],), 3),
+    ("SIGUSR1", "launcher"): Case(
+        "SIGUSR1", f"{LAUNCHER}, which was told to pass it on", TWO, (), (CODES["SIGUSR1"],), 3
+    ),
 }
 SEED, MOMENTS = 18, 8
 AT_RANDOM = (f"SIGKILL, {MOMENTS} times", f"at random moments (seed {SEED})")
@@ -195,11 +210,45 @@ CASES = [
         "SIGTERM",
         "to the dataloader's workers too",
         ALIGN,
-        (partial(terminate_group, "on_step_begin", 2),),
+        (partial(strike_group, signal.SIGTERM, "on_step_begin", 2),),
         (TERMINATED,),
         3,
         1,
     ),
+    Case(
+        "SIGINT",
+        "to the dataloader's workers too",
+        ALIGN,
+        (partial(strike_group, signal.SIGINT, "on_step_begin", 2),),
+        (CODES["SIGINT"],),
+        3,
+        1,
+    ),
+    Case(
+        "SIGHUP",
+        "to one of two processes",
+        TWO,
+        (partial(strike, signal.SIGHUP, "on_step_begin", 2, rank=1),),
+        (CODES["SIGHUP"],),
+        3,
+    ),
+    Case(
+        "SIGQUIT",
+        "between two micro-batches",
+        ALIGN,
+        (partial(strike, signal.SIGQUIT, "on_substep_end", 2),),
+        (CODES["SIGQUIT"],),
+        3,
+    ),
+    Case(
+        "SIGUSR1",
+        "between two steps",
+        PACKED,
+        (partial(strike, signal.SIGUSR1, "on_step_end", 3),),
+        (CODES["SIGUSR1"],),
+        3,
+    ),
+    Case("SIGKILL", "after an evaluation of nf4 weights", NF4, (partial(kill, "on_step_end", 5),), (KILLED,), 4),
     *LAUNCHED.values(),
     Case("full disk", "for a checkpoint's weights", LORA, (partial(refuse_weights, "checkpoint-4"),), (FAILED,), 2),
     Case("full disk", "for its optimizer", ALIGN, (partial(refuse_file, "optimizer.pt", 4),), (FAILED,), 2),
@@ -264,8 +313,8 @@ def test_interrupted(case: Case, start, whole, tmp_path):
     for fault, code in zip(case.faults, case.codes, strict=True):
         ended = start(case.kind, output, fault, case.workers)[0]
         assert ended.code == code, ended.output[-4000:]
-        if code == TERMINATED:
-            assert ended.output.count("SIGTERM: stopped after step") == 1
+        if code in CODES.values():
+            assert ended.output.count(f"{case.how.split(',')[0]}: stopped after step") == 1
     if case.how == "full disk":
         assert "has no room for the files of this run" in ended.output
         assert f"{output}/checkpoint-{case.resumed_from} is complete; make room" in ended.output
@@ -280,19 +329,24 @@ def test_interrupted(case: Case, start, whole, tmp_path):
     assert_same(output, whole(case.kind), case.kind)
 
 
-@pytest.mark.parametrize("to", LAUNCHED)
-def test_interrupted_under_accelerate_launch(to, start, whole, tmp_path, data, vision, pretrained, aligned):
-    case, output = LAUNCHED[to], tmp_path / "run"
+@pytest.mark.parametrize(("name", "to"), LAUNCHED)
+def test_interrupted_under_accelerate_launch(name, to, start, whole, tmp_path, data, vision, pretrained, aligned):
+    case, output = LAUNCHED[name, to], tmp_path / "run"
     words = arguments(case.kind, output, data, vision, pretrained, aligned)
-    terminated = [to, "2", str(tmp_path), case.kind.script]
+    terminated = [name, to, "2", str(tmp_path), case.kind.script]
+    variables = {"PET_SIGNALS_TO_HANDLE": ",".join(STOP_SIGNALS)} if name == "SIGUSR1" else {}
     process = launch(
-        "tests/scripts/terminated_launch.py", [*terminated, *words], case.kind.processes, PYTHONPATH=str(ROOT)
+        "tests/scripts/terminated_launch.py",
+        [*terminated, *words],
+        case.kind.processes,
+        PYTHONPATH=str(ROOT),
+        **variables,
     )
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 1, said[-4000:]  # the launcher's own
-    assert said.count("SIGTERM: stopped after step 3") == 1, said[-4000:]
+    assert said.count(f"{name}: stopped after step 3") == 1, said[-4000:]
     assert "forcefully exiting" not in said
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(TERMINATED)] * 2
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(CODES[name])] * 2
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert f"resuming from {output}/checkpoint-3 " in succeed(start(case.kind, output))
     assert_same(output, whole(case.kind), case.kind)
@@ -333,6 +387,27 @@ def test_two_runs_at_once(start, whole, tmp_path):
     succeed(first)
     assert_same(output, whole(ALIGN), ALIGN)
     assert not (output / "run.lock").exists()
+
+
+@pytest.mark.parametrize("handled", [None, "SIGTERM,SIGINT"])
+def test_a_closed_terminal_under_nohup(handled, start, tmp_path, data, vision, pretrained, aligned):
+    """The remedy of the docs lets the run go on. The control: the launcher kills processes that ignore SIGHUP."""
+    words = arguments(TWO, tmp_path / "run", data, vision, pretrained, aligned)
+    variables = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | ({"PET_SIGNALS_TO_HANDLE": handled} if handled else {})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which new processes inherit
+    try:
+        process = launch(
+            "tests/scripts/terminated_launch.py",
+            ["SIGHUP", "all", "2", str(tmp_path), TWO.script, *words],
+            TWO.processes,
+            PYTHONPATH=str(ROOT),
+            **variables,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    said, _ = process.communicate(timeout=240)
+    assert (process.returncode == 0) is (handled is not None), said[-4000:]
+    assert (tmp_path / "run" / "model.safetensors").is_file() is (handled is not None)
 
 
 def test_the_table_lists_nothing_else():

@@ -45,6 +45,7 @@ def no_model(monkeypatch):
         ({"chat_template": "nonsense"}, "chat_template='nonsense' is neither"),
         ({"max_length": 3}, "max_length=3"),
         ({"max_train_rows": 0}, "max_train_rows is 0; it must be at least 1"),
+        ({"save_minutes": 0}, "save_minutes is 0.0; it must be above 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but the Trainer would smooth"),
         (
             {"attn_implementation": "flash_attention_2", "packing": "rows"},

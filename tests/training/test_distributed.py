@@ -1,5 +1,7 @@
 """Work for the first process, and waits of the others, in real processes over gloo."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import time
@@ -9,8 +11,18 @@ import pytest
 import torch.distributed as dist
 from accelerate import PartialState
 
-from jnana.training import distributed
-from jnana.training.distributed import main_process_first, process_group, run_on_main_process, unpartitioned
+from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
+from jnana.training import distributed, text_models
+from jnana.training.data import prepare_text_data
+from jnana.training.distributed import (
+    main_process_first,
+    once_per_machine,
+    process_group,
+    run_on_main_process,
+    unpartitioned,
+)
+from jnana.training.options.arguments import TextDataArguments, TextModelArguments
+from tests.tiny import CORPUS
 
 
 WAIT = 4  # seconds that the first process works
@@ -77,6 +89,31 @@ def first_failing(folder) -> str:
     return "not reached"
 
 
+def made_once(folder) -> str:
+    def make() -> str:
+        time.sleep(WAIT)
+        with open(folder / "made", "a") as file:
+            file.write("x")
+        return f"by {dist.get_rank()}"
+
+    return once_per_machine(make, lambda made, at: (at / "a").write_text(made), lambda at: (at / "a").read_text())
+
+
+def made_failing(folder) -> str:
+    return once_per_machine(fail, lambda made, at: None, lambda at: "loaded")
+
+
+def text_blocks(folder) -> str:
+    model_args = TextModelArguments(train_tokenizer_vocab_size=300, text_config='{"model_type": "phi"}')
+    data_args = TextDataArguments(train_data=str(folder / "a.txt"), eval_data=str(folder / "a.txt"), block_size=16)
+    calls = []
+    text_models.train_tokenizer = lambda *a: calls.append(a) or train_tokenizer(*a)
+    tokenizer, train, validation = prepare_text_data(model_args, data_args)
+    rows = [block["input_ids"] for blocks in (train, validation) for block in blocks]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return f"{len(calls)} {len(rows) > 10} {digest} {tokenizer_fingerprint(tokenizer)}"
+
+
 def training_group(folder) -> str:
     time.sleep(WAIT if dist.get_rank() == 0 else 0)
     dist.barrier()
@@ -104,7 +141,24 @@ def test_an_error_in_the_first_process_leaves_nobody_waiting(tmp_path):
     assert run_two(first_failing, tmp_path) == ["ValueError: row 7 has no answer"] * 2
 
 
+def test_once_per_machine_and_longer_than_the_training_group_waits(tmp_path):
+    assert run_two(made_once, tmp_path) == ["by 0", "by 0"]
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_an_error_while_preparing_reaches_all(tmp_path):
+    assert run_two(made_failing, tmp_path) == ["ValueError: row 7 has no answer"] * 2
+
+
+def test_one_process_trains_the_tokenizer_and_packs(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{line} {number}" for number in range(20) for line in CORPUS))
+    first, second = (said.split(" ", 1) for said in run_two(text_blocks, tmp_path))
+    assert (first[0], second[0]) == ("1", "0")
+    assert first[1] == second[1] and first[1].startswith("True ")
+
+
 def test_one_process_alone():
+    assert once_per_machine(lambda: 3, lambda *_: pytest.fail("saved"), lambda _: pytest.fail("loaded")) == 3
     assert run_on_main_process(lambda: 3) == 3
     with pytest.raises(ValueError, match="row 7"):
         run_on_main_process(fail)

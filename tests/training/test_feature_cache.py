@@ -1,5 +1,6 @@
 """The cache of a frozen tower's features: equal to the tower's, computed once per image, checked against the run."""
 
+import errno
 import json
 import logging
 import os
@@ -387,6 +388,31 @@ class TestDisk:
         for colour in COLOURS:
             path = pictures / f"{colour}.png"
             torch.testing.assert_close(features(cache, path), towers_own(pair, path), rtol=1e-6, atol=1e-6)
+
+    def test_a_disk_that_becomes_full_loses_nothing_that_fits(self, pair, pictures, tmp_path, monkeypatch):
+        """There is room for four of six images, which are computed together."""
+        folder, original = tmp_path / "cache", cache_format.save
+
+        def limited(tensors) -> bytes:
+            if len(FeatureCache(folder)) + len(tensors["digests"]) > 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(tensors)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_format, "save", limited)
+            with pytest.raises(OSError, match="feature_cache .*/cache' has no room for more features .*start the"):
+                build(pair, rows_in(pictures), folder)
+        assert len(FeatureCache(folder)) == 4 and not list(folder.glob(".features-*"))
+        counts = computed(monkeypatch, pair)
+        assert len(build(pair, rows_in(pictures), folder)) == 6 and counts == [2]
+
+    def test_another_error_of_the_disk_is_not_explained_as_a_full_one(self, pair, pictures, tmp_path, monkeypatch):
+        def broken(tensors) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(cache_format, "save", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            build(pair, rows_in(pictures), tmp_path / "cache")
 
     def test_a_second_run_waits_for_the_first(self, pair, pictures, tmp_path, monkeypatch):
         cache = build(pair, rows_in(pictures).select(range(2)), tmp_path / "cache")

@@ -183,6 +183,7 @@ class DataArguments:
         default=False, metadata={"help": "Train answers without stop words and punctuation (phi35_pooled)."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a row at most, image tokens included."})
+    max_length_source: str | None = field(default=None, init=False)  # what `max_length` is, where it was not given
     max_image_pixels: int | None = field(default=None)
     on_bad_sample: Literal["raise", "skip"] = field(default="raise")
     image_check: Literal["none", "header", "decode"] = field(
@@ -342,6 +343,12 @@ class RunArguments:
     )
     sample_count: int = field(default=4)
     sample_max_new_tokens: int = field(default=64)
+    save_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Save a checkpoint too when the last one is this many minutes old; default: `save_steps` alone."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete output_dir's checkpoints and start anew instead of resuming."}
     )

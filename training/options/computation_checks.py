@@ -73,6 +73,7 @@ def check_computation(
         ValueError: naming the option, its value and the remedy.
     """
     check_liger_kernel(args, model_args)
+    check_mixed_precision(args)
     if args.accelerator_config.dispatch_batches is None:
         args.accelerator_config.dispatch_batches = False
     elif args.accelerator_config.dispatch_batches and isinstance(model_args, ModelArguments):
@@ -106,6 +107,21 @@ def check_computation(
         raise ValueError(
             "attn_implementation is 'eager', which computes the attention scores of Phi in float16, where they "
             "overflow; set `attn_implementation: sdpa`, or bf16: true instead of float16"
+        )
+
+
+def check_mixed_precision(args: TrainingArguments) -> None:
+    """Refuse a `mixed_precision` of accelerate's file that the run's own options contradict: the Trainer follows it.
+
+    Raises:
+        ValueError: naming the value, the option and both remedies.
+    """
+    given = args.mixed_precision
+    if given in ("bf16", "fp16") and not getattr(args, given):
+        raise ValueError(
+            f"{given} is false, but mixed_precision is {given!r} (the file or an option of `accelerate launch`, or "
+            f"ACCELERATE_MIXED_PRECISION), in which the Trainer would compute; give `--{given} true`, or start with "
+            "`accelerate launch --mixed_precision no`"
         )
 
 

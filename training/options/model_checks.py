@@ -184,6 +184,7 @@ def limit_to_context(data_args: DataArguments, model_args: ModelArguments) -> No
         return
     if data_args.max_length is None:
         data_args.max_length = longest
+        data_args.max_length_source = "the max_position_embeddings of the language model"
     elif data_args.max_length > longest:
         logger.warning(
             f"max_length is {data_args.max_length}, more than the max_position_embeddings {longest} of the language "

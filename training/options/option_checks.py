@@ -62,6 +62,8 @@ def check_run(
     for name, value in {**vars(data_args), **vars(run_args)}.items():
         if name in SMALLEST and value is not None and value < SMALLEST[name]:
             raise ValueError(f"{name} is {value}; it must be at least {SMALLEST[name]}, or be left out")
+    if run_args.save_minutes is not None and run_args.save_minutes <= 0:
+        raise ValueError(f"save_minutes is {run_args.save_minutes}; it must be above 0, or be left out")
     if args.n_gpu > 1 and not (isinstance(model_args, ModelArguments) and model_args.device_map):
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, and DataParallel would split rows from their images; start with "

@@ -55,6 +55,18 @@ SHAPES = [
         WHAT,
     ),
     Shape(
+        "conversations with tags",
+        "Qwen-VL (the first version)",
+        "a.json",
+        {
+            "conversations": [
+                {"from": "user", "value": "<img>0.png</img>\nWhat is it?"},
+                {"from": "assistant", "value": "A king."},
+            ]
+        },
+        WHAT,
+    ),
+    Shape(
         "conversations and images",
         "LLaMA-Factory (sharegpt)",
         "a.jsonl",

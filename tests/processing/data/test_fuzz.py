@@ -17,7 +17,7 @@ from tests.processing.data.test_shapes import write
 
 
 MUTATIONS = 250
-SECONDS = 2  # per format; a slow machine tries fewer mutations
+SECONDS = 5  # per format; a slow machine tries fewer mutations
 ODD = [None, True, False, 0, 5, -1, 2.5, 1e300, float("nan"), float("inf"), [], {}, [[]], [None], ["a", "b"], [1, 2]]
 ODD += ["", " ", "<image>", "\ud83d", "\0", "x" * 5000, "../../x", "user", "gpt"]
 ODD += ["https://example.org/a.png", "data:image/png;base64,AAAA", {"path": None, "bytes": None}]
@@ -49,7 +49,7 @@ CONTENTS = {
     "table.csv": FOLDER,
     "table.parquet": QUESTIONS,
     "messages.parquet": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
-    "shard.tar": LLAVA[:1],
+    "shard.tar": LLAVA[:2],
 }
 
 
@@ -86,7 +86,12 @@ def write_file(path, content, chance: random.Random):
     """Write the content; one file in ten is cut off. `False` if the format can't hold it."""
     records = [record if isinstance(record, dict) else {"text": record} for record in content]
     if path.suffix == ".tar":
-        shape = Shape("", "", path.name, {"1.png": None, "1.json": json.dumps(content[0])}, [])
+        files = {
+            f"{n}.{ending}": text
+            for n, c in enumerate(content)
+            for ending, text in (("png", None), ("json", json.dumps(c)))
+        }
+        shape = Shape("", "", path.name, files, [])
         write(shape, path.parent)
     elif path.suffix == ".parquet":
         try:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import tarfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -308,3 +309,26 @@ def test_a_tokenizer_without_an_end_token(tmp_path):
     save_tiny_vision(tmp_path / "clip")
     with pytest.raises(ValueError, match="text' has no `eos_token`.*from_pretrained"):
         JnanaProcessor.from_vision_text_pretrained(tmp_path / "clip", tmp_path / "text")
+
+
+def test_streams_count_opening_answers(tmp_path, pictures, caplog, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    chat = [{"role": "assistant", "content": "Hello."}, *messages("Why?", "So.")]
+    pa.parquet.write_table(pa.Table.from_pylist([{"messages": chat}] * 25), tmp_path / "a.parquet")
+    rows = list(load_rows(tmp_path / "a.parquet", streaming=True))
+    assert len(rows) == 25 and all(len(row["conversations"][0]) == 2 for row in rows)
+    said = [record.message for record in caplog.records if "in front of the first question" in record.message]
+    assert [text.split("so far ")[1].split()[0] for text in said] == ["1", "10"]
+
+
+def test_images_named_in_tags(tmp_path):
+    """The first Qwen-VL's records."""
+    said = "Picture 1: <img>0.png</img>\nPicture 2: <img>1.png</img>\nWhich?"
+    chat = [{"from": "user", "value": said}, {"from": "assistant", "value": "The first."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": chat}, {"image": "0.png", "conversations": chat}]))
+    good, bad = load_rows(tmp_path / "a.json")
+    assert [Path(image["path"]).name for image in good["images"]] == ["0.png", "1.png"]
+    parts = good["conversations"][0][0]["content"]
+    assert [part["text"] or "[]" for part in parts] == ["Picture 1:", "[]", "Picture 2:", "[]", "Which?"]
+    with pytest.raises(BadSampleError, match="a.json, record 1: .* names an image of its own .* Keep one of them"):
+        check_row(bad)

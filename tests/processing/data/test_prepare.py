@@ -160,3 +160,13 @@ def test_a_stream_of_which_no_row_can_be_used(coco, pictures, processor):
         list(rows)
     good = prepare(coco, processor, PrepareOptions(**options, max_length=60, max_row_tokens=60))
     assert len(list(good)) > 1  # the control: one bad row among good ones
+
+
+def test_the_log_names_the_limit_of_the_model(coco, pictures, processor, caplog):
+    caplog.set_level("INFO", "jnana.processing.data.prepare")
+    options = PrepareOptions(image_folder=pictures, max_length=16, on_bad_sample="skip")
+    prepare(coco, processor, options)
+    assert "are cut to max_length 16" in caplog.text and "max_position" not in caplog.text
+    options.max_length_source = "the max_position_embeddings of the language model"
+    prepare(coco, processor, options)
+    assert "are cut to max_length 16 (the max_position_embeddings of the language model)" in caplog.text

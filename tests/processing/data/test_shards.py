@@ -7,8 +7,8 @@ import tarfile
 import datasets
 import pytest
 
-from jnana.processing.data import load_image, load_rows
-from jnana.processing.data.rows import iterate_rows
+from jnana.processing.data import check_rows, load_image, load_rows
+from jnana.processing.data.rows import iterate_rows, rows_to_dataset
 
 
 RECORDS = [
@@ -24,9 +24,7 @@ def write_shards(folder, pictures, second) -> str:
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
             for number in (2 * shard, 2 * shard + 1):
                 for ending, content in (("png", pictures[number % 2].read_bytes()), second(number)):
-                    member = tarfile.TarInfo(f"sample{number}.{ending}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+                    add(archive, f"sample{number}.{ending}", content)
     return str(folder / "*.tar")
 
 
@@ -59,3 +57,47 @@ def test_parquet_files(tmp_path, pictures):
     assert [row["conversations"][0][-1]["content"][0]["text"] for row in rows] == ["caption 0", "caption 1"]
     with pytest.raises(FileNotFoundError, match="names no file"):
         load_rows(str(tmp_path / "*.tar"))
+
+
+ODD_SAMPLES = {
+    "not JSON": b"{",
+    "no object": b"[1]",
+    "another type": json.dumps({"conversations": 5}).encode(),
+    "a turn of another type": json.dumps({"conversations": [{"from": "human", "value": ["a"]}]}).encode(),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_odd_sample_is_a_bad_sample(tmp_path, pictures, processor, streaming, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    image = sorted(pictures.glob("*.png"))[0].read_bytes()
+    chats = {"good": json.dumps(RECORDS[0]).encode(), **ODD_SAMPLES, "last": json.dumps(RECORDS[1]).encode()}
+    alone = {**RECORDS[2], "image": "elsewhere.png"}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for key, content in chats.items():
+            for ending, data in (("png", image), ("json", content)):
+                add(archive, f"{key}.{ending}", data)
+        add(archive, "without its image.json", json.dumps(alone).encode())
+    rows = rows_to_dataset(iterate_rows(load_rows(tmp_path / "a.tar", streaming=streaming)))
+    report = check_rows(rows, processor, on_bad_sample="skip", progress=False)
+    assert [rows[index]["source"].split("sample ")[1] for index in report.kept_indices] == ["good", "last"]
+    assert len(report.problems) == len(ODD_SAMPLES) + 1
+    for key, problem in zip([*ODD_SAMPLES, "without its image"], report.problems, strict=True):
+        assert problem.startswith(f"{tmp_path}/a.tar, sample {key}: ")
+    assert "the archive holds no image of this sample" in report.problems[-1]
+
+
+def test_an_archive_that_changed_is_read_again(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for answer in ("red", "a longer answer"):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            add(archive, "0.png", sorted(pictures.glob("*.png"))[0].read_bytes())
+            add(archive, "0.txt", answer.encode() * 5000)
+        (row,) = load_rows(tmp_path / "a.tar")
+        assert row["conversations"][0][-1]["content"][0]["text"] == answer * 5000
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

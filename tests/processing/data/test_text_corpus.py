@@ -1,11 +1,14 @@
 """Text corpora: reading, tokenizers independent of the hash seed, packing without losing a token."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from jnana.processing.data import load_text, pack_blocks, tokenizer_fingerprint, train_tokenizer
@@ -81,6 +84,58 @@ def test_wrong_sources_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     with pytest.raises(ValueError, match="bad.jsonl, record 1: no text under 'text'"):
         load_text(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "disk", "folder"])
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), (7, "7"), (["a"], r"\['a'\]")])
+def test_what_is_no_text_is_named(tmp_path, kind, value, shown, streaming, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = ["a", None, "c"] if value is None else [value] * 3
+    record = 1 if value is None else 0
+    path = tmp_path / f"corpus.{kind}"
+    table = pa.table({"text": texts})
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif kind == "disk":
+        datasets.Dataset(table).save_to_disk(path)
+    else:
+        path.mkdir(exist_ok=True) if kind == "folder" else None
+        pa.parquet.write_table(table, path / "a.parquet" if kind == "folder" else path)
+    with pytest.raises(
+        ValueError, match=f"corpus.{kind}, record {record}: {shown} is not a text. Remove the record, or"
+    ):
+        list(load_text(path, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_was_cut_off_or_is_missing_is_named(tmp_path, streaming, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write(tmp_path, "parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="corpus.parquet is not a whole parquet file .* Copy or write it again"):
+        list(load_text(path, streaming=streaming))
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(saved)
+    with pytest.raises(ValueError, match="saved: no split 'train'; it has test. Set train_split or eval_split"):
+        load_text(saved, streaming=streaming)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="folder: .*split.* Set train_split or eval_split"):
+        list(load_text(tmp_path / "folder", split="dev", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_half_characters_do_no_harm(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n')
+    assert [row["text"] for row in load_text(tmp_path / "a.jsonl", streaming=streaming)] == ["a ? b"]
+
+
+@pytest.mark.parametrize("odd", ["9" * 5000, "[" * 100_000])
+def test_json_that_python_refuses(tmp_path, odd):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": ' + odd + "}\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 2"):
+        load_text(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

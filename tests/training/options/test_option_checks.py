@@ -36,6 +36,23 @@ def shard(monkeypatch):
     return shard
 
 
+class TestMixedPrecision:
+    """`accelerate launch` gives it in the environment, and the Trainer follows it."""
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_a_contradiction(self, tmp_path, monkeypatch, precision):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        with pytest.raises(ValueError, match=f"{precision} is false, but mixed_precision is '{precision}'"):
+            check_computation(arguments(tmp_path), PAIR, "stock")
+
+    def test_what_agrees(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        check_computation(arguments(tmp_path, bf16=True), PAIR, "stock")
+        check_computation(arguments(tmp_path, fp16=True), PAIR, "stock")  # the run's own option wins
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        check_computation(arguments(tmp_path), PAIR, "stock")
+
+
 class TestSharding:
     @pytest.mark.parametrize("how", [None, "fsdp"])
     def test_muon_is_taken(self, shard, tmp_path, how):

@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainerState, TrainingArguments
 
 from jnana import run_evaluate, run_merge
+from jnana.training.data import prepare_options
 from jnana.training.options.arguments import DataArguments, ModelArguments
 from jnana.training.options.model_checks import limit_to_context
 from jnana.training.options.option_checks import check_trackers
@@ -98,6 +99,8 @@ def test_max_length_defaults_to_the_context(tmp_path, caplog):
         assert "max_position_embeddings" not in caplog.text
         limit_to_context(data_args, model_args)
         assert data_args.max_length == expected
+        said = None if given else "the max_position_embeddings of the language model"
+        assert prepare_options(data_args, str(tmp_path)).max_length_source == said
     assert f"max_length is {longest + 1}, more than the max_position_embeddings {longest}" in caplog.text
 
 

@@ -16,15 +16,15 @@ import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from datasets import Dataset
 from transformers import TrainingArguments
 
 from jnana.evaluation.inspection import Inspection, find_repetitions, inspect_rows, labelled_parts, write_inspection
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import check_rows, load_rows, plan_rows
-from jnana.processing.data.keywords import answers_as_keywords
+from jnana.processing.data import load_rows, plan_rows
+from jnana.processing.data.checks import raise_for_problems
+from jnana.processing.data.preparation import RowPreparation, read_source
 from jnana.processing.data.rows import iterate_rows, rows_to_dataset
 from jnana.training.data import prepare_options
 from jnana.training.model_setup import prepare_processor
@@ -111,39 +111,20 @@ def inspect_source(
     processor: JnanaProcessor,
     training_args: TrainingArguments,
 ) -> Inspection | None:
-    """Read, check and plan a source as the run would; `None` if the recipe names none."""
+    """Read, check and plan a source as the run would, which finds it in the data cache; `None` if there is none."""
     source = data_args.eval_data if evaluation else data_args.train_data
     if source is None:
         return None
     seed = None if evaluation else training_args.seed
     options = prepare_options(data_args, training_args.output_dir, evaluation, True, seed, align)
-    rows = load_rows(
-        source,
-        format=options.format,
-        image_folder=options.image_folder,
-        split=options.split,
-        streaming=options.streaming,
-        independent_turns=options.independent_turns,
-        prompt=options.prompt,
-        captions=align,
-        max_rows=options.max_rows,
-        **({} if options.text_column is None else {"text_column": options.text_column}),
-    )
-    if not isinstance(rows, Dataset):
-        rows = rows_to_dataset(islice(rows, args.stream_rows))
+    options = dataclasses.replace(options, on_bad_sample="skip", bad_samples_file=None)
+    rows: Any = source
+    if options.streaming:
+        rows = rows_to_dataset(islice(read_source(source, options, load_rows), args.stream_rows))
         logger.info(f"{source} is a stream: its first {len(rows):,} rows are looked at")
-    if options.answer_keywords:
-        rows = rows.map(answers_as_keywords)
-    report = check_rows(
-        rows,
-        processor,
-        max_length=options.max_length,
-        image_check=options.image_check,
-        max_image_pixels=options.max_image_pixels,
-        needs_images=align,
-        on_bad_sample="skip",
-    )
-    usable = rows.select(report.kept_indices)
+    preparation = RowPreparation(rows, processor, options)
+    usable, report = preparation.rows_of(preparation.run())
+    raise_for_problems(report, "skip")
     plan = None
     if options.packing != "none":
         shared = report.shared if options.packing == "shared_image" else None

@@ -119,9 +119,10 @@ class ChatEncoder:
         return all_ids, all_masks
 
     def _encode_all(self, pieces: list[str]) -> list[list[int]]:
-        return self.tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        different = list(dict.fromkeys(pieces))  # the chats of a data set have many passages in common
+        ids = self.tokenizer(different, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        found = dict(zip(different, ids["input_ids"], strict=True))
+        return [found[piece] for piece in pieces]
 
     def _pieces_are_independent(self) -> bool:
         """Whether a text is tokenised in the middle of a chat as at its start: true of byte-level BPE, false of

@@ -9,16 +9,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import (
     MAX_IMAGE_PIXELS,
-    CheckReport,
     PrepareOptions,
-    check_rows,
     load_text,
     pack_blocks,
     pack_documents,
     prepare,
 )
 
-from .distributed import once_per_machine, run_on_main_process
+from .distributed import once_per_machine, run_once_per_machine
 from .options.arguments import DataArguments, TextDataArguments, TextModelArguments
 from .text_models import prepare_tokenizer
 
@@ -38,7 +36,10 @@ def load_conversations(
     seed: int = 0,
 ) -> Dataset | IterableDataset | None:
     """
-    The training or validation rows of a run, read, checked and packed ([`jnana.processing.data.prepare`]).
+    The training or validation rows of a run, read, checked, tokenised and packed ([`jnana.processing.data.prepare`]).
+
+    The first process of each machine prepares them. The others wait, longer than the training's process group would,
+    and map the same file.
 
     Args:
         args (`DataArguments`): the run's.
@@ -59,7 +60,7 @@ def load_conversations(
     if source is None:
         return None
     options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed, needs_images)
-    return endless(prepare(source, processor, options, check_rows_once), evaluation)
+    return endless(prepare(source, processor, options, run_once_per_machine), evaluation)
 
 
 def prepare_options(
@@ -92,18 +93,14 @@ def prepare_options(
         packing=args.packing,
         max_row_tokens=args.max_row_tokens,
         seed=seed,
+        data_cache=args.data_cache,
+        num_proc=args.dataset_num_proc,
     )
 
 
 def collator_options(args: DataArguments, output_dir: str, needs_images: bool = False) -> dict[str, Any]:
     """The options of `JnanaCollator` among the data arguments."""
     return prepare_options(args, output_dir, needs_images=needs_images).for_collator
-
-
-def check_rows_once(rows: Dataset, processor: JnanaProcessor, **options: Any) -> CheckReport:
-    """[`check_rows`] in the first process. The others wait, longer than the training's process group would, and get
-    the same report or error."""
-    return run_on_main_process(lambda: check_rows(rows, processor, **options))
 
 
 def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:

@@ -6,6 +6,7 @@ the processes wait for one another in gloo groups of their own.
 
 import atexit
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -45,6 +46,14 @@ class ProcessGroup:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.handle)
         return values
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value of the process of rank `source`."""
+        if self.handle is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, group=self.handle)
+        return values[0]
 
     def wait(self) -> None:
         """Return when all processes have called this."""
@@ -103,6 +112,34 @@ def run_on_main_process(function: Callable[[], T]) -> T:
     return result
 
 
+def run_once_per_machine(function: Callable[[], T]) -> T:
+    """Call a function in the first process of each machine, and return its result in all processes of the machine.
+
+    Args:
+        function (`Callable`): Takes no arguments; what it returns or raises must be picklable.
+
+    Raises:
+        Exception: what `function` raised on any machine, in every process.
+    """
+    result, error = None, None
+    with process_group() as group:
+        local = os.environ.get("LOCAL_RANK", PartialState().local_process_index)  # launchers number ranks by machine
+        first = 0 if group.handle is None else group.rank - int(local)
+        if group.rank == first:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        told = group.gather((first, error))
+        for source in sorted({number for number, _ in told}):
+            sent = group.broadcast(result if group.rank == source else None, source)
+            result = sent if source == first else result
+    error = next((raised for _, raised in told if raised is not None), None)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
 def once_per_machine(make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
     """Call `make` in the first process of each machine, and load in the others what it saved.
 
@@ -116,28 +153,23 @@ def once_per_machine(make: Callable[[], T], save: Callable[[T, Path], None], loa
     Raises:
         Exception: what `make` or `save` raised on any machine, in every process.
     """
+    if PartialState().num_processes == 1:
+        return make()
+    made: list[T] = []
+
+    def make_and_save() -> str:
+        made.append(make())
+        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="jnana_", dir=datasets.config.HF_DATASETS_CACHE)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        save(made[0], Path(folder))
+        return folder
+
+    folder = run_once_per_machine(make_and_save)
+    result = made[0] if made else load(Path(folder))
     with process_group() as group:
-        if group.size == 1:
-            return make()
-        state = PartialState()
-        result, folder, error = None, None, None
-        if state.is_local_main_process:
-            try:
-                result = make()
-                Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
-                folder = tempfile.mkdtemp(prefix="jnana_", dir=datasets.config.HF_DATASETS_CACHE)
-                atexit.register(shutil.rmtree, folder, ignore_errors=True)
-                save(result, Path(folder))
-            except Exception as raised:
-                error = raised
-        said = group.gather((folder, error))
-        error = next((error for _, error in said if error is not None), None)
-        if error is not None:
-            raise error
-        if not state.is_local_main_process:
-            result = load(Path(said[group.rank - state.local_process_index][0]))
-        group.wait()
-    return result  # type: ignore[return-value]
+        group.wait()  # the files are there until all have read them
+    return result
 
 
 def sharding_of(args: TrainingArguments) -> Literal["fsdp", "zero1", "zero2", "zero3"] | None:

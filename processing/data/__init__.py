@@ -8,7 +8,8 @@ from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, image_size, load
 from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED, RowPlan, plan_rows
 from .paths import is_hub_id, names_local_path
-from .prepare import PrepareOptions, packed_rows, packed_stream, prepare
+from .preparation import Prepared, PrepareOptions
+from .prepare import packed_rows, packed_stream, prepare
 from .readers import load_rows
 from .records import read_json_lines
 from .rows import (
@@ -38,6 +39,7 @@ __all__ = [
     "JnanaCollator",
     "PixelImages",
     "PrepareOptions",
+    "Prepared",
     "RowPlan",
     "StoredTranscripts",
     "answers_as_keywords",

@@ -4,22 +4,24 @@ A header can't show that a file is truncated. Such a file is found in the datalo
 `image_check="decode"`.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
 from .images import MAX_IMAGE_PIXELS, check_image, image_size, load_image
 from .packing import ConversationSize, measure_conversation, shared_length
+from .progress import Progress
 from .rows import BadSampleError, append_bad_samples, bad_sample, iterate_rows, message_text
 from .values import shown
 
 
 IMAGE_CHECKS = ("none", "header", "decode")
+# What of a row can't be used: its record or texts, an image, or its length in tokens
+PROBLEM_KINDS = ("conversation", "image", "length")
 
 # (height, width) in pixels of one image; None where it is not known
 ImageSize = tuple[int, int] | None
@@ -38,6 +40,7 @@ class CheckReport:
         shared (`list[int]`): tokens in the prefix that the conversations of each kept row share ([`shared_length`]).
         num_truncated (`int`): conversations longer than `max_length`, whose answers will be cut.
         problems (`list[str]`): file, record, problem and remedy of every row that can't be used.
+        kinds (`list[str]`): for each problem its kind, one of `PROBLEM_KINDS`.
     """
 
     num_rows: int = 0
@@ -46,6 +49,20 @@ class CheckReport:
     shared: list[int] = field(default_factory=list)
     num_truncated: int = 0
     problems: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+
+    def add(self, outcomes: "Iterable[RowSizes | BadRow]", max_length: int | None) -> None:
+        """Add the next rows, each with its sizes or its problem."""
+        for outcome in outcomes:
+            if isinstance(outcome, BadRow):
+                self.problems.append(outcome.problem)
+                self.kinds.append(outcome.kind)
+            else:
+                self.kept_indices.append(self.num_rows)
+                self.lengths.append(outcome.lengths)
+                self.shared.append(outcome.shared)
+                self.num_truncated += outcome.count_longer(max_length)
+            self.num_rows += 1
 
 
 def check_rows(
@@ -90,37 +107,52 @@ def check_rows(
         BadSampleError: with `raise`, if any row can't be used; with `skip`, if no row can.
         ValueError: if an option has an unknown value.
     """
+    check_options(image_check, on_bad_sample)
+    report = CheckReport()
+    images = ImageChecker(processor, image_check, max_image_pixels)
+    waiting = iter(iterate_rows(rows))
+    total = len(rows) if hasattr(rows, "__len__") else None
+    with Progress(total, "Checking rows", progress) as bar:
+        while block := list(itertools.islice(waiting, batch_size)):
+            report.add(check_block(block, processor, images, max_length, needs_images), max_length)
+            bar.update(len(block))
+    if bad_samples_file is not None:
+        append_bad_samples(bad_samples_file, report.problems, report.kinds)
+    raise_for_problems(report, on_bad_sample, max_listed)
+    return report
+
+
+def check_options(image_check: str, on_bad_sample: str) -> None:
+    """Raise `ValueError` for an unknown value."""
     for name, value, known in (
         ("image_check", image_check, IMAGE_CHECKS),
         ("on_bad_sample", on_bad_sample, ("raise", "skip")),
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
-    report = CheckReport()
-    images = ImageChecker(processor, image_check, max_image_pixels)
-    total = len(rows) if hasattr(rows, "__len__") else None
-    block: list[dict] = []
-    with tqdm(total=total, desc="Checking rows", unit="row", disable=not progress) as bar:
-        for row in iterate_rows(rows):
-            block.append(row)
-            if len(block) == batch_size:
-                _check_block(block, processor, max_length, images, report, needs_images)
-                bar.update(len(block))
-                block = []
-        _check_block(block, processor, max_length, images, report, needs_images)
-        bar.update(len(block))
 
-    if bad_samples_file is not None:
-        append_bad_samples(bad_samples_file, report.problems)
-    if report.problems and (on_bad_sample == "raise" or not report.kept_indices):
-        listed = "\n".join(f"  {problem}" for problem in report.problems[:max_listed])
-        more = len(report.problems) - max_listed
-        rest = f"\n  ... and {more} more" if more > 0 else ""
-        raise BadSampleError(
-            f"{len(report.problems)} of {report.num_rows} rows can't be used "
-            f"(on_bad_sample='skip' leaves them out):\n{listed}{rest}"
-        )
-    return report
+
+def raise_for_problems(report: CheckReport, on_bad_sample: str, max_listed: int = 10) -> None:
+    """
+    Raise one error for all rows that can't be used.
+
+    Args:
+        report (`CheckReport`): of all rows.
+        on_bad_sample (`str`): with `skip`, raise only if no row can be used.
+        max_listed (`int`, *optional*, defaults to 10): number of bad rows that the error lists.
+
+    Raises:
+        BadSampleError: as described.
+    """
+    if not report.problems or (on_bad_sample == "skip" and report.lengths):
+        return
+    listed = "\n".join(f"  {problem}" for problem in report.problems[:max_listed])
+    more = len(report.problems) - max_listed
+    rest = f"\n  ... and {more} more" if more > 0 else ""
+    raise BadSampleError(
+        f"{len(report.problems)} of {report.num_rows} rows can't be used "
+        f"(on_bad_sample='skip' leaves them out):\n{listed}{rest}"
+    )
 
 
 def check_row(row: dict, needs_images: bool = False) -> None:
@@ -227,49 +259,89 @@ class ImageChecker:
         return size
 
 
-def _check_block(block, processor, max_length, images: ImageChecker, report: CheckReport, needs_images: bool) -> None:
+@dataclass
+class BadRow:
+    """
+    A row that can't be used.
+
+    Args:
+        problem (`str`): file, record, problem and remedy.
+        kind (`str`): one of `PROBLEM_KINDS`.
+    """
+
+    problem: str
+    kind: str
+
+
+def check_block(
+    rows: list[dict],
+    processor: JnanaProcessor,
+    images: ImageChecker,
+    max_length: int | None = None,
+    needs_images: bool = False,
+) -> "list[RowSizes | BadRow]":
+    """
+    Check and tokenise rows. All their conversations are tokenised together.
+
+    Args:
+        rows (`list[dict]`): with the columns of `ROW_FEATURES`.
+        processor (`JnanaProcessor`): renders and tokenises.
+        images (`ImageChecker`): checks the images.
+        max_length, needs_images: as in [`check_rows`].
+
+    Returns:
+        `list[RowSizes | BadRow]`: for each row its tokens and sizes, or its problem.
+    """
+    outcomes: list[Any] = []
     good: list[tuple[int, dict]] = []
     image_sizes: list[list[ImageSize]] = []
-    for row in block:
-        index = report.num_rows
-        report.num_rows += 1
+    for index, row in enumerate(rows):
+        outcomes.append(None)
+        kind = "conversation"
         try:
             check_row(row, needs_images)
+            kind = "image"
             image_sizes.append([images(image, row["source"]) for image in row["images"]])
+            good.append((index, row))
         except BadSampleError as error:
-            report.problems.append(str(error))
-            continue
-        good.append((index, row))
+            outcomes[index] = BadRow(str(error), kind)
     measured = measure_rows([row for _, row in good], processor, image_sizes)
     for (index, row), sizes in zip(good, measured, strict=True):
+        outcomes[index] = sizes
         try:
             for size in sizes.conversations:
                 check_size(size, max_length, row["source"])
         except BadSampleError as error:
-            report.problems.append(str(error))
-            continue
-        report.kept_indices.append(index)
-        report.lengths.append(sizes.lengths)
-        report.shared.append(sizes.shared)
-        report.num_truncated += sum(max_length is not None and length > max_length for length in sizes.lengths)
+            outcomes[index] = BadRow(str(error), "length")
+    return outcomes
 
 
 @dataclass
 class RowSizes:
     """
-    The size of a row in tokens.
+    The tokens of a row, and its size in tokens.
 
     Args:
         conversations (`list[ConversationSize]`): size of each conversation.
         shared (`int`): tokens in the prefix that they share, see [`shared_length`].
+        ids, masks (`list[list[int]]`): token ids of each conversation, with one image token for each image, and for
+            each id 1 inside an answer and 0 elsewhere.
+        image_sizes (`list[tuple[int, int] | None]`): (height, width) of each image in pixels, where it was read.
     """
 
     conversations: list[ConversationSize]
     shared: int
+    ids: Sequence[list[int]] = ()
+    masks: Sequence[list[int]] = ()
+    image_sizes: Sequence[ImageSize] = ()
 
     @property
     def lengths(self) -> list[int]:
         return [size.length for size in self.conversations]
+
+    def count_longer(self, max_length: int | None) -> int:
+        """The number of conversations that are longer than `max_length`."""
+        return sum(max_length is not None and length > max_length for length in self.lengths)
 
 
 def measure_rows(
@@ -303,7 +375,7 @@ def measure_rows(
         ]
         shared = shared_length(ids, masks, image_token_id)
         in_prefix = ids[0][:shared].count(image_token_id)
-        measured.append(RowSizes(sizes, shared + sum(count - 1 for count in counts[:in_prefix])))
+        measured.append(RowSizes(sizes, shared + sum(count - 1 for count in counts[:in_prefix]), ids, masks, known))
     return measured
 
 

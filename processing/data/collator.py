@@ -4,8 +4,9 @@ Labels come from the chat template's `{% generation %}` blocks only: an answer a
 images, questions, separators and padding never are. `packing.py` builds the labels, `images.py` loads the images.
 """
 
+import itertools
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class JnanaCollator:
     never 0, which would make the loss NaN.
 
     Args:
-        processor (`JnanaProcessor`): renders, tokenises, and prepares images.
+        processor (`JnanaProcessor`): renders and tokenises rows that are not tokenised yet, and prepares images.
         max_length (`int`, *optional*): tokens a conversation may have.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`): `raise` or `skip`.
         bad_samples_file (`str` or `Path`, *optional*): JSON Lines file that skipped rows are appended to.
@@ -102,13 +103,14 @@ class JnanaCollator:
         self.needs_images = needs_images
         self.images = PixelImages(processor, max_image_pixels) if images is None else images
         self.num_bad_samples = 0
+        self._checked_processor = False
         self._last_good: tuple[EncodedConversation, list[Any]] | None = None
 
     def __call__(self, items: list[dict]) -> CountedBatch:
         """
         Args:
-            items (`list[dict]`): rows of `ROW_FEATURES` (other columns are ignored), or packed rows: `{"groups": rows
-                of ROW_FEATURES}`.
+            items (`list[dict]`): rows of `ROW_FEATURES`, or packed rows: `{"groups": rows of ROW_FEATURES}`. Rows that
+                [`prepare`] has tokenised have `TOKEN_FEATURES` beside these; other columns are ignored.
 
         Returns:
             [`CountedBatch`], a `dict[str, Any]` of the arguments of the model's `forward`, with the batch's counts.
@@ -128,6 +130,7 @@ class JnanaCollator:
 
         Raises:
             BadSampleError: with `on_bad_sample="raise"`, for the first row that can't be used.
+            ValueError: if the rows were tokenised by another processor.
         """
         problems: list[str] = []
         images = _Images()
@@ -159,12 +162,12 @@ class JnanaCollator:
             usable.append([])
             for row in item:
                 try:
-                    check_row(row, self.needs_images)
+                    if self.needs_images or "token_ids" not in row:
+                        check_row(row, self.needs_images)
                     usable[-1].append((row, [self._load(image, row["source"], images) for image in row["images"]]))
                 except BadSampleError as error:
                     self._handle(error, problems)
-        chats = [chat for item in usable for row, _ in item for chat in row["conversations"]]
-        encoded = zip(*self.processor.encode_chats(chats), strict=True) if chats else iter(())
+        encoded = self._tokens([row for item in usable for row, _ in item])
         rows: list[Groups] = []
         for good in usable:
             groups: Groups = []
@@ -179,6 +182,29 @@ class JnanaCollator:
             if any(groups):
                 rows.append([group for group in groups if group])
         return rows
+
+    def _tokens(self, rows: list[dict]) -> Iterator[tuple[list[int], list[int]]]:
+        """Token ids and answer mask of each conversation: those of the row, if [`prepare`] has made them."""
+        raw = [chat for row in rows if "token_ids" not in row for chat in row["conversations"]]
+        encoded = zip(*self.processor.encode_chats(raw), strict=True) if raw else iter(())
+        for row in rows:
+            if "token_ids" in row:
+                self._check_same_processor(row)
+                yield from zip(row["token_ids"], row["answer_mask"], strict=True)
+            else:
+                yield from itertools.islice(encoded, len(row["conversations"]))
+
+    def _check_same_processor(self, row: dict) -> None:
+        """Compare the tokens of the first prepared row with those that this processor gives."""
+        if self._checked_processor:
+            return
+        (ids,), (mask,) = self.processor.encode_chats(row["conversations"][:1])
+        if (ids, mask) != (row["token_ids"][0], row["answer_mask"][0]):
+            raise ValueError(
+                f"{row['source']}: was tokenised by another processor, or with another chat template. Prepare the "
+                "data with the processor that the collator has."
+            )
+        self._checked_processor = True
 
     def _load(self, image: Any, source: str, images: _Images) -> int:
         """The index of an image in this batch. An image is loaded at its first occurrence."""

@@ -6,7 +6,7 @@ Embedded images are not copied or decoded here: the rows use the Arrow buffers o
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Image, List
 
 from .records import RECORD_FILES, column_names, read_records
-from .rows import IMAGE_PART, ROW_FEATURES, caption_conversation, make_row, message, rows_to_dataset
+from .rows import IMAGE_PART, ROW_FEATURES, RecordRows, caption_conversation, make_row, message
 from .shards import IMAGE_ENDINGS, SHARDS, TAR_FEATURES, load_source
 from .transcripts import StoredTranscripts
 from .turns import chat_row
@@ -60,7 +60,7 @@ def read_dataset(
     question_column: str | None = None,
     category_column: str | None = None,
     **load_options: Any,
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> RecordRows | datasets.Dataset | datasets.IterableDataset:
     """
     Rows of a data set. Called by [`load_rows`], which documents the arguments.
 
@@ -86,8 +86,7 @@ def read_dataset(
         records = read_records(Path(source), keep_others=True)[:max_rows]
         if not records:
             raise ValueError(f"source={source!r} holds no records.")
-        rows = rows_of_records(records, name, options)
-        return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
+        return rows_of_records(records, name, options)
     data = load_source(source, split, streaming, **load_options) if isinstance(source, str) else source
     streamed = isinstance(data, datasets.IterableDataset)
     if max_rows is not None:
@@ -127,7 +126,7 @@ class ReadOptions:
 
 def rows_of_records(
     records: list[Any], name: str, options: ReadOptions, source_of: Callable[[dict, int], str] | None = None
-) -> datasets.Dataset:
+) -> RecordRows:
     """
     Rows of the records of a file.
 
@@ -140,9 +139,12 @@ def rows_of_records(
     objects = [record for record in records if isinstance(record, dict)]
     convert = RecordConverter(name, column_names(objects), options, source_of=source_of)
     convert.read_as_texts(plain_columns(objects, convert.text_columns))
-    rows = rows_to_dataset(convert(record, index) for index, record in enumerate(records))
-    convert.report()
-    return rows
+
+    def converted() -> Iterator[dict]:
+        yield from (convert(record, index) for index, record in enumerate(records))
+        convert.report()
+
+    return RecordRows(len(records), converted())
 
 
 def _tar_converter(name: str, data: Any, options: ReadOptions, streamed: bool) -> "RecordConverter":

@@ -1,23 +1,30 @@
-"""`prepare`: from a data source to rows for [`JnanaCollator`] - read, check, plan, pack.
+"""`prepare`: from a data source to rows for [`JnanaCollator`] - read, check, tokenise, plan, pack.
 
-A map-style data set is checked as a whole and packed by a plan of all its rows. A stream is packed while it is read;
-its bad rows are found by the collator.
+A map-style data set is checked and tokenised as a whole (`preparation.py`) and packed by a plan of all its rows. A
+stream is packed while it is read; its bad rows are found by the collator.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
-from .checks import CheckReport, ImageChecker, check_row, check_rows, check_size, measure_rows
+from .checks import (
+    CheckReport,
+    ImageChecker,
+    check_options,
+    check_row,
+    check_size,
+    measure_rows,
+    raise_for_problems,
+)
 from .images import MAX_IMAGE_PIXELS
-from .keywords import answers_as_keywords
 from .packing import RowPlan, plan_rows
+from .preparation import Prepared, PrepareOptions, RowPreparation, read_source
 from .readers import load_rows
 from .rows import ROW_FEATURES, BadSampleError, RowView, flatten_conversations, select_conversations, unbatched
 
@@ -30,68 +37,29 @@ PACKED_FEATURES = Features({"groups": List(dict(ROW_FEATURES))})
 STREAM_BUFFER = 256
 
 
-@dataclass
-class PrepareOptions:
-    """
-    How a source is read, checked and packed.
-
-    Args:
-        format, image_folder, split, streaming, independent_turns, prompt, max_rows: as in [`load_rows`].
-        answer_keywords (`bool`, *optional*, defaults to `False`): reduce answers to keywords
-            ([`answers_as_keywords`]).
-        text_column (`str`, *optional*): the column of the texts, if it has none of the known names.
-        needs_images (`bool`, *optional*, defaults to `False`): as run_align, take no conversation without an image,
-            and answers without a question as captions of their image.
-        max_length, max_image_pixels, image_check, on_bad_sample, bad_samples_file, progress: as in [`check_rows`].
-        max_length_source (`str`, *optional*): what `max_length` is, for the log: a limit of the model.
-        packing (`str`, *optional*, defaults to `"none"`): `none`, `rows` or `shared_image`, as in [`JnanaCollator`].
-        max_row_tokens (`int`, *optional*, defaults to 1024): tokens a packed row may have.
-        seed (`int`, *optional*): of the order in which conversations are packed; by default the order of the data.
-    """
-
-    format: str = "auto"
-    image_folder: str | Path | None = None
-    split: str = "train"
-    streaming: bool = False
-    independent_turns: bool = True
-    prompt: str | None = None
-    text_column: str | None = None
-    needs_images: bool = False
-    max_rows: int | None = None
-    answer_keywords: bool = False
-    max_length: int | None = None
-    max_length_source: str | None = None
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    image_check: str = "header"
-    on_bad_sample: str = "raise"
-    bad_samples_file: str | Path | None = None
-    progress: bool = True
-    packing: str = "none"
-    max_row_tokens: int = 1024
-    seed: int | None = None
-
-    @property
-    def for_collator(self) -> dict[str, Any]:
-        """The options that [`JnanaCollator`] takes."""
-        names = ("max_length", "needs_images", "on_bad_sample", "bad_samples_file", "max_image_pixels", "packing")
-        return {name: getattr(self, name) for name in names}
+def _call(function: Callable[[], Prepared]) -> Prepared:
+    return function()
 
 
 def prepare(
     source: str | Path | Dataset | IterableDataset,
     processor: JnanaProcessor,
     options: PrepareOptions,
-    check: Callable[..., CheckReport] = check_rows,
+    once: Callable[[Callable[[], Prepared]], Prepared] = _call,
 ) -> Dataset | IterableDataset:
     """
-    Read, check and pack a data source.
+    Read, check, render, tokenise and pack a data source.
+
+    Each row of a map-style data set is checked and tokenised once, in worker processes if there are many rows; the
+    rows of record files are kept on disk for the next start ([`RowPreparation`]). Rows of a stream are tokenised by
+    the collator.
 
     Args:
         source (`str`, `Path`, `Dataset` or `IterableDataset`): as in [`load_rows`].
-        processor (`JnanaProcessor`): measures the rows.
+        processor (`JnanaProcessor`): renders and tokenises; the collator must have the same.
         options (`PrepareOptions`): how.
-        check (`Callable`, *optional*, defaults to [`check_rows`]): takes the arguments of [`check_rows`] and returns
-            its report. With several processes, one that checks in a single process.
+        once (`Callable`, *optional*): calls a function without arguments and returns its result, which can be pickled.
+            With several processes, one that calls it in a single process of each machine.
 
     Returns:
         `Dataset` or `IterableDataset`: rows of one conversation, or with `packing` packed rows
@@ -100,69 +68,51 @@ def prepare(
 
     Raises:
         BadSampleError: if rows can't be used, as [`check_rows`].
-        FileNotFoundError, ValueError: as [`load_rows`], and if a conversation is longer than a packed row.
+        FileNotFoundError, ValueError: as [`load_rows`]; if a conversation is longer than a packed row; if `data_cache`
+            can't be written.
     """
-    rows = load_rows(
-        source,
-        format=options.format,
-        image_folder=options.image_folder,
-        split=options.split,
-        streaming=options.streaming,
-        independent_turns=options.independent_turns,
-        prompt=options.prompt,
-        captions=options.needs_images,
-        max_rows=options.max_rows,
-        **({} if options.text_column is None else {"text_column": options.text_column}),
-    )
-    if options.answer_keywords:
-        rows = rows.map(answers_as_keywords)
+    check_options(options.image_check, options.on_bad_sample)
     share = options.packing == "shared_image"
-    if isinstance(rows, IterableDataset):
-        if options.packing == "none":
-            return flatten_conversations(rows)
-        return packed_stream(
-            rows,
-            processor,
-            share=share,
-            max_row_tokens=options.max_row_tokens,
-            max_length=options.max_length,
-            max_image_pixels=options.max_image_pixels,
-            needs_images=options.needs_images,
-        )
-    report = check(
-        rows,
-        processor,
-        max_length=options.max_length,
-        image_check=options.image_check,
-        max_image_pixels=options.max_image_pixels,
-        needs_images=options.needs_images,
-        on_bad_sample=options.on_bad_sample,
-        bad_samples_file=options.bad_samples_file,
-        progress=options.progress,
-    )
-    name = source if isinstance(source, (str, Path)) else "data set"
+    if options.streaming or isinstance(source, IterableDataset):
+        rows = read_source(source, options, load_rows)
+        if isinstance(rows, IterableDataset):
+            if options.packing == "none":
+                return flatten_conversations(rows)
+            return packed_stream(
+                rows,
+                processor,
+                share=share,
+                max_row_tokens=options.max_row_tokens,
+                max_length=options.max_length,
+                max_image_pixels=options.max_image_pixels,
+                needs_images=options.needs_images,
+            )
+    preparation = RowPreparation(source, processor, options)
+    rows, report = preparation.rows_of(once(preparation.run))
+    raise_for_problems(report, options.on_bad_sample)
     if not report.lengths:
-        raise ValueError(f"{name} has no rows")
-    logger.info(f"{name}: {describe_report(report, options.max_length, options.max_length_source)}")
-    if report.problems:
-        rows = rows.select(report.kept_indices)
+        raise ValueError(f"{preparation.name} has no rows")
+    logger.info(f"{preparation.name}: {describe_report(report, options.max_length, options.max_length_source)}")
     if options.packing == "none":
         longest = options.max_length or max(map(max, report.lengths))
         return flatten_conversations(rows, [min(length, longest) for row in report.lengths for length in row])
     shared = report.shared if share else None
     plan = plan_rows(report.lengths, shared, options.max_row_tokens, max_length=options.max_length, seed=options.seed)
-    logger.info(f"{name}: {plan}")
+    logger.info(f"{preparation.name}: {plan}")
     return packed_rows(rows, plan)
 
 
 def describe_report(report: CheckReport, max_length: int | None, source: str | None = None) -> str:
     """One line for the log: the numbers of rows and conversations, and their lengths in tokens."""
     lengths = sorted(length for row in report.lengths for length in row)
-    text = f"{len(report.kept_indices):,} of {report.num_rows:,} rows, {len(lengths):,} conversations of "
+    text = f"{len(report.lengths):,} of {report.num_rows:,} rows, {len(lengths):,} conversations of "
     text += f"{lengths[0]} to {lengths[-1]} tokens, half of them up to {lengths[len(lengths) // 2]}"
     if report.num_truncated:
         text += f"; {report.num_truncated:,} are cut to max_length {max_length}"
         text += f" ({source})" if source else ""
+    if report.kinds:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(report.kinds).items())
+        text += f"; {len(report.kinds):,} rows are left out ({kinds})"
     return text
 
 

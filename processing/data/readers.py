@@ -14,7 +14,7 @@ import datasets
 
 from .dataset_readers import CAPTION_COLUMNS, CHAT_COLUMNS, ReadOptions, read_dataset, rows_of_records
 from .records import column_names, parse_json, read_records
-from .rows import caption_conversation, make_row, rows_to_dataset
+from .rows import RecordRows, caption_conversation, make_row, rows_to_dataset
 from .values import UnusableValue, identifier, image_references, problem_row, record_name, shown, text_of
 
 
@@ -68,6 +68,38 @@ def load_rows(
         FileNotFoundError, ValueError: if the source is missing, has an unknown format, or does not parse (file,
         line, column).
     """
+    rows = read_rows(
+        source,
+        format=format,
+        image_folder=image_folder,
+        split=split,
+        streaming=streaming,
+        independent_turns=independent_turns,
+        prompt=prompt,
+        captions=captions,
+        max_rows=max_rows,
+        **options,
+    )
+    if not isinstance(rows, RecordRows):
+        return rows
+    rows = rows_to_dataset(rows)
+    return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
+
+
+def read_rows(
+    source: str | Path | datasets.Dataset | datasets.IterableDataset,
+    *,
+    format: str = "auto",
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    independent_turns: bool = True,
+    prompt: str | None = None,
+    captions: bool = False,
+    max_rows: int | None = None,
+    **options: Any,
+) -> RecordRows | datasets.Dataset | datasets.IterableDataset:
+    """As [`load_rows`], but the rows of a file of records one by one, without an Arrow table of all of them."""
     if format not in ("auto", *FORMATS):
         raise ValueError(f"format={format!r} must be 'auto' or one of {', '.join(FORMATS)}.")
     is_data_set = isinstance(source, (datasets.Dataset, datasets.IterableDataset))
@@ -94,15 +126,16 @@ def load_rows(
     if format == "coco_captions":
         content = parse_json(path) if content is None else content
         folder = path.parent if image_folder is None else Path(image_folder)
-        iterator = _read_coco(content, path, folder, prompt)
-        rows = rows_to_dataset(itertools.islice(iterator, max_rows))
+        number, iterator = _read_coco(content, path, folder, prompt)
+        number = number if max_rows is None else min(number, max_rows)
+        rows = RecordRows(number, itertools.islice(iterator, max_rows))
     else:
         reading = ReadOptions(image_folder, prompt, independent_turns, captions)
         read = _read_image_folder if format == "imagefolder" else _read_llava
         rows = read(path, split if format == "imagefolder" else content, reading, max_rows)
     if len(rows) == 0:
         raise ValueError(f"source={str(source)!r} (format={format!r}) holds no records.")
-    return rows.to_iterable_dataset(num_shards=min(len(rows), 64)) if streaming else rows
+    return rows
 
 
 def _guess_format(path: Path, split: str) -> tuple[str, Any]:
@@ -132,8 +165,13 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
 # ---------------------------------------------------------------------- COCO captions
 
 
-def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> Iterator[dict]:
-    """One row for each image, one conversation for each caption. Images without captions are skipped."""
+def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> tuple[int, Iterator[dict]]:
+    """
+    One row for each image, one conversation for each caption. Images without captions are skipped.
+
+    Returns:
+        `tuple[int, Iterator[dict]]`: the number of rows, and the rows.
+    """
     lists = isinstance(content, dict) and [content.get("images", []), content.get("annotations")]
     if not lists or not all(isinstance(entries, list) for entries in lists):
         raise ValueError(f"{path}: COCO captions need an object with the lists 'images' and 'annotations'.")
@@ -145,6 +183,13 @@ def _read_coco(content: Any, path: Path, folder: Path, prompt: str | None) -> It
     captions: dict[str | None, list[Any]] = {}
     for annotation in content["annotations"]:
         captions.setdefault(identifier(annotation.get("image_id")), []).append(annotation)
+    return len(captions), _coco_rows(captions, names, path, folder, prompt)
+
+
+def _coco_rows(
+    captions: dict[str | None, list[Any]], names: dict[str | None, Any], path: Path, folder: Path, prompt: str | None
+) -> Iterator[dict]:
+    """The rows of images, from their annotations and file names by their ids."""
     for index, (image_id, annotations) in enumerate(captions.items()):
         source = f"{path.name}, image {index} (id {image_id})"
         try:
@@ -184,7 +229,7 @@ def _coco_names(images: list[dict], path: Path) -> dict[str | None, Any]:
 # ---------------------------------------------------------------------- LLaVA-Instruct
 
 
-def _read_llava(path: Path, content: Any, options: ReadOptions, max_rows: int | None) -> datasets.Dataset:
+def _read_llava(path: Path, content: Any, options: ReadOptions, max_rows: int | None) -> RecordRows:
     content = parse_json(path) if content is None else content
     if not isinstance(content, list):
         raise ValueError(f"{path}: LLaVA-Instruct needs a list of records, not {type(content).__name__}.")
@@ -201,7 +246,7 @@ def _read_llava(path: Path, content: Any, options: ReadOptions, max_rows: int | 
 # ---------------------------------------------------------------------- image folder
 
 
-def _read_image_folder(path: Path, split: str, options: ReadOptions, max_rows: int | None) -> datasets.Dataset:
+def _read_image_folder(path: Path, split: str, options: ReadOptions, max_rows: int | None) -> RecordRows:
     """
     Rows of `metadata.csv` or `.jsonl`: `file_name`, and one of `CAPTION_COLUMNS` with an optional `question`, or
     `conversations` or `messages`.

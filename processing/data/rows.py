@@ -5,6 +5,7 @@ a list of chat messages. Readers build the rows (`readers.py`), `check_rows` che
 into tensors.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,10 @@ ROW_FEATURES = Features(
         "source": Value("string"),
     }
 )
+
+# Columns that `prepare` adds: token ids of each conversation, with one image token for each image, and for each id 1
+# inside an answer and 0 elsewhere. The collator then neither renders nor tokenises the row.
+TOKEN_FEATURES = Features({"token_ids": List(List(Value("int32"))), "answer_mask": List(List(Value("int8")))})
 
 IMAGE_PART = {"type": "image", "text": None}
 
@@ -59,7 +64,7 @@ def bad_sample(source: str, problem: str, remedy: str = "") -> BadSampleError:
     return BadSampleError(f"{source}: {problem}" + (f" {remedy}" if remedy else ""))
 
 
-def append_bad_samples(path: str | Path, messages: list[str]) -> None:
+def append_bad_samples(path: str | Path, messages: list[str], kinds: Sequence[str] = ()) -> None:
     """
     Append skipped rows to a JSON Lines file.
 
@@ -69,11 +74,15 @@ def append_bad_samples(path: str | Path, messages: list[str]) -> None:
     Args:
         path (`str` or `Path`): the file; its directory is created when missing.
         messages (`list[str]`): one text for each row, as `str(BadSampleError)`.
+        kinds (`Sequence[str]`, *optional*): the kind of each problem.
     """
     if not messages:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"problem": message}, ensure_ascii=False) + "\n" for message in messages)
+    records = [{"problem": message} for message in messages]
+    for record, kind in zip(records, kinds, strict=False):
+        record["kind"] = kind
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, lines.encode("utf-8"))
@@ -176,6 +185,30 @@ def make_row(
     }
 
 
+class RecordRows:
+    """
+    The rows of a file of records, made one by one.
+
+    Args:
+        number (`int`): of rows.
+        rows (`Iterable[dict]`): as built by [`make_row`]; can be read once.
+    """
+
+    def __init__(self, number: int, rows: Iterable[dict]):
+        self.number, self.rows = number, rows
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+
+def rows_to_table(rows: list[dict]) -> pa.Table:
+    """Rows as an Arrow table with the columns of `ROW_FEATURES`."""
+    return pa.Table.from_pylist(rows, schema=ROW_FEATURES.arrow_schema)
+
+
 def rows_to_dataset(rows: Iterable[dict]) -> datasets.Dataset:
     """
     An in-memory `datasets.Dataset` of rows. It holds paths and text; no image is read and no cache file written.
@@ -183,15 +216,11 @@ def rows_to_dataset(rows: Iterable[dict]) -> datasets.Dataset:
     Args:
         rows (`Iterable[dict]`): as built by [`make_row`].
     """
-    schema = ROW_FEATURES.arrow_schema
-    tables, block = [], []
-    for row in rows:
-        block.append(row)
-        if len(block) == 10_000:
-            tables.append(pa.Table.from_pylist(block, schema=schema))
-            block = []
-    tables.append(pa.Table.from_pylist(block, schema=schema))
-    return datasets.Dataset(pa.concat_tables(tables))
+    waiting = iter(rows)
+    tables = []
+    while block := list(itertools.islice(waiting, 10_000)):
+        tables.append(rows_to_table(block))
+    return datasets.Dataset(pa.concat_tables(tables or [rows_to_table([])]))
 
 
 def iterate_rows(rows: Any, batch_size: int = 1000) -> Iterator[dict]:
@@ -210,15 +239,16 @@ def rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
 
 def unbatched(batch: dict[str, list]) -> list[dict]:
     """The rows of a batch of columns, as `datasets` gives it."""
-    return [{name: batch[name][i] for name in ROW_FEATURES} for i in range(len(batch["source"]))]
+    names = [*ROW_FEATURES, *(name for name in TOKEN_FEATURES if name in batch)]
+    return [{name: batch[name][i] for name in names} for i in range(len(batch["source"]))]
 
 
 def batched(rows: Iterable[dict]) -> dict[str, list]:
     """A batch of columns from rows, the inverse of [`unbatched`]."""
     columns: dict[str, list] = {name: [] for name in ROW_FEATURES}
     for row in rows:
-        for name in ROW_FEATURES:
-            columns[name].append(row[name])
+        for name in (*ROW_FEATURES, *(name for name in TOKEN_FEATURES if name in row)):
+            columns.setdefault(name, []).append(row[name])
     return columns
 
 
@@ -234,9 +264,10 @@ def select_conversations(row: dict, indices: list[int]) -> dict:
     """The row with the conversations at `indices` only. If these are not all, the row's source names them."""
     names = ", ".join(map(str, indices))
     some = len(indices) < len(row["conversations"])
+    columns = ("conversations", "categories", "answers", *(name for name in TOKEN_FEATURES if name in row))
     return {
         "images": row["images"],
-        **{name: [row[name][index] for index in indices] for name in ("conversations", "categories", "answers")},
+        **{name: [row[name][index] for index in indices] for name in columns},
         "source": row["source"] + (f", conversation{'s' * (len(indices) > 1)} {names}" if some else ""),
     }
 

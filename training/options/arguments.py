@@ -196,6 +196,16 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read the data while training; each process reads files of its own."}
     )
+    data_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory of prepared rows, found again by the next start; default: `jnana` in the cache of "
+            "`datasets`, for files of 1 MB and more (docs/data.md)."
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that prepare rows; default: one for each core."}
+    )
     max_train_rows: int | None = field(default=None)
     max_eval_rows: int | None = field(default=None)
     packing: Literal["none", "rows", "shared_image"] = field(

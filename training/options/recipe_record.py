@@ -20,6 +20,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from jnana.processing.data.records import write_whole
+from jnana.processing.data.rows import TOKEN_FEATURES
 
 from .arguments import RunArguments
 
@@ -36,7 +37,8 @@ FREE = {
     *("accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs", "allow_changed"),
     *("attn_implementation", "auto_find_batch_size", "base_model_id", "batch_eval_metrics", "bf16_full_eval"),
     *("dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_persistent_workers"),
-    *("dataloader_pin_memory", "dataloader_prefetch_factor", "debug", "deepspeed", "device_map", "disable_tqdm"),
+    *("data_cache", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc", "debug", "deepspeed"),
+    *("device_map", "disable_tqdm"),
     *("enable_jit_checkpoint", "feature_cache", "fp16_full_eval", "fsdp", "fsdp_config", "full_determinism"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "greater_is_better", "ignore_data_skip"),
     *("image_check", "include_for_metrics", "include_num_input_tokens_seen", "label_names", "liger_kernel_config"),
@@ -238,11 +240,13 @@ def _same(saved: Any, value: Any) -> bool:
 
 
 def _without_directories(value: Any) -> Any:
-    """A row in which each image is its file name, or the size of its bytes: data sets may be moved."""
+    """A row in which each image is its file name, or the size of its bytes: data sets may be moved. Its tokens, which
+    follow from the rest, are left out."""
     if isinstance(value, dict):
         return {
             key: os.path.basename(item) if key == "path" and item else _without_directories(item)
             for key, item in value.items()
+            if key not in TOKEN_FEATURES
         }
     if isinstance(value, (list, tuple)):
         return [_without_directories(item) for item in value]

@@ -1,6 +1,7 @@
 """`prepare`: the same conversations in every packing, checked once; image tokens are counted per image."""
 
 import json
+import pickle
 from collections import Counter
 
 import datasets
@@ -68,20 +69,27 @@ def test_every_packing_holds_the_good_conversations(coco, pictures, tmp_path, pr
         supervised(processor, prepare(coco, processor, strict), strict)
 
 
-def test_the_check_can_be_replaced(coco, pictures, processor):
-    """With several processes, one of them checks and the others receive its report."""
-    calls = []
+@pytest.mark.parametrize("kept", [False, True])
+def test_other_processes_use_the_result_of_the_first(coco, pictures, tmp_path, processor, kept, monkeypatch):
+    """With several processes, one of them prepares and the others receive what it found."""
+    results = []
 
-    def check(rows, processor, **options):
-        calls.append(options)
-        report = check_rows(rows, processor, **{**options, "on_bad_sample": "skip"})
-        report.kept_indices, report.lengths = report.kept_indices[1:], report.lengths[1:]
-        return report
+    def first(function):
+        results.append(pickle.dumps(function()))
+        return pickle.loads(results[0])
 
-    options = PrepareOptions(image_folder=pictures, image_check="decode", max_image_pixels=10**6, progress=False)
-    rows = prepare(coco, processor, options, check)
-    assert len(calls) == 1 and calls[0]["image_check"] == "decode" and calls[0]["max_image_pixels"] == 10**6
-    assert [row["source"].split(",")[1] for row in rows] == [" image 1 (id 1)"] * 3 + [" image 2 (id 2)"] * 3
+    options = PrepareOptions(
+        image_folder=pictures,
+        on_bad_sample="skip",
+        bad_samples_file=tmp_path / "bad.jsonl",
+        data_cache=tmp_path / "cache" if kept else None,
+        progress=False,
+    )
+    rows = list(prepare(coco, processor, options, first))
+    monkeypatch.setattr(type(processor), "encode_chats", None)
+    assert list(prepare(coco, processor, options, lambda function: pickle.loads(results[0]))) == rows
+    assert [row["source"].split(",")[1] for row in rows] == [f" image {i} (id {i})" for i in (0, 1, 2) for _ in "abc"]
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1  # written by the first process only
 
 
 IMAGE = 7

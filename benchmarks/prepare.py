@@ -1,0 +1,250 @@
+"""What happens before the first step, on data of COCO's and LLaVA-Instruct's size: time, CPU time and memory.
+
+    python -m benchmarks.prepare                                     # this checkout
+    python -m benchmarks.prepare --against ../before --tokenizer outputs/sft --data llava
+
+The files are made first: 118,287 JPEG files of 640x480 pixels (hard links to a few), with five captions each, or
+157,712 LLaVA records. Each start is a process of its own, which calls `load_conversations` as the training scripts
+do: this checkout cold, warm, and warm in two processes, then the older one, which keeps nothing. Times and memory are
+those beyond the imports. `held` is the proportional set size afterwards, in which a page that two processes share
+counts half for each; `peak` is the resident memory of this process, its workers not counted.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES, CAPTIONS, RECORDS = 118_287, 591_753, 157_712
+DIFFERENT = 8  # images; a file may have 65,000 links at most
+COLLATED_ROWS = 64
+
+
+# ---------------------------------------------------------------------- the data
+
+
+def make_data(folder: Path, kind: str, scale: float) -> Path:
+    """Write images and records; returns the file of the records."""
+    import numpy as np
+    from PIL import Image
+
+    rng = random.Random(0)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    words = [word.lower() for word in re.findall(r"[A-Za-z]{2,}", text)]
+
+    def sentence(mean: float) -> str:
+        start, number = rng.randrange(len(words)), max(3, round(rng.gauss(mean, mean / 4)))
+        return (" ".join(words[start : start + number]) or "a word").capitalize()
+
+    images = folder / "images"
+    images.mkdir()
+    number = round(IMAGES * scale)
+    for index in range(number):
+        if index < DIFFERENT:
+            coarse = np.random.default_rng(index).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            picture = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+            picture.save(images / f"{index:012d}.jpg", quality=90)
+        else:
+            os.link(images / f"{index % DIFFERENT:012d}.jpg", images / f"{index:012d}.jpg")
+    names = [f"{index:012d}.jpg" for index in range(number)]
+    if kind == "coco":
+        described = [{"id": index, "file_name": name, "height": 480, "width": 640} for index, name in enumerate(names)]
+        captions = [
+            {"id": index, "image_id": index % number, "caption": sentence(10.5)}
+            for index in range(round(CAPTIONS * scale))
+        ]
+        content: Any = {"images": described, "annotations": captions}
+    else:
+        content = []
+        for index in range(round(RECORDS * scale)):
+            turns = []
+            for turn in range(rng.choice((1, 1, 1, 2, 3, 6))):
+                question = sentence(11) + ("\n<image>" if turn == 0 else "")
+                turns += [{"from": "human", "value": question}, {"from": "gpt", "value": sentence(45)}]
+            content.append({"id": f"{index:012d}", "image": names[index % number], "conversations": turns})
+    file = folder / f"{kind}.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+# ---------------------------------------------------------------------- one start, in a process of its own
+
+
+def start(args: argparse.Namespace) -> None:
+    """Prepare the data as a training script does and print what it cost, as JSON."""
+    import torch.distributed as dist
+
+    from jnana.processing import JnanaProcessor, read_chat_template
+    from jnana.processing.data import JnanaCollator
+    from jnana.training.data import collator_options, load_conversations
+    from jnana.training.options.arguments import DataArguments
+
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if args.processes > 1:
+        store = dist.FileStore(str(args.folder / "store"), args.processes)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=args.processes)
+    processor = make_processor(args.tokenizer, JnanaProcessor, read_chat_template)
+    processor.encode_chats([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+    data_args = DataArguments(
+        train_data=str(args.folder / f"{args.data}.json"),
+        image_folder=str(args.folder / "images"),
+        packing="shared_image",
+        max_length=1024,
+        max_row_tokens=1024,
+    )
+    before, memory = cpu_seconds(), pss()
+    resident_before = resident()
+    watch = Watch()
+    begun = time.perf_counter()
+    rows = load_conversations(data_args, processor, str(args.folder / "out"), seed=0, should_write=False)
+    wall = time.perf_counter() - begun
+    cpu = [now - then for now, then in zip(cpu_seconds(), before, strict=True)]
+    peak = watch.stop()
+    held = pss() - memory
+    found = {"wall_s": wall, "cpu_s": sum(cpu), "own_cpu_s": cpu[0], "peak_mb": (peak - resident_before) / 1e6}
+    collator = JnanaCollator(processor, **collator_options(data_args, str(args.folder / "out")))
+    number = min(COLLATED_ROWS, len(rows))
+    collator([rows[0]])
+    begun = time.process_time()
+    images = sum(collator([rows[index]]).counts.images for index in range(number))
+    found |= {"collator_images_s": images / (time.process_time() - begun)}
+    if args.processes > 1:
+        dist.barrier()
+    found |= {"held_mb": held / 1e6, "held_now_mb": (pss() - memory) / 1e6, "rows": len(rows)}
+    if args.processes > 1:
+        dist.barrier()
+    print(json.dumps(found))
+
+
+def make_processor(tokenizer: str | None, processor_class: Any, read_chat_template: Any) -> Any:
+    """CLIP's image processor at 224 pixels, and the tokenizer of a directory or one that is trained on the docs."""
+    from transformers import AutoTokenizer, CLIPImageProcessor
+
+    from jnana.processing.data import train_tokenizer
+    from jnana.processing.processing_jnana import add_jnana_tokens
+
+    if tokenizer is None:
+        texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+        found = train_tokenizer(texts, 8000)
+    else:
+        found = AutoTokenizer.from_pretrained(tokenizer)
+    add_jnana_tokens(found)
+    template = "smollm2" if "<|im_start|>" in found.get_vocab() else "jnana"
+    return processor_class(
+        CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}),
+        found,
+        patch_size=32,
+        num_additional_image_tokens=1,
+        chat_template=read_chat_template(template),
+    )
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time of this process, and of its workers that have ended."""
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return tuple(usage.ru_utime + usage.ru_stime for usage in times)  # type: ignore[return-value]
+
+
+def pss(process: str = "self") -> int:
+    """Proportional set size in bytes."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+class Watch:
+    """The peak of this process's own resident memory beyond pages of files, sampled every 50 ms."""
+
+    def __init__(self) -> None:
+        self.peak, self.running = 0, True
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, resident())
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        self.running = False
+        self.thread.join()
+        return self.peak
+
+
+def resident() -> int:
+    """Resident memory in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------------- all starts
+
+
+def run(args: argparse.Namespace, checkout: Path, cache: Path, processes: int) -> list[dict[str, Any]]:
+    """One start of a checkout, in one process or several at once."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--start", "--data", args.data]
+    command += ["--folder", str(args.folder), "--processes", str(processes)]
+    command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    (args.folder / "store").unlink(missing_ok=True)
+    children = []
+    for rank in range(processes):
+        settings = {"PYTHONPATH": str(checkout), "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        settings |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        children.append(
+            subprocess.Popen(command, cwd=checkout, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [child.communicate()[0] for child in children]
+    if any(child.returncode for child in children):
+        raise SystemExit(f"a start of {checkout} failed")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="an older checkout, which is measured in the same run")
+    parser.add_argument("--data", choices=("coco", "llava"), default="coco")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the real size")
+    parser.add_argument("--tokenizer", help="directory of a tokenizer; default: one trained on the docs")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.tokenizer:
+        args.tokenizer = str(Path(args.tokenizer).resolve())
+    if args.start:
+        start(args)
+        return
+    with tempfile.TemporaryDirectory(prefix="jnana-prepare-") as folder:
+        args.folder = Path(folder)
+        make_data(args.folder, args.data, args.scale)
+        result: dict[str, Any] = {
+            "data": args.data,
+            "scale": args.scale,
+            "load_average": os.getloadavg(),
+            "starts": [],
+        }
+        starts = [("cold", ROOT, 1), ("warm", ROOT, 1), ("warm", ROOT, 2)]
+        if args.against is not None:
+            starts += [("before", args.against.resolve(), 1), ("before", args.against.resolve(), 2)]
+        for name, checkout, processes in starts:
+            found = run(args, checkout, args.folder / "cache", processes)
+            result["starts"].append({"name": name, "processes": processes, "measured": found})
+            for rank, values in enumerate(found):
+                shown = ", ".join(f"{key} {value:,.1f}" for key, value in values.items())
+                print(f"{name}, process {rank + 1} of {processes}: {shown}", flush=True)
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The benchmark of what happens before the first step, at a thousandth of its size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_all_starts_are_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.prepare", "--scale", "0.001", "--output", str(tmp_path / "out.json")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    starts = json.loads((tmp_path / "out.json").read_text())["starts"]
+    assert [(start["name"], start["processes"]) for start in starts] == [("cold", 1), ("warm", 1), ("warm", 2)]
+    measured = [values for start in starts for values in start["measured"]]
+    assert len({values["rows"] for values in measured}) == 1 and measured[0]["rows"] > 10
+    assert all(values["collator_images_s"] > 0 and values["wall_s"] > 0 for values in measured)

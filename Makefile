@@ -13,7 +13,7 @@ INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/pro
 	tests/processing/data/test_images.py \
 	tests/training/test_stages.py tests/training/test_loading.py tests/training/test_quantization.py \
 	tests/training/test_device_map.py tests/evaluation/test_generation.py tests/chat/test_session.py \
-	tests/scripts/test_chain.py tests/scripts/test_tower.py tests/interfaces
+	tests/scripts/test_chain.py tests/scripts/test_tower.py tests/interfaces tests/export
 TEST_SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: demo test test-lowest test-newest update-newest bench bench-gpu quality links style clean
@@ -53,7 +53,7 @@ quality: $(VENV)/.installed-dev links
 # folders beside it.
 links:
 	rm -rf .package/jnana && mkdir -p .package/jnana
-	cd .package/jnana && ln -s ../../jnana/*.py ../../jnana/py.typed ../../modeling ../../processing ../../training ../../evaluation ../../chat . \
+	cd .package/jnana && ln -s ../../jnana/*.py ../../jnana/py.typed ../../modeling ../../processing ../../training ../../evaluation ../../export ../../chat . \
 		&& ln -s ../../run_*.py ../../app.py .
 
 style: $(VENV)/.installed-dev

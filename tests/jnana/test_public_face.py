@@ -101,7 +101,7 @@ def test_an_editable_install_is_found_anywhere(tmp_path):
     assert done.returncode == 0 and Path(done.stdout.strip()).name == "__init__.py", done.stderr
 
 
-@pytest.mark.parametrize("folder", ["modeling", "processing", "training", "evaluation", "chat"])
+@pytest.mark.parametrize("folder", ["modeling", "processing", "training", "evaluation", "export", "chat"])
 def test_a_folder_imported_by_its_bare_name_raises(folder):
     """It would give every class a second time, and the Auto classes would know the wrong one."""
     code = f"""

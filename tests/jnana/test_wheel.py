@@ -72,7 +72,7 @@ def test_site_packages_gets_jnana_and_nothing_else(installed):
     assert {path.name.split("-")[0] for path in installed.iterdir()} == {"jnana"}
     files = {path.relative_to(installed / "jnana").as_posix() for path in (installed / "jnana").rglob("*")}
     assert {f"{script}.py" for script in SCRIPTS} <= files
-    folders = ("modeling", "processing", "training", "evaluation", "chat", "model_cards", "recipes")
+    folders = ("modeling", "processing", "training", "evaluation", "export", "chat", "model_cards", "recipes")
     for folder in folders:
         tracked = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.is_file()}
         tracked = {name for name in tracked if "__pycache__" not in name}

@@ -1,0 +1,213 @@
+"""One export from end to end: load, ask, write beside the target, load that, ask it, compare, and only then keep."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from jnana.modeling import available_device
+from jnana.processing import JnanaProcessor
+from jnana.training.adapters import is_adapter
+from jnana.training.loading import load_config, load_model
+from jnana.training.merging import merge_adapter
+
+from .comparison import Agreement, answering, ask, compare, encode, probe_chats
+from .distillation import Distillation, distil_projector
+from .llama_cpp import (
+    answering_by_halves,
+    check_features,
+    check_fits_llama_cpp,
+    is_exact,
+    write_text_folder,
+)
+from .llava import build_stock, check_fits_llava, check_head, load_stock, stock_processor
+from .mmproj import MmprojEncoder, write_mmproj
+from .refusals import refuse
+
+
+logger = logging.getLogger(__name__)
+
+MMPROJ, TEXT = "mmproj.gguf", "text"
+
+
+@dataclass
+class ExportOptions:
+    """What to write, and how to compare.
+
+    Args:
+        to (`str`): `llava` or `gguf`.
+        dtype (`str`, *optional*): Dtype of the weights; default: the checkpoint's.
+        double_linear (`bool`): Write a `linear` projector with the activation `gelu`, for programs that do not know
+            `linear`.
+        distill (`bool`): Fit an `mlp` projector to a `resblock` one.
+        distill_steps (`int`): Steps of AdamW.
+        max_new_tokens (`int`): Longest compared answer, in tokens.
+    """
+
+    to: Literal["llava", "gguf"]
+    dtype: str | None = None
+    double_linear: bool = False
+    distill: bool = False
+    distill_steps: int = 2000
+    max_new_tokens: int = 32
+
+
+def export_model(
+    path: str,
+    output_dir: str | Path,
+    options: ExportOptions,
+    chats: Iterable[list[dict[str, Any]]] | None = None,
+    images: Iterable[Image.Image] = (),
+) -> Agreement:
+    """
+    Export a model; the directory appears only if the exported files answer as the model does.
+
+    Args:
+        path (`str`): Directory or Hub id of any model that this package loads; an adapter is merged first.
+        output_dir (`str` or `Path`): Must not exist, or be empty.
+        options ([`ExportOptions`]): What to write.
+        chats (`Iterable`, *optional*): Questions to compare by, with images; gone through twice. Default:
+            [`probe_chats`].
+        images (`Iterable[PIL.Image.Image]`): Training images, for `distill`.
+
+    Returns:
+        [`Agreement`]: It is also logged, and written into the card.
+
+    Raises:
+        ValueError: If the format has no place for the model; with the reason and the nearest way.
+        ExportFailedError: If the answers differ.
+    """
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output_dir {str(target)!r} is not empty; give a new directory")
+    config = load_config(path)
+    if options.to == "llava":
+        check_fits_llava(config, options.double_linear, options.distill)
+    else:
+        require_gguf()
+        check_fits_llama_cpp(config, options.distill)
+    chats = probe_chats() if chats is None else chats
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that the last step is a renaming
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        model, processor = load_whole(path, Path(scratch) / "merged", options.dtype)
+        if options.to == "llava":
+            check_head(model)
+        before = ask(answering(model, processor, processor, options.max_new_tokens), chats)
+        distillation = None
+        if options.distill:
+            act = "gelu_pytorch_tanh" if options.to == "gguf" else None
+            distillation = distil_projector(model, processor, images, options.distill_steps, act)
+        written = Path(scratch) / target.name
+        write = write_llava if options.to == "llava" else write_gguf
+        after, exact = write(written, model, processor, options, chats, path)
+        agreement = compare(before, after)
+        logger.info(str(agreement))
+        agreement.check(distilled=options.distill or not exact)
+        write_card(written, path, options, agreement, distillation)
+        if target.exists():
+            target.rmdir()
+        os.replace(written, target)
+    return agreement
+
+
+def require_gguf() -> None:
+    """Raise `ImportError` where the package that writes GGUF files is missing."""
+    if find_spec("gguf") is None:
+        raise ImportError("--to gguf needs the package gguf, which is not installed: `pip install 'jnana[gguf]'`")
+
+
+def load_whole(path: str, scratch: Path, dtype: str | None) -> tuple[Any, JnanaProcessor]:
+    """A model in 16 or 32 bits on the device, with its adapter merged."""
+    if is_adapter(path):
+        merge_adapter(path, scratch, dtype=dtype)
+        path = str(scratch)
+    model, processor = load_model(path, dtype=dtype, device_map={"": available_device()})
+    if getattr(model, "is_quantized", False):
+        refuse("its language model is stored in 4 or 8 bits", "give the checkpoint in 16 bits, or the adapter")
+    return model.eval(), processor
+
+
+def write_llava(
+    folder: Path, model: Any, processor: JnanaProcessor, options: ExportOptions, chats: Iterable, source: str
+) -> tuple[Any, bool]:
+    """Write a stock folder, and ask it: (its answers, whether they must be equal)."""
+    device, config = model.device, model.config
+    stock_processor(config, processor).save_pretrained(folder)
+    build_stock(model, processor, options.double_linear).save_pretrained(folder)
+    stock, stocks_processor = load_stock(folder, device)
+    return ask(answering(stock, stocks_processor, processor, options.max_new_tokens), chats), True
+
+
+def write_gguf(
+    folder: Path, model: Any, processor: JnanaProcessor, options: ExportOptions, chats: Iterable, source: str
+) -> tuple[Any, bool]:
+    """Write `mmproj.gguf` and `text/`, compare the features, and ask both halves."""
+    folder.mkdir()
+    config, device = model.config, model.device
+    write_mmproj(folder / MMPROJ, model, processor, Path(source).resolve().name)
+    encoder = MmprojEncoder(folder / MMPROJ, config)
+    check_features(encoder, projected_features(model, processor), config)
+    explain_pixels(processor)
+    write_text_folder(folder / TEXT, model, processor, source)
+    text = AutoModelForCausalLM.from_pretrained(folder / TEXT, dtype="auto", use_safetensors=True).to(device).eval()
+    return ask(answering_by_halves(text, encoder, processor, options.max_new_tokens), chats), is_exact(config)
+
+
+@torch.inference_mode()
+def projected_features(model: Any, processor: JnanaProcessor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pixel values and projected features of the built-in images."""
+    pixels = [encode(processor, chat).get("pixel_values") for chat in probe_chats()]
+    return [
+        (
+            values,
+            model.model.get_image_features(values.to(model.device, model.dtype), return_dict=True).pooler_output[0],
+        )
+        for values in pixels
+        if values is not None
+    ]
+
+
+def explain_pixels(processor: JnanaProcessor) -> None:
+    """Say where llama.cpp's preparation of images differs from the one that the model was trained with."""
+    image_processor = processor.image_processor
+    pads = getattr(image_processor, "do_pad", False)
+    colour = [int(255 * value) for value in image_processor.image_mean]
+    if not pads:
+        what = "this model was trained on images that are cropped or squashed to a square"
+    elif colour != [122, 116, 104]:
+        what = f"this model was trained on images padded in {tuple(colour)}"
+    else:
+        return
+    logger.warning(
+        f"llama.cpp pads images to a square in the colour (122, 116, 104), and {what}: the answers agree for square "
+        "images only. Train with image_geometry: pad, or give it square images"
+    )
+
+
+def write_card(
+    folder: Path, source: str, options: ExportOptions, agreement: Agreement, distillation: Distillation | None
+) -> None:
+    """A README.md that says what the directory is and what was measured."""
+    name = Path(source).resolve().name
+    lines = [
+        f"# {name}, exported",
+        "",
+        f"Written by `run_export.py --to {options.to}`. Before and after: {agreement}.",
+    ]
+    if distillation is not None:
+        changed = 1 - agreement.same_answers / agreement.answers
+        lines += ["", f"{distillation}. {changed:.1%} of the answers changed.".capitalize()]
+    if options.to == "gguf":
+        lines += ["", "```", f"python convert_hf_to_gguf.py {TEXT} --outfile text.gguf"]
+        lines += [f"llama-server -m text.gguf --mmproj {MMPROJ} --jinja", "```"]
+    header = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---"]
+    (folder / "README.md").write_text("\n".join([*header, "", *lines, ""]), encoding="utf-8")

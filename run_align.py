@@ -20,7 +20,6 @@ from transformers import Trainer, TrainingArguments
 
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
-from jnana.training.interruption import StopSignalCallback
 from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
@@ -33,7 +32,8 @@ from jnana.training.options.recipe_record import check_same_recipe, recipe_optio
 from jnana.training.options.recipes import parse_arguments, recipe_name
 from jnana.training.profiling.forecast import forecast_run
 from jnana.training.run import find_checkpoint, finish_run, prepare_collator, start_run, train
-from jnana.training.run_lock import releases_directory
+from jnana.training.saving.interruption import StopSignalCallback
+from jnana.training.saving.run_lock import releases_directory
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
 

@@ -22,7 +22,6 @@ from transformers import Trainer, TrainingArguments
 from jnana.training.attention import text_collator
 from jnana.training.data import prepare_text_data
 from jnana.training.distributed import unpartitioned
-from jnana.training.interruption import StopSignalCallback
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.options.arguments import RunArguments, TextDataArguments, TextModelArguments
@@ -32,7 +31,8 @@ from jnana.training.options.recipe_record import check_same_recipe, recipe_optio
 from jnana.training.options.recipes import parse_arguments, recipe_name
 from jnana.training.profiling.forecast import forecast_text_run
 from jnana.training.run import find_checkpoint, finish_run, start_run, train
-from jnana.training.run_lock import releases_directory
+from jnana.training.saving.interruption import StopSignalCallback
+from jnana.training.saving.run_lock import releases_directory
 from jnana.training.sharing import check_push
 from jnana.training.stages import apply_stage
 from jnana.training.text_models import prepare_text_model

@@ -47,10 +47,10 @@ from jnana.processing.data.feature_cache import (
 from jnana.processing.data.images import MAX_IMAGE_PIXELS, read_image_bytes
 from jnana.processing.data.rows import iterate_rows, viewed_rows
 
-from .checkpoints import size_text
 from .distributed import ProcessGroup, process_group
-from .interruption import full_disk_error, is_full_disk
 from .options.arguments import DataArguments
+from .saving.checkpoints import size_text
+from .saving.interruption import full_disk_error, is_full_disk
 
 
 logger = logging.getLogger(__name__)

@@ -20,18 +20,18 @@ from jnana.processing.data import JnanaCollator
 
 from .attention import choose_attention, row_multiple
 from .cards import write_model_card
-from .checkpoints import check_disk_space, checkpoint_to_resume, delete_checkpoints, list_checkpoints, step_of
 from .data import collator_options
 from .diagnosis import watched
 from .distributed import run_on_main_process, unpartitioned
 from .feature_cache import prepare_feature_cache
-from .frozen_weights import copy_whole_weights, shared_frozen_weights, shares_frozen_weights
-from .interruption import explain_full_disk, restored_signals
 from .merging import merge_adapter
 from .options.arguments import DataArguments, ModelArguments, RunArguments, TextDataArguments, TextModelArguments
 from .options.recipe_record import check_same_data, data_fingerprint, write_record
-from .rotation import finished_checkpoints
-from .run_lock import hold_directory
+from .saving.checkpoints import check_disk_space, checkpoint_to_resume, delete_checkpoints, list_checkpoints, step_of
+from .saving.frozen_weights import copy_whole_weights, shared_frozen_weights, shares_frozen_weights
+from .saving.interruption import explain_full_disk, restored_signals
+from .saving.rotation import finished_checkpoints
+from .saving.run_lock import hold_directory
 from .sharing import published_files, push_folder
 
 

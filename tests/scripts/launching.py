@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from jnana.training.checkpoints import checkpoint_problem
+from jnana.training.saving.checkpoints import checkpoint_problem
 
 
 ROOT = Path(__file__).parents[2]

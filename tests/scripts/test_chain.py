@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPModel, modeling_u
 from jnana import run_merge, run_sft
 from jnana.processing.data import read_json_lines
 from jnana.training.adapters import adapter_reference
-from jnana.training.frozen_weights import checkpoint_tensors
 from jnana.training.loading import load_model
+from jnana.training.saving.frozen_weights import checkpoint_tensors
 from jnana.training.stages import part_of
 from tests.scripts.conftest import options, sft_options
 

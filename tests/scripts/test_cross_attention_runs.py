@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from jnana import run_align, run_evaluate, run_sft
 from jnana.chat import ChatSession
 from jnana.processing.data import read_json_lines
-from jnana.training.frozen_weights import checkpoint_tensors
 from jnana.training.loading import load_model
+from jnana.training.saving.frozen_weights import checkpoint_tensors
 from jnana.training.stages import part_of
 from tests.modeling.tiny_idefics import save_tiny_idefics
 from tests.scripts.conftest import CROSS, align_options, sft_options

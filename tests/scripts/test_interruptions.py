@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from jnana.training.checkpoints import checkpoint_problem
-from jnana.training.interruption import STOP_SIGNALS
-from jnana.training.manifests import write_manifest
+from jnana.training.saving.checkpoints import checkpoint_problem
+from jnana.training.saving.interruption import STOP_SIGNALS
+from jnana.training.saving.manifests import write_manifest
 from tests.scripts.conftest import align_options, sft_options
 from tests.scripts.faults import (
     flip_bit,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from jnana import run_align, run_pretrain, run_sft
 from jnana.processing.data import read_json_lines
-from jnana.training.frozen_weights import checkpoint_tensors
+from jnana.training.saving.frozen_weights import checkpoint_tensors
 from tests.scripts.conftest import PRETRAIN, align_options, options, sft_options
 from tests.scripts.launching import kill_at, launch
 

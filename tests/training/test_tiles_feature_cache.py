@@ -16,7 +16,7 @@ from jnana.processing.data import BadSampleError, FeatureCache, JnanaCollator
 from jnana.processing.data.feature_cache import StoredImage, write_part
 from jnana.processing.data.rows import rows_to_dataset
 from jnana.training import feature_cache
-from jnana.training.checkpoints import size_text
+from jnana.training.saving.checkpoints import size_text
 from tests.modeling.packed import assert_same_batch, difference, loss_and_gradients
 from tests.tiles import KINDS, SIZES, row, rows_of, save_pictures, tile_pair
 from tests.training.test_feature_cache import build, build_and_die, computed, reference

@@ -25,7 +25,6 @@ from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator
 from jnana.training.adapters import is_adapter
 from jnana.training.attention import text_collator
-from jnana.training.checkpoints import size_text
 from jnana.training.data import collator_options
 from jnana.training.distributed import run_on_main_process, sharding_of, unpartitioned
 from jnana.training.loading import image_fields, load_config
@@ -39,6 +38,7 @@ from jnana.training.options.arguments import (
     TextModelArguments,
 )
 from jnana.training.options.recipes import accelerate_config
+from jnana.training.saving.checkpoints import size_text
 from jnana.training.stages import apply_stage, parameter_count, part_of
 from jnana.training.text_models import text_model_config
 

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 
 from jnana.processing.data import BatchCounts
-from jnana.training.checkpoints import size_text
 from jnana.training.distributed import unpartitioned
+from jnana.training.saving.checkpoints import size_text
 
 from .batch_counts import counted_batches
 from .chips import ChipPeak, chip_peak

@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from jnana.modeling import JnanaForConditionalGeneration, jnana_config_from_llava
-from jnana.training.checkpoints import ADAMW_BYTES
 from jnana.training.options.arguments import LoraArguments, TextModelArguments
 from jnana.training.options.recipes import as_command_line, parse_arguments, read_recipe
+from jnana.training.saving.checkpoints import ADAMW_BYTES
 from jnana.training.stages import apply_stage, describe_parameters, parameter_count
 from jnana.training.text_models import text_model_config
 from tests.tiny import tiny_tokenizer
-from tests.training.test_disk_space import model_of
+from tests.training.saving.test_disk_space import model_of
 
 
 RECIPES = Path(__file__).parents[3] / "recipes"

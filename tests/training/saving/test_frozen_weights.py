@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from jnana.modeling import JnanaForConditionalGeneration
-from jnana.training import frozen_weights
-from jnana.training.checkpoints import checkpoint_problem
-from jnana.training.frozen_weights import checkpoint_tensors, copy_whole_weights, shared_frozen_weights
-from jnana.training.rotation import finished_checkpoints
-from tests.training.test_interruption import make_trainer
+from jnana.training.saving import frozen_weights
+from jnana.training.saving.checkpoints import checkpoint_problem
+from jnana.training.saving.frozen_weights import checkpoint_tensors, copy_whole_weights, shared_frozen_weights
+from jnana.training.saving.rotation import finished_checkpoints
+from tests.training.saving.test_interruption import make_trainer
 
 
 TRAINED, FROZEN = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

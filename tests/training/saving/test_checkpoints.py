@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jnana.training.checkpoints import checkpoint_problem, checkpoint_to_resume, delete_checkpoints
+from jnana.training.saving.checkpoints import checkpoint_problem, checkpoint_to_resume, delete_checkpoints
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 from jnana.modeling import JnanaConfig, JnanaForConditionalGeneration
-from jnana.training.checkpoints import check_disk_space, checkpoint_size, merged_size, weights_size
 from jnana.training.optimizers import trainer_optimizer
 from jnana.training.options.arguments import LoraArguments
+from jnana.training.saving.checkpoints import check_disk_space, checkpoint_size, merged_size, weights_size
 from jnana.training.stages import apply_stage
 from tests.tiny import tiny_text_config, tiny_vision_config
 
@@ -100,7 +100,7 @@ def free(tmp_path, monkeypatch):
 
 
 def test_raises_or_warns(tmp_path, free, caplog):
-    caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
+    caplog.set_level(logging.WARNING, "jnana.training.saving.checkpoints")
     trainer = trainer_of(tmp_path, model_of("whole"))
     weights = weights_size(trainer)
     checkpoint = checkpoint_size(trainer)
@@ -126,7 +126,7 @@ def test_raises_or_warns(tmp_path, free, caplog):
 
 
 def test_broken_checkpoints_are_overwritten(tmp_path, free, caplog):
-    caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
+    caplog.set_level(logging.WARNING, "jnana.training.saving.checkpoints")
     trainer = trainer_of(tmp_path, model_of("whole"))
     weights = weights_size(trainer)
     broken = tmp_path / "checkpoint-4"
@@ -154,7 +154,7 @@ def test_final_weights_are_overwritten(tmp_path, free):
 
 
 def test_the_merged_model_counts_in_the_warning(tmp_path, free, caplog):
-    caplog.set_level(logging.WARNING, "jnana.training.checkpoints")
+    caplog.set_level(logging.WARNING, "jnana.training.saving.checkpoints")
     trainer = trainer_of(tmp_path, model_of("adapter"))
     merged = trainer.model.merge_and_unload()
     whole = sum(p.nbytes for p in merged.parameters())

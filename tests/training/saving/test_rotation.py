@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from jnana.training.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
-from jnana.training.manifests import MANIFEST
-from jnana.training.rotation import FinishedCheckpointCallback, finished_checkpoints, rotate
-from tests.training.test_interruption import make_trainer
-from tests.training.test_manifests import flip, write_checkpoint
+from jnana.training.saving.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
+from jnana.training.saving.manifests import MANIFEST
+from jnana.training.saving.rotation import FinishedCheckpointCallback, finished_checkpoints, rotate
+from tests.training.saving.test_interruption import make_trainer
+from tests.training.saving.test_manifests import flip, write_checkpoint
 
 
 def steps(folder: Path) -> list[int]:

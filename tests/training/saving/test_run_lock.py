@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from jnana.training import run_lock
-from jnana.training.run_lock import LOCK, hold_directory, release_directories, releases_directory
+from jnana.training.saving import run_lock
+from jnana.training.saving.run_lock import LOCK, hold_directory, release_directories, releases_directory
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def released():
 
 def child(folder, then: str) -> subprocess.Popen:
     """A process that holds the directory, says so, and goes on with `then`."""
-    code = f"import os, signal, time; from jnana.training.run_lock import *; hold_directory({str(folder)!r})"
+    code = f"import os, signal, time; from jnana.training.saving.run_lock import *; hold_directory({str(folder)!r})"
     return subprocess.Popen(
         [sys.executable, "-c", f"{code}; print('held', flush=True); {then}"], stdout=subprocess.PIPE, text=True
     )

@@ -21,9 +21,10 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from jnana.training.options.recipe_record import read_record
+from jnana.training.stages import parameter_count
+
 from .manifests import MANIFEST, manifest_problem
-from .options.recipe_record import read_record
-from .stages import parameter_count
 
 
 logger = logging.getLogger(__name__)

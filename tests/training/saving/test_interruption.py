@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from jnana.training import interruption
-from jnana.training.interruption import (
+from jnana.training.saving import interruption
+from jnana.training.saving.interruption import (
     LAUNCHER_DELAY,
     STOP_SIGNALS,
     StopSignalCallback,

@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from jnana.training.distributed import LONGEST_WAIT
+
 from .checkpoints import checkpoint_problem, list_checkpoints, size_text
-from .distributed import LONGEST_WAIT
 
 
 logger = logging.getLogger(__name__)

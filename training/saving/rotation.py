@@ -12,10 +12,11 @@ from pathlib import Path
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 
+from jnana.training.monitoring import LossCurveCallback
+
 from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
 from .interruption import StopSignalCallback
 from .manifests import write_manifest
-from .monitoring import LossCurveCallback
 
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Export a model for other programs, and compare its answers before and after.
 
     python run_export.py --model_name_or_path outputs/llava_chess/sft --to llava --output_dir outputs/llava_chess/llava
-    python run_export.py --model_name_or_path outputs/jnana/sft --to gguf --output_dir outputs/jnana/gguf
-    python run_export.py --model_name_or_path outputs/sft --to llava --output_dir out --distill true --train_data a
+    python run_export.py --model_name_or_path outputs/jnana/sft --to gguf --output_dir outputs/jnana/gguf \\
+        --distill true --train_data llava_instruct_150k.json --image_folder train2017
 
 `llava` writes a folder that transformers loads as LLaVA, without code of this package; `gguf` writes mmproj.gguf and
 text/ for llama.cpp. What the format has no place for is refused with the reason and the nearest way. `output_dir`

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import TrainingArguments
 
@@ -118,11 +118,11 @@ def inspect_source(
     seed = None if evaluation else training_args.seed
     options = prepare_options(data_args, training_args.output_dir, evaluation, True, seed, align)
     options = dataclasses.replace(options, on_bad_sample="skip", bad_samples_file=None)
-    rows: Any = source
+    rows = None
     if options.streaming:
         rows = rows_to_dataset(islice(read_source(source, options, load_rows), args.stream_rows))
         logger.info(f"{source} is a stream: its first {len(rows):,} rows are looked at")
-    preparation = RowPreparation(rows, processor, options)
+    preparation = RowPreparation(source, processor, options, rows)
     usable, report = preparation.rows_of(preparation.run())
     raise_for_problems(report, "skip")
     plan = None

@@ -22,8 +22,8 @@ WELCOME = "## Ask about a picture\nAttach, paste, drop or photograph one, and ty
 # Which images and recordings are in the composer, as texts that change with them alone: Gradio has no event for files
 FILES = """({files}) => [false, true].map((sound) =>
   files.map((file) => file.path).filter((path) => new RegExp(String.raw`SOUND`, 'i').test(path) === sound).join())"""
-OPEN_KEY = "() => [sessionStorage.getItem('jnana-chat') || '']"  # a tab keeps it, also when it is reloaded
-KEEP_KEY = "(key) => { sessionStorage.setItem('jnana-chat', key); }"
+OPEN_KEY = "() => { try { return [sessionStorage.getItem('jnana-chat') || '']; } catch { return ['']; } }"
+KEEP_KEY = "(key) => { try { sessionStorage.setItem('jnana-chat', key); } catch {} }"  # unless the browser blocks it
 
 
 class GuardedBlocks(gr.Blocks):

@@ -55,7 +55,7 @@ def safe_markdown(text: str) -> str:
     Markdown in which HTML is text and images of other addresses are links, whatever the model or a visitor wrote. Code
     stays as it is, because Markdown shows it as text.
     """
-    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]+`)", text, flags=re.DOTALL)
+    parts = re.split(r"(^```.*?(?:^```|\Z)|(?<![\\`])`(?!`)[^`\n]+`(?!`))", text, flags=re.DOTALL | re.MULTILINE)
     parts[::2] = [re.sub(r"<(?=[A-Za-z/!?])|!(?=\[)", rf"\g<0>{BREAK}", part) for part in parts[::2]]
     return "".join(parts)
 
@@ -199,10 +199,10 @@ class Page:
         return self.view(self.assistant.chats.clear(chat))
 
     def open(self, chat: Chat):
-        """A page that was opened or reloaded; an answer that the page before it awaited is stopped and shown."""
+        """A page that was opened or reloaded: an answer being written is stopped, a waiting question returns."""
         late = time.monotonic() + LATE
-        while chat.pending and time.monotonic() < late:
-            chat.session.stop()
+        while (question := chat.pending) and time.monotonic() < late:
+            chat.session.stop() if question.writing else chat.withdraw(question)
             time.sleep(0.1)
         return self.show(chat)
 

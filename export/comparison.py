@@ -15,13 +15,14 @@ from jnana.evaluation import QuestionSet
 
 MAX_LOGIT_DIFFERENCE = 1e-4  # of an exact export
 MIN_SAME_ANSWERS = 0.95  # of a distilled one
-COMPARED_LOGITS = 16  # chats whose logits are kept; each takes (length of the chat) x (vocabulary) numbers
+COMPARED_LOGITS = 16  # chats whose logits are kept
+LAST_LOGITS = 64  # of each chat: what differs in front of them, images too, changes these
 
 QUESTIONS = ("What do you see in this picture?", "How many pieces are there?", "Is it a photograph? Answer yes or no.")
 # (height, width) in pixels of the built-in images: square, wide, tall
 IMAGE_SIZES = ((336, 336), (240, 320), (400, 300))
 
-# chat, whether logits are kept -> (logits `(1, sequence_length, vocab_size)`, ids of the greedy answer)
+# chat, whether logits are kept -> (its last logits `(1, num_positions, vocab_size)`, ids of the greedy answer)
 Answering = Callable[[list[dict[str, Any]], bool], tuple[torch.Tensor | None, list[int]]]
 
 
@@ -128,7 +129,7 @@ def answering(model: nn.Module, processor: Any, reference_processor: Any, max_ne
         logits = None
         if with_logits:
             inputs = encode(reference_processor, chat).to(model.device, dtype=model.dtype)
-            logits = model(**inputs).logits.float().cpu()
+            logits = model(**inputs).logits[:, -LAST_LOGITS:].float().cpu()
         inputs = encode(processor, chat).to(model.device, dtype=model.dtype)
         ids = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
         return logits, ids[0, inputs["input_ids"].shape[1] :].tolist()

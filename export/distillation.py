@@ -23,7 +23,9 @@ from jnana.modeling.projector_jnana import build_projector
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 10  # every tenth image measures the fit
-MAX_VECTORS = 200_000  # that the fit is made on; a CLIP ViT-L/14-336 gives 576 an image
+MAX_VECTORS = (
+    60_000  # at most 5 GB in float64 for Phi-2; that the fit is made on; a CLIP ViT-L/14-336 gives 576 an image
+)
 BATCH_SIZE = 4096  # vectors
 LEARNING_RATE = 2e-3
 RIDGE = 1e-6  # of the mean square of the hidden units

@@ -15,7 +15,7 @@ from transformers.utils import EntryNotFoundError, cached_file
 from jnana.modeling import JnanaConfig
 from jnana.processing import JnanaProcessor
 
-from .comparison import Answering, ExportFailedError, encode
+from .comparison import LAST_LOGITS, Answering, ExportFailedError, encode
 from .mmproj import TANH_GELUS, TOWER_FLAGS, MmprojEncoder, feature_layers
 from .refusals import NEAREST_AS_IT_IS, check_projector, refuse
 
@@ -246,7 +246,7 @@ def answering_by_halves(
         if "pixel_values" in inputs:
             features = encoder(inputs["pixel_values"]).flatten(0, 1)
             embeds[images.to(embeds.device)] = features.to(embeds)
-        logits = text(inputs_embeds=embeds).logits.float().cpu() if with_logits else None
+        logits = text(inputs_embeds=embeds).logits[:, -LAST_LOGITS:].float().cpu() if with_logits else None
         settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         return logits, text.generate(inputs_embeds=embeds, attention_mask=mask, **settings)[0].tolist()

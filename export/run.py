@@ -1,9 +1,10 @@
 """One export from end to end: load, ask, write beside the target, load that, ask it, compare, and only then keep."""
 
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +86,9 @@ def export_model(
         ValueError: If the format has no place for the model; with the reason and the nearest way.
         ExportFailedError: If the answers differ.
     """
-    target = Path(output_dir)
+    target = Path(output_dir).resolve()  # of a link the directory that it leads to
+    if target == Path.cwd():
+        raise ValueError(f"output_dir {str(output_dir)!r} is the current directory; give a new one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output_dir {str(target)!r} is not empty; give a new directory")
     config = load_config(path)
@@ -96,9 +99,12 @@ def export_model(
         check_fits_llama_cpp(config, options.distill)
     chats = probe_chats() if chats is None else chats
     target.parent.mkdir(parents=True, exist_ok=True)
+    # the parts of a GGUF file are compared in the 32 bits that mmproj.gguf has
+    dtype = options.dtype or ("float32" if options.to == "gguf" else None)
     # beside the target, so that the last step is a renaming
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        model, processor = load_whole(path, Path(scratch) / "merged", options.dtype)
+    scratch_folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    with scratch_folder as scratch, full_precision():
+        model, processor = load_whole(path, Path(scratch) / "merged", dtype)
         if options.to == "llava":
             check_head(model)
         before = ask(answering(model, processor, processor, options.max_new_tokens), chats)
@@ -117,6 +123,16 @@ def export_model(
             target.rmdir()
         os.replace(written, target)
     return agreement
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in float32 on GPUs, whose default (TF32) rounds more than the comparison allows."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def require_gguf() -> None:
@@ -205,7 +221,7 @@ def write_card(
     ]
     if distillation is not None:
         changed = 1 - agreement.same_answers / agreement.answers
-        lines += ["", f"{distillation}. {changed:.1%} of the answers changed.".capitalize()]
+        lines += ["", f"{distillation}. {changed:.1%} of the answers changed."]
     if options.to == "gguf":
         lines += ["", "```", f"python convert_hf_to_gguf.py {TEXT} --outfile text.gguf"]
         lines += [f"llama-server -m text.gguf --mmproj {MMPROJ} --jinja", "```"]

@@ -41,6 +41,7 @@ class CheckReport:
         num_truncated (`int`): conversations longer than `max_length`, whose answers will be cut.
         problems (`list[str]`): file, record, problem and remedy of every row that can't be used.
         kinds (`list[str]`): for each problem its kind, one of `PROBLEM_KINDS`.
+        unreadable (`list[list[str]]`): for each problem with an image, the files of that row's images.
     """
 
     num_rows: int = 0
@@ -50,6 +51,7 @@ class CheckReport:
     num_truncated: int = 0
     problems: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    unreadable: list[list[str]] = field(default_factory=list)
 
     def add(self, outcomes: "Iterable[RowSizes | BadRow]", max_length: int | None) -> None:
         """Add the next rows, each with its sizes or its problem."""
@@ -267,10 +269,12 @@ class BadRow:
     Args:
         problem (`str`): file, record, problem and remedy.
         kind (`str`): one of `PROBLEM_KINDS`.
+        images (`list[str]`): the files of its images, if one of them is the problem.
     """
 
     problem: str
     kind: str
+    images: list[str] = field(default_factory=list)
 
 
 def check_block(
@@ -304,7 +308,8 @@ def check_block(
             image_sizes.append([images(image, row["source"]) for image in row["images"]])
             good.append((index, row))
         except BadSampleError as error:
-            outcomes[index] = BadRow(str(error), kind)
+            paths = [image["path"] for image in row["images"] if image["path"]] if kind == "image" else []
+            outcomes[index] = BadRow(str(error), kind, paths)
     measured = measure_rows([row for _, row in good], processor, image_sizes)
     for (index, row), sizes in zip(good, measured, strict=True):
         outcomes[index] = sizes

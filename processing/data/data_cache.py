@@ -16,6 +16,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -36,12 +37,16 @@ from .transcripts import SUFFIX as TRANSCRIPTS
 from .transcripts import StoredTranscripts
 
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
 ENTRY_FILE = "prepared.json"
 LOCK_FILE = ".lock"
 IMAGES_SCHEMA = pa.schema({"path": pa.string(), "size": pa.int64(), "mtime_ns": pa.int64()})
 # Content is hashed up to this size; of larger files, size and modification time count.
 HASHED_BYTES = 512 * 1024 * 1024
+WAIT_SECONDS = 60.0  # for a lock, between two lines of the log
+KEPT_SECONDS = 7 * 24 * 3600.0  # files of an entry that was replaced
 PACKAGES = ("jinja2", "pillow", "tokenizers", "transformers")
 
 
@@ -52,6 +57,14 @@ class DamagedEntry(ValueError):
 def default_data_cache() -> Path:
     """The directory of the cache where none is named: inside that of `datasets` (`HF_DATASETS_CACHE`)."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "jnana"
+
+
+class ChangedImages(DamagedEntry):
+    """An entry that is whole, of image files that have changed, or are others on another machine."""
+
+
+class UnwritableCache(ValueError):
+    """The directory of the cache can't be written; the message says why."""
 
 
 # ---------------------------------------------------------------------- the key
@@ -166,7 +179,7 @@ class CacheEntry:
                 raise DamagedEntry(f"{path.name} is not as it was written")
         changed = _changed_image(paths["images"])
         if changed is not None:
-            raise DamagedEntry(f"image {changed!r} has changed")
+            raise ChangedImages(f"image {changed!r} has changed")
         return Entry(paths["rows"], entry["report"], max(time.time() - entry["made"], 0.0))
 
     @contextlib.contextmanager
@@ -180,11 +193,20 @@ class CacheEntry:
         with self.explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCK_FILE)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                waiting()
-                lock.acquire()
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout=0 if waiting is not None else WAIT_SECONDS)
+                except Timeout:
+                    if waiting is not None:
+                        waiting()
+                        waiting = None
+                    else:
+                        logger.info(
+                            f"still waiting for {str(self.folder / LOCK_FILE)!r}; if no run holds it, delete it"
+                        )
+                except NotImplementedError:  # two runs may then build it at once; each writes files of its own
+                    logger.warning(f"data_cache {str(self.folder.parent)!r} is on a file system without locks")
+                    break
         try:
             yield
         finally:
@@ -201,9 +223,16 @@ class CacheEntry:
                 problem = f"{where}: the disk is full. Make room there"
             else:
                 problem = f"{where} can't be written ({error.strerror or error})"
-            raise ValueError(f"{problem}, or name another directory: data_cache: DIR") from error
+            raise UnwritableCache(f"{problem}, or name another directory: data_cache: DIR") from error
 
-    def write(self, tables: Iterable[pa.Table], schema: pa.Schema, report: Any, stamps: dict[str, Any]) -> Path:
+    def write(
+        self,
+        tables: Iterable[pa.Table],
+        schema: pa.Schema,
+        report: Any,
+        stamps: dict[str, Any],
+        keep_replaced: bool = False,
+    ) -> Path:
         """
         Write the entry; the lock must be held.
 
@@ -212,6 +241,8 @@ class CacheEntry:
             schema (`pa.Schema`): of the tables.
             report (`Callable`): gives the report, after the last table.
             stamps (`dict`): size and modification time of each image file, filled while the tables are made.
+            keep_replaced (`bool`, *optional*, defaults to `False`): leave the files of the entry that this one
+                replaces, for `KEPT_SECONDS`: a run on another machine may be about to read them.
 
         Returns:
             `Path`: the Arrow file of the rows.
@@ -219,7 +250,9 @@ class CacheEntry:
         Raises:
             ValueError: if the disk is full or the directory can't be written.
         """
-        old = [*self.folder.glob("*-*.arrow"), *self.folder.glob(f".{ENTRY_FILE}.*")]
+        kept = self.recent_files() if keep_replaced else set()
+        old = [path for path in self.folder.glob("*-*.arrow") if path.name not in kept]
+        old += self.folder.glob(f".{ENTRY_FILE}.*")
         mark = f"{os.getpid()}-{time.time_ns()}"
         files = {kind: self.folder / f"{kind}-{mark}.arrow" for kind in ("rows", "images")}
         try:
@@ -248,6 +281,16 @@ class CacheEntry:
             with contextlib.suppress(OSError):
                 path.unlink()
         return files["rows"]
+
+    def recent_files(self) -> set[str]:
+        """The files that the entry names, if they are not old."""
+        try:
+            files = json.loads((self.folder / ENTRY_FILE).read_text(encoding="utf-8"))["files"].values()
+            names = {file["name"] for file in files}
+            newest = max((self.folder / name).stat().st_mtime for name in names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return set()
+        return names if time.time() - newest < KEPT_SECONDS else set()
 
     @contextlib.contextmanager
     def explained_writes(self, path: Path, schema: pa.Schema) -> Iterator[Any]:

@@ -9,12 +9,15 @@ import gc
 import itertools
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -42,6 +45,9 @@ PREPARED_FEATURES = Features({**ROW_FEATURES, **ENCODED_FEATURES})
 BLOCK_ROWS = 500
 # Fewer rows for each process are not worth starting it.
 ROWS_A_PROCESS = 2000
+MOST_PROCESSES = 32  # by default: more would wait for the one that reads the rows
+CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")  # of a container, as microseconds in a period
+WATCH_SECONDS = 0.5
 
 
 @dataclass
@@ -150,7 +156,7 @@ def encode_blocks(
     context = get_context("fork" if forks else None)
     collects = gc.isenabled()
     gc.disable()  # this process only makes rows, whose garbage has no cycles; collections would visit all of them
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (encoder,))
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (encoder, os.getpid()))
     try:
         waiting: deque = deque()
         for block in blocks:
@@ -173,12 +179,20 @@ def encode_blocks(
 _encoder: RowEncoder | None = None  # of a worker
 
 
-def _start_worker(encoder: RowEncoder) -> None:
+def _start_worker(encoder: RowEncoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     gc.enable()
     gc.freeze()  # each full collection would visit all that the imports made
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent was killed: it would wait for ever for work, and hold what it has inherited."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
 
 
 def _encode(block: list[dict] | range) -> EncodedBlock:
@@ -187,5 +201,11 @@ def _encode(block: list[dict] | range) -> EncodedBlock:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, within the share of its container; at most `MOST_PROCESSES`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_SHARE.read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max", there is no limit
+    except (OSError, ValueError):
+        pass
+    return min(cores, MOST_PROCESSES)

@@ -5,6 +5,7 @@ process of a machine maps the same file. Other sources, whose rows often hold th
 a start; their tokens are in memory.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -18,15 +19,25 @@ from datasets import Dataset
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
-from .checks import CheckReport
-from .data_cache import CacheEntry, DamagedEntry, Entry, code_key, default_data_cache, processor_key, source_key
+from .checks import CheckReport, ImageChecker
+from .data_cache import (
+    CacheEntry,
+    ChangedImages,
+    DamagedEntry,
+    Entry,
+    UnwritableCache,
+    code_key,
+    default_data_cache,
+    processor_key,
+    source_key,
+)
 from .encoding import PREPARED_FEATURES, EncodedBlock, RowEncoder, encode_blocks
 from .images import MAX_IMAGE_PIXELS
 from .keywords import answers_as_keywords
 from .progress import Progress, duration
 from .readers import METADATA_FILES, read_rows
 from .records import RECORD_FILES
-from .rows import ROW_FEATURES, TOKEN_FEATURES, RecordRows, append_bad_samples
+from .rows import ROW_FEATURES, TOKEN_FEATURES, BadSampleError, RecordRows, append_bad_samples
 
 
 logger = logging.getLogger(__name__)
@@ -114,12 +125,20 @@ class RowPreparation:
         source (`str`, `Path` or `Dataset`): as in [`load_rows`].
         processor (`JnanaProcessor`): renders and tokenises.
         options (`PrepareOptions`): how.
+        rows (`Dataset`, *optional*): rows of `ROW_FEATURES` that were read from the source already; they are not kept.
     """
 
-    def __init__(self, source: str | Path | Dataset, processor: JnanaProcessor, options: PrepareOptions):
+    def __init__(
+        self,
+        source: str | Path | Dataset,
+        processor: JnanaProcessor,
+        options: PrepareOptions,
+        rows: Dataset | None = None,
+    ):
         self.source, self.processor, self.options = source, processor, options
         self.name = str(source) if isinstance(source, (str, Path)) else "data set"
-        self._read: Any = None
+        self._read: Any = rows
+        self.keeps = rows is None and isinstance(source, (str, Path)) and options.format != "dataset"
 
     def run(self) -> Prepared:
         """
@@ -133,7 +152,14 @@ class RowPreparation:
             prepared = self.in_memory()
         else:
             entry = CacheEntry(Path(self.options.data_cache or default_data_cache()), self.key(files))
-            prepared = self.kept(entry, files)
+            try:
+                prepared = self.kept(entry, files)
+            except UnwritableCache as error:
+                if self.options.data_cache is not None:
+                    raise
+                logger.warning(f"{error}. These data are prepared at every start until then")
+                self._read = None
+                prepared = self.in_memory()
         if self.options.bad_samples_file is not None:
             append_bad_samples(self.options.bad_samples_file, prepared.report.problems, prepared.report.kinds)
         return prepared
@@ -191,6 +217,7 @@ class RowPreparation:
                 report.kept_indices += [report.num_rows + number for number in kept]
                 report.problems += [row.problem for row in block.bad.values()]
                 report.kinds += [row.kind for row in block.bad.values()]
+                report.unreadable += [row.images for row in block.bad.values() if row.images]
                 report.num_truncated += block.num_truncated
                 report.num_rows += block.num_rows
                 stamps |= block.stamps
@@ -205,18 +232,22 @@ class RowPreparation:
     def kept(self, entry: CacheEntry, files: list[Path]) -> Prepared:
         """The rows from the cache, built first if they are not in it."""
         try:
-            found = entry.read()
+            found = self.entry_of(entry)
         except DamagedEntry:
             found = None
         if found is not None:
             return self.found(found)
+        elsewhere = False
         with entry.lock(lambda: logger.info(f"{self.name}: another run prepares these data; waiting for it")):
             try:
-                found = entry.read()  # another run may have built it
+                found = self.entry_of(entry)  # another run may have built it
             except DamagedEntry as problem:
+                elsewhere = isinstance(problem, ChangedImages)
                 logger.warning(f"{self.name}: prepared anew, because in {str(entry.folder)!r} {problem}")
             if found is not None:
                 return self.found(found)
+            if not isinstance(self.read(), RecordRows):
+                return self.in_memory()
             report, stamps = CheckReport(), {}
             schema = PREPARED_FEATURES.arrow_schema
             tables = (block.columns for block in self.encoded(report, stamps))
@@ -226,10 +257,26 @@ class RowPreparation:
                     raise ValueError(f"{self.name} changed while it was read; start again when it is whole")
                 return _as_json(report)
 
-            file = entry.write(tables, schema, finished, stamps)
+            file = entry.write(tables, schema, finished, stamps, keep_replaced=elsewhere)
         self._read = None
         logger.info(f"{self.name}: prepared rows are kept in {str(entry.folder)!r}")
         return Prepared(report, file)
+
+    def entry_of(self, entry: CacheEntry) -> Entry | None:
+        """
+        The entry, if it is there and still says what is true of the images.
+
+        Raises:
+            DamagedEntry: as [`CacheEntry.read`], or if images that could not be read can be read now.
+        """
+        found = entry.read()
+        images = ImageChecker(self.processor, self.options.image_check, self.options.max_image_pixels)
+        for paths in found.report["unreadable"] if found is not None else []:
+            with contextlib.suppress(BadSampleError):
+                for path in paths:
+                    images({"path": path, "bytes": None}, "")
+                raise DamagedEntry(f"image {paths[0]!r} could not be used, and can be now")
+        return found
 
     def found(self, entry: Entry) -> Prepared:
         logger.info(
@@ -247,9 +294,9 @@ class RowPreparation:
 
     def files(self) -> list[Path] | None:
         """The files that the source consists of; `None` if its rows are not kept."""
-        if not isinstance(self.source, (str, Path)) or self.renders_differently:
+        if not self.keeps or self.renders_differently:
             return None
-        path = Path(self.source)
+        path = Path(self.source)  # type: ignore[arg-type]  # of a data set nothing is kept
         candidates = [path]
         if path.is_dir():
             folders = (path, path / self.options.split)
@@ -304,11 +351,16 @@ def json_text(template: Any) -> str:
 
 def _as_json(report: CheckReport) -> dict[str, Any]:
     problems = list(zip(report.kinds, report.problems, strict=True))
-    return {"num_rows": report.num_rows, "num_truncated": report.num_truncated, "problems": problems}
+    numbers = {"num_rows": report.num_rows, "num_truncated": report.num_truncated}
+    return {**numbers, "problems": problems, "unreadable": report.unreadable}
 
 
 def _from_json(report: dict[str, Any]) -> CheckReport:
     kinds, problems = [kind for kind, _ in report["problems"]], [problem for _, problem in report["problems"]]
     return CheckReport(
-        num_rows=report["num_rows"], num_truncated=report["num_truncated"], problems=problems, kinds=kinds
+        num_rows=report["num_rows"],
+        num_truncated=report["num_truncated"],
+        problems=problems,
+        kinds=kinds,
+        unreadable=report["unreadable"],
     )

@@ -252,7 +252,10 @@ def test_html_and_foreign_images_are_text_and_code_stays(page, chat):
         assert opened in marked, opened
     code = "```html\n<b>x</b>\n```"
     assert safe_markdown(f"{code}<b>") == f"{code}<{BREAK}b>"
-    assert safe_markdown(f"text {code[:-4]}") == f"text {code[:-4]}"  # while it is being written
+    assert safe_markdown(f"text\n{code[:-4]}") == f"text\n{code[:-4]}"  # while it is being written
+    image = "![x](http://example.com/y)"
+    for no_code in (f"\\`{image}\\`", f"`` ` `` {image} `", f"text ```{image}"):  # to Markdown an image
+        assert f"!{BREAK}[x]" in safe_markdown(no_code), no_code
     _, messages, *_ = page.take(chat, typed(written))
     assert text_of(messages[0]) == marked
     assert page.stop(chat)[2]["value"]["text"] == written

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from jnana.training.options.recipe_record import read_record
 from jnana.training.stages import parameter_count
 
-from .manifests import MANIFEST, manifest_problem
+from .manifests import MANIFEST, PassingProblem, manifest_problem
 
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,10 @@ def checkpoint_problem(folder: Path, read: bool = True, with_optimizer: bool = T
         return "the directory does not exist"
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return "trainer_state.json is missing or incomplete"
+    except OSError as error:
+        return PassingProblem(f"trainer_state.json cannot be read ({error.strerror})")
     if is_unfinished(folder):
         return f"it was not finished ({MANIFEST} is missing)"
     if (folder / MANIFEST).is_file():

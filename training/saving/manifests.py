@@ -12,6 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
+class PassingProblem(str):
+    """Why a checkpoint can't be used now, although it may be whole: a disk that does not answer, a newer version."""
+
+
 MANIFEST = "checkpoint_manifest.json"
 MANIFEST_FORMAT = 1
 # Written by people and by run_evaluate after the checkpoint; nothing is resumed from them.
@@ -61,10 +65,14 @@ def manifest_problem(folder: Path, read: bool = True) -> str | None:
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        return PassingProblem(f"{MANIFEST} cannot be read ({error.strerror})")
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     if content.get("format") != MANIFEST_FORMAT:
-        return f"{MANIFEST} is of format {content.get('format')!r}, this version reads {MANIFEST_FORMAT}"
+        return PassingProblem(
+            f"{MANIFEST} is of format {content.get('format')!r}, this version reads {MANIFEST_FORMAT}"
+        )
     for name, (size, _) in listed.items():
         file = folder / name
         if not file.is_file():
@@ -77,7 +85,7 @@ def manifest_problem(folder: Path, read: bool = True) -> str | None:
         with ThreadPoolExecutor(THREADS) as pool:
             digests = list(pool.map(digest_of, [folder / name for name in listed]))
     except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
+        return PassingProblem(f"{error.filename} cannot be read ({error.strerror})")
     for (name, (_, digest)), found in zip(listed.items(), digests, strict=True):
         if found != digest:
             return f"{name} has changed since it was written (its SHA-256 is another)"

@@ -16,7 +16,7 @@ from jnana.training.monitoring import LossCurveCallback
 
 from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
 from .interruption import StopSignalCallback
-from .manifests import write_manifest
+from .manifests import PassingProblem, write_manifest
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class FinishedCheckpointCallback(TrainerCallback):
         if args.should_save:
             remove_leftovers(args.output_dir)
             for folder in list_checkpoints(args.output_dir):
-                problem = checkpoint_problem(folder, read=False, with_optimizer=not args.save_only_model)
+                problem = damage_of(folder, with_optimizer=not args.save_only_model)
                 if step_of(folder) > state.global_step and problem:
                     logger.info(f"deleting {folder}, which this run will write again: {problem}")
                     remove_checkpoint(folder)
@@ -71,7 +71,7 @@ def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bo
     kept = {newest.name} | ({Path(best).name} if best else set())
     whole = []
     for folder in earlier:  # the latest first
-        problem = checkpoint_problem(folder, read=False, with_optimizer=with_optimizer)
+        problem = damage_of(folder, with_optimizer)
         if problem is None or folder.name in kept:
             whole.append(folder)
         else:
@@ -81,6 +81,18 @@ def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bo
     for folder in others[max(limit - (len(whole) - len(others)), 0) :]:
         logger.info(f"deleting {folder}, as save_total_limit is {limit}")
         remove_checkpoint(folder)
+
+
+def damage_of(folder: Path, with_optimizer: bool = True) -> str | None:
+    """As [`checkpoint_problem`], but `None` too for a problem that may pass: on it nothing is deleted."""
+    try:
+        problem = checkpoint_problem(folder, read=False, with_optimizer=with_optimizer)
+    except OSError as error:
+        problem = PassingProblem(f"it cannot be read ({error.strerror})")
+    if isinstance(problem, PassingProblem):
+        logger.warning(f"{folder} is kept, although {problem}")
+        return None
+    return problem
 
 
 @contextlib.contextmanager

@@ -190,12 +190,17 @@ def _remove_stale(lock: Path, content: str) -> None:
 
 
 def _touch(lock: Path, stop: threading.Event) -> None:
+    missing = 0
     while not stop.wait(BEAT):
         try:
             content = _read(lock)
-            if content is None or not _is_own(_owner(content)):
+            if content is None:  # another run looks at it this moment, or it was deleted
+                missing += 1
+            if missing > 2 or (content is not None and not _is_own(_owner(content))):
                 logger.error(f"{lock} was taken from this run while it slept; another run may write there: end one")
                 return
-            os.utime(lock)
+            if content is not None:
+                missing = 0
+                os.utime(lock)
         except OSError:
             continue  # a disk that does not answer now may answer at the next touch

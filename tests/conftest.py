@@ -5,6 +5,7 @@ process that loads a checkpoint of the same name at the same time may import an 
 """
 
 import os
+import signal
 import tempfile
 
 
@@ -13,3 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _MODULES = tempfile.TemporaryDirectory(prefix="jnana-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name  # read when transformers is imported, which no plugin has done yet
+
+
+# A shell starts background jobs with these signals ignored, and so the processes of tests that send them.
+for _name in ("SIGINT", "SIGHUP", "SIGQUIT"):
+    _signal = getattr(signal, _name, None)  # Windows has the first only
+    if _signal is not None and signal.getsignal(_signal) == signal.SIG_IGN:
+        signal.signal(_signal, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)

@@ -470,12 +470,13 @@ def test_a_picture_from_the_camera(tab):
     screenshot(tab, "camera")
     tab.get_by_text("Take the picture").click()
     sync_api.expect(waiting(tab)).to_have_count(1)
-    assert tab.locator("#film").count() == 0
+    sync_api.expect(tab.locator("#film")).to_have_count(0)
     ask(tab, "What is this?")
     assert tab.locator("#chat .user img").count() == 1
     tab.click("#camera")
     tab.get_by_text("Cancel").click()
-    assert tab.locator("#film").count() == 0 and waiting(tab).count() == 0
+    sync_api.expect(tab.locator("#film")).to_have_count(0)
+    sync_api.expect(waiting(tab)).to_have_count(0)
 
 
 MARKUP = """A **bold** word, `<b>code</b>` and a table:

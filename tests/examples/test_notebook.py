@@ -77,7 +77,7 @@ def test_it_trains_and_shows_what_was_learnt(executed):
 
 def test_the_log_is_in_the_cell(executed):
     """That of a launched script, and that of a function called in the notebook's own process, with a table."""
-    launched, called = (cell_with(executed, text) for text in ("!accelerate launch", "notebook_launcher("))
+    launched, called = (cell_with(executed, text) for text in ("run_align.py {", "notebook_launcher("))
     assert all("trained parameters" in printed(cell) and "MFU" in printed(cell) for cell in (launched, called))
     tables = "".join(output.get("data", {}).get("text/html", "") for output in called.outputs)
     assert "Validation Loss" in tables

@@ -91,6 +91,16 @@ def test_a_leak_of_an_image_that_is_alone_in_its_size(pretrained, vision, faulty
     assert titles(found["eval"]) == "Validation images that are trained on too: 1"
 
 
+def test_the_first_rows_of_a_stream(pretrained, vision, faulty, tmp_path, capsys):
+    records = json.loads((faulty / "clean.json").read_text())
+    (faulty / "stream.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    changes = {"train": "stream.jsonl", "streaming": "true", "stream_rows": 5, "max_length": 128}
+    found = inspect(pretrained, vision, faulty, tmp_path, evaluation="clean_eval.json", **changes)
+    assert found["train"]["rows"] == found["train"]["conversations"] == 5
+    assert found["train"]["rows_that_cannot_be_used"] == 0
+    assert "is a stream: its first 5 rows are looked at" in capsys.readouterr().out
+
+
 def test_the_supervised_share_is_the_collators(pretrained, vision, faulty, tmp_path):
     """Tokens with a label over all tokens, counted in the batches that a run would train on."""
     from jnana.processing.data import JnanaCollator, load_rows

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +27,14 @@ from jnana.processing.data import (
     data_cache,
     encoding,
     flatten_conversations,
+    images,
     load_rows,
     packed_rows,
     plan_rows,
     preparation,
     prepare,
 )
+from jnana.processing.data.preparation import RowPreparation
 from jnana.processing.data.progress import Progress, duration
 from jnana.processing.data.rows import viewed_rows
 from jnana.processing.image_geometry_jnana import set_image_geometry
@@ -550,3 +554,105 @@ def test_the_key_names_all_that_matters(records, processor, tmp_path):
     assert key["format"] == data_cache.FORMAT and set(key["code"]) == {*data_cache.PACKAGES, "jnana.processing"}
     assert {"tokenizer.json", "chat_template.jinja"} <= set(key["processor"])
     assert list(key["files"]) == [str(records)]
+
+
+# ---------------------------------------------------------------------- killed builders, other machines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+def test_the_workers_of_a_killed_builder_end(records, processor, tmp_path, processes, monkeypatch):
+    """They hold its lock, if the library of locks lets them inherit it."""
+    processes(2)
+    monkeypatch.setattr(encoding, "WATCH_SECONDS", 0.05)
+    started = tmp_path / "workers.txt"
+
+    def wait(*args):
+        with started.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(60)
+
+    def build() -> None:
+        encoding.check_block = wait
+        prepare(records, processor, options_for(tmp_path))
+
+    child = in_a_fork(build)
+    deadline = time.monotonic() + 60
+    while not started.exists() or len(set(started.read_text().split())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    workers = [int(number) for number in set(started.read_text().split())]
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline, "the workers outlive their parent"
+        time.sleep(0.05)
+    processes(1)
+    assert len(prepare(records, processor, options_for(tmp_path))) > 25  # the lock is free
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_another_machines_images_do_not_take_the_rows_away(records, processor, tmp_path, caplog):
+    """Two machines share the cache and have the images, with other times, on disks of their own."""
+    options = options_for(tmp_path)
+    preparation = RowPreparation(records, processor, options)
+    first = preparation.run()
+    os.utime(records.parent / "0.png", (1, 1))
+    caplog.set_level(logging.INFO)
+    second = RowPreparation(records, processor, options).run()
+    assert "0.png' has changed" in caplog.text and second.file != first.file
+    assert len(preparation.rows_of(first)[0]) == len(preparation.rows_of(second)[0]) > 0
+
+
+def test_an_image_that_could_not_be_read_for_a_moment(records, processor, tmp_path, monkeypatch, caplog):
+    options = options_for(tmp_path, on_bad_sample="skip")
+    opened = images.Image.open
+
+    def fail(file, *args, **kwargs):
+        if "0.png" in str(getattr(file, "name", file)):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Image, "open", fail)
+        fewer = RowPreparation(records, processor, options).run()
+        caplog.set_level(logging.INFO)
+        assert RowPreparation(records, processor, options).run().file == fewer.file  # the control: it fails still
+    assert fewer.report.unreadable
+    whole = RowPreparation(records, processor, options).run()
+    assert "could not be used, and can be now" in caplog.text and not whole.report.unreadable
+
+
+def test_a_default_cache_that_cannot_be_written_stops_no_run(records, processor, tmp_path, monkeypatch, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(preparation, "KEPT_BYTES", 0)
+    monkeypatch.setattr(preparation, "default_data_cache", lambda: blocked / "jnana")
+    assert len(prepare(records, processor, options_for(tmp_path, data_cache=None))) > 25
+    assert "prepared at every start" in caplog.text
+    with pytest.raises(ValueError, match="name another directory: data_cache"):
+        prepare(records, processor, options_for(tmp_path, data_cache=blocked / "jnana"))
+
+
+def test_records_that_datasets_reads_are_not_kept(records, processor, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for image in records.parent.glob("*.png"):
+        shutil.copy(image, folder)
+    lines = [json.dumps({"file_name": "0.png", "text": f"a rook {number}"}) for number in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    rows = prepare(folder, processor, options_for(tmp_path, format="dataset", needs_images=True))
+    assert len(rows) > 0 and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("share", "cores"), [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1)])
+def test_the_share_of_a_container_counts(tmp_path, monkeypatch, share, cores):
+    (tmp_path / "cpu.max").write_text(share)
+    monkeypatch.setattr(encoding, "CPU_SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert encoding.usable_cores() == cores

@@ -1,5 +1,6 @@
 """Checkpoints are deleted by step number, and never the last that is complete."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from transformers import TrainerCallback
 
 from jnana.training.saving.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
-from jnana.training.saving.manifests import MANIFEST
+from jnana.training.saving.manifests import MANIFEST, write_manifest
 from jnana.training.saving.rotation import FinishedCheckpointCallback, finished_checkpoints, rotate
 from tests.training.saving.test_interruption import make_trainer
 from tests.training.saving.test_manifests import flip, write_checkpoint
@@ -134,3 +135,23 @@ def test_broken_later_checkpoints_are_deleted_when_training_begins(tmp_path):
     with finished_checkpoints(trainer):
         trainer.train()
     assert steps(tmp_path) == [1, 3]
+
+
+def test_a_disk_that_does_not_answer_loses_no_checkpoint(run, monkeypatch, caplog):
+    """The control: a checkpoint whose file is truly gone is deleted."""
+    folder, newest = run / "checkpoint-4", run / "checkpoint-8"
+    write_manifest(folder)
+    read = Path.read_text
+
+    def stale(self, *args, **kwargs):
+        if self == folder / MANIFEST:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        rotate(newest, 5, None)
+    assert steps(run) == [2, 4, 6, 8] and "is kept, although" in caplog.text
+    next(folder.glob("*.safetensors")).unlink()
+    rotate(newest, 5, None)
+    assert steps(run) == [2, 6, 8]

@@ -94,7 +94,7 @@ def test_a_leak_of_an_image_that_is_alone_in_its_size(pretrained, vision, faulty
 def test_the_first_rows_of_a_stream(pretrained, vision, faulty, tmp_path, capsys):
     records = json.loads((faulty / "clean.json").read_text())
     (faulty / "stream.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-    changes = {"train": "stream.jsonl", "streaming": "true", "stream_rows": 5, "max_length": 128}
+    changes = {"train": "stream.jsonl", "streaming": "true", "stream_rows": 5, "max_length": 128, "max_steps": 3}
     found = inspect(pretrained, vision, faulty, tmp_path, evaluation="clean_eval.json", **changes)
     assert found["train"]["rows"] == found["train"]["conversations"] == 5
     assert found["train"]["rows_that_cannot_be_used"] == 0

@@ -629,6 +629,7 @@ def test_a_reloaded_page_shows_its_chat_and_goes_on_with_its_image(tab, chess, r
     sync_api.expect(answers(tab).first).to_have_text(turns[1])
     tab.reload()
     ready(tab)
+    sync_api.expect(answers(tab).first).to_have_text(turns[1])
     if answers(tab).count() == 2:  # the part that was written
         press(tab, "Undo")
         sync_api.expect(answers(tab)).to_have_count(1)

@@ -60,7 +60,8 @@ def test_a_question_waits_for_its_picture(page, chat, png, slow):  # noqa: F811
     assert slow.begun.wait(30)
     taken = in_background(page.take, chat, typed("what is this?", png))
     slow.go.set()
-    assert shown() == "" and len(taken()[1]) == 3
+    assert len(taken()[1]) == 3
+    assert shown() == "" or shown().startswith("waiting for the model")  # whichever of the two was done first
     assert len(answered(page, chat)[-1][1]) == 3 and len(chat.answered[0].images) == 1
 
 

@@ -22,10 +22,12 @@ from transformers import TrainingArguments
 
 from jnana.evaluation.inspection import Inspection, find_repetitions, inspect_rows, labelled_parts, write_inspection
 from jnana.processing import JnanaProcessor
-from jnana.processing.data import load_rows, plan_rows
+from jnana.processing.data import load_rows
 from jnana.processing.data.checks import raise_for_problems
 from jnana.processing.data.preparation import RowPreparation, read_source
+from jnana.processing.data.prepare import plan_packing
 from jnana.processing.data.rows import iterate_rows, rows_to_dataset
+from jnana.training.console import log_to_stdout
 from jnana.training.data import prepare_options
 from jnana.training.model_setup import prepare_processor
 from jnana.training.options.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
@@ -67,9 +69,7 @@ def main(argv: list[str]) -> None:
         TrainingArguments,
     )
     args, model_args, data_args, *_, training_args = parse_arguments(classes, argv)
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
-    for name in ("httpx", "httpx2", "fsspec", "datasets", "PIL"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_to_stdout()
     check_model_arguments(model_args)
     check_models(model_args)
     check_data(training_args, data_args)
@@ -125,11 +125,7 @@ def inspect_source(
     preparation = RowPreparation(source, processor, options, rows)
     usable, report = preparation.rows_of(preparation.run())
     raise_for_problems(report, "skip")
-    plan = None
-    if options.packing != "none":
-        shared = report.shared if options.packing == "shared_image" else None
-        sizes = {"max_length": options.max_length, "seed": options.seed}
-        plan = plan_rows(report.lengths, shared, options.max_row_tokens, **sizes)
+    plan = None if options.packing == "none" else plan_packing(report, options)
     name = "eval" if evaluation else "train"
     return inspect_rows(name, source, usable, report, plan, processor, options.max_length)
 

@@ -28,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 from jnana.processing.data.captions import SPLITS, captioned_images, read_captions
 from jnana.processing.data.images import MAX_IMAGE_PIXELS
 from jnana.processing.data.photos import assign_splits, check_photos, find_photos, report, write_copies
+from jnana.training.console import log_to_stdout
 from jnana.training.options.path_checks import check_output_dir
 from jnana.training.options.recipes import parse_arguments
 
@@ -97,9 +98,7 @@ def check_apart(photos: Path, output_dir: Path) -> None:
 def main(argv: list[str]) -> None:
     # 1. Arguments and logging
     (args,) = parse_arguments([PhotoArguments], argv)
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
-    for name in ("httpx", "httpx2"):  # each request of an upload
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_to_stdout()
     check_arguments(args)
     folder = Path(args.output_dir)
 

@@ -9,9 +9,9 @@ the Hub. The training scripts do the same at their end with `push_to_hub: true` 
 """
 
 import argparse
-import logging
 import sys
 
+from jnana.training.console import log_to_stdout
 from jnana.training.sharing import push_folder
 
 
@@ -22,9 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
     parser.add_argument("--revision", help="branch to push to")
     options = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
-    for name in ("httpx", "httpx2"):  # each request of an upload
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_to_stdout()
     push_folder(options.folder, options.repo_id, private=options.private, revision=options.revision)
 
 

@@ -25,7 +25,8 @@ from jnana.modeling import available_device
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, tokenizer_fingerprint
 from jnana.processing.data.feature_cache import weights_digest
-from jnana.processing.data.records import read_json_lines, write_whole
+from jnana.processing.data.files import write_whole
+from jnana.processing.data.records import read_json_lines
 
 from .questions import Question, QuestionSet
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, CheckReport, load_image, thumbnail
+from jnana.processing.data.files import file_stamp
 from jnana.processing.data.images import read_image_bytes
 from jnana.processing.data.packing import RowPlan
 from jnana.processing.data.rows import iterate_rows, message_text
@@ -69,7 +70,7 @@ class Inspection:
     supervised_share: float = 0.0
     findings: list[Finding] = field(default_factory=list)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """`list[int]`: Tokens of each conversation, after cutting."""
         longest = self.max_length or max((length for row in self.report.lengths for length in row), default=0)
@@ -87,7 +88,7 @@ class Inspection:
 
     def figures(self) -> dict[str, Any]:
         """The numbers, for `inspection.json` and the table."""
-        images = Counter(len(row["images"]) for row in iterate_rows(self.rows))
+        images = Counter(map(len, self.digests))
         lengths = sorted(self.lengths)
         found = {
             "rows": self.report.num_rows,
@@ -206,10 +207,8 @@ def size_of(image: dict) -> int | None:
     """The size of an image file in bytes, or `None` where it takes a download to know."""
     if image.get("bytes") is not None:
         return len(image["bytes"])
-    try:
-        return os.path.getsize(image["path"])
-    except (OSError, TypeError, ValueError):
-        return None
+    stamp = file_stamp(image["path"] or "")
+    return None if stamp is None else stamp[0]
 
 
 # ---------------------------------------------------------------------- findings

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jnana.processing.data import JnanaCollator
 
 from .attention import choose_attention, row_multiple
 from .cards import write_model_card
+from .console import log_to_stdout
 from .data import collator_options
 from .diagnosis import watched
 from .distributed import run_on_main_process, unpartitioned
@@ -43,9 +43,7 @@ TEXT_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "
 def start_run(args: TrainingArguments) -> None:
     """Log to stdout, each line once per process group, and seed: weights are initialised before the Trainer seeds."""
     level = logging.INFO if args.process_index == 0 else logging.WARNING
-    logging.basicConfig(stream=sys.stdout, level=level, format="%(message)s", force=True)
-    for name in ("httpx", "httpx2", "fsspec", "datasets", "matplotlib", "PIL"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    log_to_stdout(level)
     logger.info(
         f"{args.world_size} process(es), {args.parallel_mode.value}, on {args.device}; output in {args.output_dir}"
     )

@@ -14,8 +14,9 @@ import datasets
 from PIL import Image, UnidentifiedImageError
 
 from .dataset_readers import CAPTION_COLUMNS
+from .files import write_whole
 from .images import MAX_IMAGE_PIXELS, load_image
-from .records import read_records, write_whole
+from .records import read_records
 
 
 SPLITS = ("train", "test")

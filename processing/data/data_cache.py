@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from jnana.processing.processing_jnana import JnanaProcessor
 
-from .feature_cache import file_stamp
+from .files import digest_of, file_stamp, write_whole
 from .transcripts import SUFFIX as TRANSCRIPTS
 from .transcripts import StoredTranscripts
 
@@ -99,7 +99,7 @@ def processor_key(processor: JnanaProcessor) -> dict[str, str]:
     """The SHA-256 of each file that the processor is saved as: tokenizer, chat template, image processor, code."""
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
-        return {path.name: _digest(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+        return {path.name: digest_of(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 def code_key() -> dict[str, str]:
@@ -112,12 +112,7 @@ def code_key() -> dict[str, str]:
 
 def _content(file: Path) -> Any:
     stamp = file_stamp(str(file))
-    return _digest(file) if stamp is not None and stamp[0] <= HASHED_BYTES else stamp
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return digest_of(file) if stamp is not None and stamp[0] <= HASHED_BYTES else stamp
 
 
 # ---------------------------------------------------------------------- an entry
@@ -175,7 +170,7 @@ class CacheEntry:
         paths = {kind: self.folder / file["name"] for kind, file in entry["files"].items()}
         for kind, file in entry["files"].items():
             path = paths[kind]
-            if not path.is_file() or path.stat().st_size != file["bytes"] or _digest(path) != file["sha256"]:
+            if not path.is_file() or path.stat().st_size != file["bytes"] or digest_of(path) != file["sha256"]:
                 raise DamagedEntry(f"{path.name} is not as it was written")
         changed = _changed_image(paths["images"])
         if changed is not None:
@@ -263,15 +258,13 @@ class CacheEntry:
             with self.explained_writes(files["images"], IMAGES_SCHEMA) as writer:
                 writer(pa.Table.from_pydict(paths, schema=IMAGES_SCHEMA))
             described = {
-                kind: {"name": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
+                kind: {"name": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
                 for kind, path in files.items()
             }
             entry = {"key": self.key, "report": report(), "files": described, "made": time.time()}
             entry["sha256"] = _digest_of(entry)
-            unfinished = self.folder / f".{ENTRY_FILE}.{os.getpid()}"
             with self.explained():
-                _write_synced(unfinished, json.dumps(entry, indent=1).encode())
-                os.replace(unfinished, self.folder / ENTRY_FILE)
+                write_whole(self.folder / ENTRY_FILE, json.dumps(entry, indent=1).encode())
         except BaseException:
             for path in files.values():
                 with contextlib.suppress(OSError):
@@ -316,13 +309,6 @@ class CacheEntry:
 
 def _digest_of(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _columns(stamps: dict[str, tuple[int, int] | None]) -> tuple[Iterable, Iterable, Iterable]:

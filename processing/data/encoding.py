@@ -26,7 +26,7 @@ from datasets import Dataset, Features, List, Value
 from jnana.processing.processing_jnana import JnanaProcessor
 
 from .checks import BadRow, ImageChecker, check_block
-from .feature_cache import file_stamp
+from .files import file_stamp
 from .images import MAX_IMAGE_PIXELS
 from .rows import ROW_FEATURES, TOKEN_FEATURES, RecordRows, rows_at, rows_to_table
 

@@ -33,8 +33,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .files import file_stamp, write_whole
 from .images import load_image, read_image_bytes
-from .records import read_json_lines, write_whole
+from .records import read_json_lines
 from .rows import BadSampleError, bad_sample
 
 
@@ -343,15 +344,6 @@ def append_file_digests(folder: str | Path, digests: list[tuple[str, tuple[int, 
         os.write(descriptor, ("\n" + "".join(lines)).encode("utf-8"))
     finally:
         os.close(descriptor)
-
-
-def file_stamp(path: str) -> tuple[int, int] | None:
-    """Size in bytes and modification time in nanoseconds of a file; `None` if it does not exist."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _read_files(path: Path) -> dict[str, tuple[int, int, bytes]]:

@@ -5,7 +5,6 @@ folder/train/IMG_1_heic.jpg     upright, RGB, without EXIF data
 folder/test/...                 the same for the test photographs
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -20,8 +19,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .captions import SPLITS, CaptionFile, name_key, read_captions
+from .files import digest_of, write_whole
 from .images import MAX_IMAGE_PIXELS, check_image, load_image
-from .records import write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -148,7 +147,7 @@ def check_photos(
             problems.append(str(error))
             continue
         if sizes[photo.name] in frequent:
-            first = contents.setdefault(hashlib.sha256(photo.path.read_bytes()).digest(), photo.name)
+            first = contents.setdefault(digest_of(photo.path), photo.name)
             if first != photo.name:
                 problems.append(f"{photo.name}: the same file as {first}.")
                 continue
@@ -244,7 +243,7 @@ def write_copies(
         known = file.names.get(photo.key)
         name = known or photo.stem + (".png" if image_format == "png" else ".jpg")
         copy = file.path.parent / name
-        entry, digest = f"{photo.split or 'train'}/{name}", hashlib.sha256(photo.path.read_bytes()).hexdigest()
+        entry, digest = f"{photo.split or 'train'}/{name}", digest_of(photo.path)
         has_copy = bool(known) and copy.is_file()
         if has_copy and digests.setdefault(entry, digest) != digest:
             if not overwrite:

@@ -72,7 +72,6 @@ def prepare(
             can't be written.
     """
     check_options(options.image_check, options.on_bad_sample)
-    share = options.packing == "shared_image"
     if options.streaming or isinstance(source, IterableDataset):
         rows = read_source(source, options, load_rows)
         if isinstance(rows, IterableDataset):
@@ -81,7 +80,7 @@ def prepare(
             return packed_stream(
                 rows,
                 processor,
-                share=share,
+                share=options.packing == "shared_image",
                 max_row_tokens=options.max_row_tokens,
                 max_length=options.max_length,
                 max_image_pixels=options.max_image_pixels,
@@ -96,10 +95,15 @@ def prepare(
     if options.packing == "none":
         longest = options.max_length or max(map(max, report.lengths))
         return flatten_conversations(rows, [min(length, longest) for row in report.lengths for length in row])
-    shared = report.shared if share else None
-    plan = plan_rows(report.lengths, shared, options.max_row_tokens, max_length=options.max_length, seed=options.seed)
+    plan = plan_packing(report, options)
     logger.info(f"{preparation.name}: {plan}")
     return packed_rows(rows, plan)
+
+
+def plan_packing(report: CheckReport, options: PrepareOptions) -> RowPlan:
+    """The packed rows of checked data, for `packing` other than `none`."""
+    shared = report.shared if options.packing == "shared_image" else None
+    return plan_rows(report.lengths, shared, options.max_row_tokens, max_length=options.max_length, seed=options.seed)
 
 
 def describe_report(report: CheckReport, max_length: int | None, source: str | None = None) -> str:

@@ -7,7 +7,6 @@ rejects a chat whose messages hold strings and lists of parts.
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -89,14 +88,6 @@ def read_records(path: Path, keep_others: bool = False) -> list[Any]:
 def column_names(records: list[dict]) -> list[str]:
     """The fields of all records, in the order of first appearance."""
     return list(dict.fromkeys(name for record in records for name in record))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is never incomplete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def _check_exists(path: Path) -> None:

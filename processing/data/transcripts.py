@@ -4,7 +4,6 @@ Training and evaluation then read the text instead of transcribing in every epoc
 replace each recording by its transcript, so rows hold text only, as for typed questions.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from jnana.processing.speech.recordings import Transcript, TranscriptionError
 
+from .files import digest_of
 from .records import read_json_lines
 
 
@@ -100,7 +100,7 @@ class StoredTranscripts:
                 if not path.is_file():
                     problems.append(f"{recording}: does not exist in {path.parent}")
                     continue
-                digest = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                digest = {"bytes": path.stat().st_size, "sha256": digest_of(path)}
                 known = self.records.get(recording, {})
                 if known.get("sha256") == digest["sha256"] and known.get("model") == transcriber.model:
                     continue

@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
-from jnana.processing.data.records import write_whole
+from jnana.processing.data.files import write_whole
 from jnana.processing.data.rows import TOKEN_FEATURES
 
 from .arguments import RunArguments

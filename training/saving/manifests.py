@@ -5,11 +5,12 @@ Digests are SHA-256, which processors compute in hardware (about 0.9 GB/s on one
 """
 
 import errno
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from jnana.processing.data.files import digest_of, write_whole
 
 
 class PassingProblem(str):
@@ -20,7 +21,6 @@ MANIFEST = "checkpoint_manifest.json"
 MANIFEST_FORMAT = 1
 # Written by people and by run_evaluate after the checkpoint; nothing is resumed from them.
 NOT_LISTED = (".md", ".png", ".tmp")
-CHUNK = 8 << 20  # bytes read at once
 THREADS = 8
 
 
@@ -45,12 +45,7 @@ def write_manifest(folder: Path, known: dict[tuple[int, ...], str] | None = None
     }
     for directory in {file.parent for file in files}:
         _sync_directory(directory)
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump({"format": MANIFEST_FORMAT, "files": listed}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({"format": MANIFEST_FORMAT, "files": listed}, indent=1).encode())
     _sync_directory(folder)
     _sync_directory(folder.parent)
 
@@ -92,17 +87,9 @@ def manifest_problem(folder: Path, read: bool = True) -> str | None:
     return None
 
 
-def digest_of(file: Path) -> str:
-    """The SHA-256 of a file, read in pieces."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
 def _is_listed(path: Path) -> bool:
-    return path.suffix not in NOT_LISTED and path.name != MANIFEST
+    itself = path.name == MANIFEST or path.name.startswith(f".{MANIFEST}.")  # the latter where its writing was cut off
+    return path.suffix not in NOT_LISTED and not itself
 
 
 def _inode(file: Path) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from jnana.processing.data.files import digest_of
 from jnana.training.saving.checkpoints import checkpoint_problem, checkpoint_to_resume, is_unfinished
-from jnana.training.saving.manifests import MANIFEST, digest_of, manifest_problem, write_manifest
+from jnana.training.saving.manifests import MANIFEST, manifest_problem, write_manifest
 
 
 @pytest.fixture

@@ -1,0 +1,31 @@
+"""Files as a whole: written so that they are never incomplete, and told apart by stamps and digests."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, `.NAME.PID`, and rename it when its content has reached the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def file_stamp(path: str) -> tuple[int, int] | None:
+    """Size in bytes and modification time in nanoseconds of a file; `None` if it does not exist."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -98,6 +98,7 @@ class Case:
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
+CROSS_ATTENTION = {"fusion": "cross_attention", "projector_type": "perceiver", "projector_num_latents": 64}
 CASES = {
     "align-frozen": Case("align", images=9),
     "sft-lora": Case("sft", lora_r=64),
@@ -112,6 +113,7 @@ CASES = {
     "sft-full-accumulated": Case("sft", images=3, options={"gradient_accumulation_steps": 2}),
     "sft-lora-rows-49": Case("sft", lora_r=64, packing="rows", tokens=49, images=9),
     "align-tiles-2340": Case("align", tokens=2340, images=2, row=3072),
+    "sft-lora-cross-attention": Case("sft", lora_r=64, images=9, fields=CROSS_ATTENTION),
     "align-tower": Case("align", images=9, freeze_vision_tower=False),
     "pretrain-checkpointed-adamw_torch": Case(
         "pretrain", tokens=2048, options={**CHECKPOINTED, "optim": "adamw_torch"}

@@ -89,10 +89,10 @@ def draw(result: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    cases = result["cases"]
+    figure = Figure(figsize=(max(8.5, 1.7 * len(cases)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    cases = result["cases"]
     arms = list(cases[0]["arms"])
     width = 0.8 / len(arms)
     for index, arm in enumerate(arms):
@@ -113,8 +113,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
         ratio = case["ratio_by_token_count"]
         axes.plot([number - 0.42, number + 0.42], [ratio, ratio], color="#d93025", linestyle="--", lw=1, label=label)
     names = [case["case"].split("-") for case in cases]
-    labels = {"align": "5 captions per image", "sft": "4-5 question/answer pairs\nper image, LoRA"}
-    images = [f", {more[0].removeprefix('x')} images" if more else "" for _, _, *more in names]
+    labels = {"align": "5 captions per image", "sft": "4-5 question/answer\npairs per image, LoRA"}
+    images = [f"\n{more[0].removeprefix('x')} images per row" if more else "" for _, _, *more in names]
     described = [f"{labels[name[0]]}\n{name[1]} image tokens{more}" for name, more in zip(names, images, strict=True)]
     axes.set_xticks(range(len(cases)), described, fontsize=8)
     machine = result["machine"]

@@ -10,7 +10,14 @@ from benchmarks.workloads import SCALES
 
 
 TINY = SCALES["tiny"]
-TESTED = ("align-frozen", "sft-full-muon", "sft-lora-checkpointed", "sft-lora-nf4-checkpointed", "pretrain")
+TESTED = (
+    "align-frozen",
+    "sft-full-muon",
+    "sft-lora-checkpointed",
+    "sft-lora-nf4-checkpointed",
+    "sft-lora-cross-attention",
+    "pretrain",
+)
 
 
 @pytest.fixture(scope="module")

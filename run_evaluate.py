@@ -13,6 +13,11 @@ Every question is answered greedily, once with its images and once blind (with g
     python run_evaluate.py --model_name_or_path outputs/sft --eval_data a.json --image_folder images --output_dir out
     accelerate launch --num_processes 4 run_evaluate.py recipes/chess_demo/evaluate.yaml --dtype bfloat16
 
+An official benchmark is asked with LLaVA-1.5's prompts and scored by its own rules (docs/benchmarks.md):
+
+    python run_evaluate.py --model_name_or_path outputs/sft --benchmark pope --questions_file output/coco \\
+        --image_folder val2014 --output_dir out
+
 With several test sets, predictions and examples.png go to one subdirectory for each. If the checkpoint is a local
 directory with a model card (README.md), the scores are added to the card, unless `--update_card false`. `python
 run_evaluate.py --help` lists all options.
@@ -53,8 +58,9 @@ def main(argv: list[str]) -> None:
 
     # 2. Checks that need no model, and the test sets
     args.check()
-    for source in args.test_sets.values():
-        check_source("eval_data", source)
+    if args.benchmark is None:
+        for source in args.test_sets.values():
+            check_source("eval_data", source)
     check_source("model_name_or_path", args.model_name_or_path)
     models = {"model_name_or_path": args.model_name_or_path}
     check_output_apart(args.output_dir, models, allowed="evaluate")

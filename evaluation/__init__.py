@@ -17,13 +17,16 @@ if __name__ != "jnana.evaluation":  # a second copy of every class would be regi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .benchmarks import BENCHMARKS, BenchmarkFiles, BenchmarkQuestions
 from .contact_sheet import write_contact_sheet
 from .generation import answer_questions, model_fingerprint, process_state
+from .loading import load_questions
+from .measures import wilson_interval
 from .metrics.scoring import exact_match, normalize_answer, vqa_accuracy
-from .questions import Question, QuestionSet, load_questions
+from .questions import Question, QuestionSet
 from .report import SplitResult, write_report
 from .results import answer_test_set, card_scores, find_card, write_results
-from .summary import format_table, majority_answers, summarise, wilson_interval
+from .summary import format_table, majority_answers, summarise
 
 
 if TYPE_CHECKING:
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 _LAZY = {"ExactMatch": ".metrics.exact_match", "VQAAccuracy": ".metrics.vqa_accuracy"}
 
 __all__ = [
+    "BENCHMARKS",
+    "BenchmarkFiles",
+    "BenchmarkQuestions",
     "ExactMatch",
     "Question",
     "QuestionSet",

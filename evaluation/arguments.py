@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .benchmarks import BENCHMARKS
+
+
+# Options that a benchmark does not read, unless it says so (`Benchmark.takes`).
+NOT_OF_ALL = ("eval_data", "prompt", "text_column", "streaming", "annotations_file", "ocr_file", "eval_split")
+
 
 @dataclass
 class EvaluationArguments:
@@ -17,6 +23,8 @@ class EvaluationArguments:
     ```
 
     On the command line the mapping is written as JSON. `image_folder` may be a mapping with the same names.
+
+    `benchmark` asks an official benchmark instead; docs/benchmarks.md says which files each takes.
     """
 
     model_name_or_path: str | None = field(
@@ -25,7 +33,17 @@ class EvaluationArguments:
     )
     eval_data: str | None = field(default=None, metadata={"help": "A test set, or a mapping of names to test sets."})
     eval_format: str = field(default="auto", metadata={"help": "auto, coco_captions, llava_instruct, ..."})
-    eval_split: str = field(default="train", metadata={"help": "Split of `eval_data` where it has several."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split of `eval_data` where it has several (train), or of ScienceQA (test)."}
+    )
+    benchmark: str | None = field(default=None, metadata={"help": f"Instead of eval_data: {', '.join(BENCHMARKS)}."})
+    questions_file: str | None = field(
+        default=None, metadata={"help": "The benchmark's official questions; a directory for POPE's splits and MME."}
+    )
+    annotations_file: str | None = field(default=None, metadata={"help": "VQAv2's annotations; none for test splits."})
+    ocr_file: str | None = field(
+        default=None, metadata={"help": "For textvqa_ocr: LLaVA's llava_textvqa_val_v051_ocr.jsonl."}
+    )
     image_folder: str | None = field(default=None, metadata={"help": "Directory of the images; may be a mapping too."})
     independent_turns: bool = field(
         default=True,
@@ -61,7 +79,9 @@ class EvaluationArguments:
 
     @property
     def test_sets(self) -> dict[str, str]:
-        """Name -> source of each test set; a single test set is named `test`."""
+        """Name -> source of each test set; a single test set is named `test`, a benchmark by its own name."""
+        if self.benchmark is not None:
+            return {self.benchmark: str(self.questions_file)}
         return _mapping("eval_data", self.eval_data, ["test"])
 
     @property
@@ -81,9 +101,11 @@ class EvaluationArguments:
         Raises:
             ValueError: naming the field, its value and the remedy.
         """
-        for name in ("model_name_or_path", "eval_data", "output_dir"):
+        data = "eval_data" if self.benchmark is None else "questions_file"
+        for name in ("model_name_or_path", data, "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; give it in the recipe or as --{name}")
+        self._check_benchmark()
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_workers", 0), ("max_examples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -101,6 +123,30 @@ class EvaluationArguments:
                 raise ValueError(
                     f"image_folder {folder!r} is not a directory; give the directory that holds the images"
                 )
+
+    def _check_benchmark(self) -> None:
+        """Check the options of a benchmark; without one, that none of them is set."""
+        files = ("questions_file", "annotations_file", "ocr_file")
+        if self.benchmark is None:
+            for name in files:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} is set without benchmark; set benchmark to one of {', '.join(BENCHMARKS)}"
+                    )
+            return
+        if self.benchmark not in BENCHMARKS:
+            raise ValueError(f"benchmark is {self.benchmark!r}; it must be one of {', '.join(BENCHMARKS)}")
+        benchmark = BENCHMARKS[self.benchmark]
+        for name in NOT_OF_ALL:
+            if getattr(self, name) and name not in benchmark.takes:
+                raise ValueError(f"{name} is set, but benchmark {self.benchmark} does not read it; remove {name}")
+        for name in benchmark.needs:
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; benchmark {self.benchmark} needs it (docs/benchmarks.md)")
+        for name in files:
+            path = getattr(self, name)
+            if path and not Path(path).exists():
+                raise ValueError(f"{name} {path!r} does not exist; give the official file (docs/benchmarks.md)")
 
     def folder_of(self, name: str) -> Path:
         """Directory for the predictions of a test set: `output_dir`, or one subdirectory for each."""

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .measures import Scoring
 from .questions import QuestionSet
 from .report import drawn_at_random
-from .summary import is_right, normalize_space
+from .summary import normalize_space
 
 
 RIGHT, WRONG, INK = "#12752f", "#c3281c", "#1d1f23"
@@ -49,7 +50,7 @@ def write_contact_sheet(
     chosen = [usable[position] for position in drawn_at_random(len(usable), max_examples)]
     if not chosen:
         return None
-    texts = [_lines(records[index]) for index in chosen]
+    texts = [_lines(records[index], questions.scoring) for index in chosen]
     rows = [range(start, min(start + columns, len(chosen))) for start in range(0, len(chosen), columns)]
     heights = [IMAGE_HEIGHT + 0.25 + LINE_HEIGHT * max(len(texts[cell]) for cell in row) for row in rows]
 
@@ -82,12 +83,12 @@ def write_contact_sheet(
     return path
 
 
-def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _lines(record: dict[str, Any], scoring: Scoring) -> list[tuple[str, str]]:
     """The text below one image: wrapped lines with their colours."""
     parts = [
         (f"Q: {record['question']}", INK),
         (f"T: {record['references'][0]}", INK),
-        (f"P: {record['prediction']}", RIGHT if is_right(record) else WRONG),
+        (f"P: {record['prediction']}", RIGHT if scoring.is_right(record) else WRONG),
     ]
     lines = []
     for text, colour in parts:

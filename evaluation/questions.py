@@ -6,23 +6,20 @@ decodes them, so a test set takes memory for its text only.
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from jnana.processing.data import BadSampleError, check_image, load_image, load_rows, message_text, with_images
+from jnana.processing.data import BadSampleError, check_image, load_image, message_text, with_images
 from jnana.processing.data.checks import check_readable, check_turns
 from jnana.processing.data.rows import bad_sample
 
-from .arguments import EvaluationArguments
+from .measures import GENERAL, Scoring
 
-
-logger = logging.getLogger(__name__)
 
 GREY = (128, 128, 128)
 MAX_LISTED = 10  # rows in an error message
@@ -39,6 +36,7 @@ class Question:
         references (`list[str]`): Accepted answers, as `vqa_accuracy` and `exact_match` take them.
         category (`str`, *optional*): Question type.
         key (`str`): Hash of the question's source, text, references and images; the same after a restart.
+        details (`dict`): What a benchmark's scores and server need besides: `question_id` ...
     """
 
     source: str
@@ -47,6 +45,7 @@ class Question:
     references: list[str]
     category: str | None
     key: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -71,25 +70,43 @@ class QuestionSet:
             Rows as `jnana.load_rows` gives them. A stream is read to its end and kept in memory, image bytes
             included.
 
+    Attributes:
+        questions (`list[Question]`): In the order of the rows.
+        scoring (`Scoring`): What the answers are scored by.
+        scored (`bool`): Whether there are references to score them with.
+
     Raises:
         ValueError: if the rows hold no question, or a row can't be scored: a value is no text, a question is missing,
             or a reference answer is missing or empty.
     """
 
+    scoring: Scoring = GENERAL
+    scored = True
+
     def __init__(self, rows: Iterable[dict[str, Any]]):
         self.rows = rows if hasattr(rows, "__len__") else list(rows)
         self.questions: list[Question] = []
         _check_rows(self.rows)
+        states = []
         for index, row in enumerate(self.rows):
             self.questions += _questions_of_row(row, index)
+            states.append(image_state(row["images"]))
         if not self.questions:
             raise ValueError(
                 "the evaluation data holds no question: no row has an assistant message to compare answers with"
             )
+        self._set_keys(states)
+
+    def _set_keys(self, states: list[str]) -> None:
+        """Give each question its key, from [`image_state`] of each row.
+
+        A data set may hold a record twice; both are asked, so the second one gets a key of its own.
+        """
         seen: dict[str, int] = {}
-        for question in self.questions:  # a data set may hold a record twice; both are asked
-            seen[question.key] = seen.get(question.key, 0) + 1
-            question.key += "" if seen[question.key] == 1 else f"-{seen[question.key]}"
+        for question in self.questions:
+            key = question_key(question, states[question.row])
+            seen[key] = seen.get(key, 0) + 1
+            question.key = key if seen[key] == 1 else f"{key}-{seen[key]}"
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -142,36 +159,6 @@ class QuestionSet:
         return with_images(question.messages, images)
 
 
-def load_questions(args: EvaluationArguments) -> dict[str, QuestionSet]:
-    """Read all test sets.
-
-    Args:
-        args (`EvaluationArguments`): Checked arguments of run_evaluate.py.
-
-    Returns:
-        `dict[str, QuestionSet]`: Name of each test set -> its questions.
-
-    Raises:
-        ValueError, FileNotFoundError: as `jnana.load_rows`, and if a test set holds no question.
-    """
-    questions = {}
-    for name, source in args.test_sets.items():
-        rows = load_rows(
-            source,
-            format=args.eval_format,
-            image_folder=args.image_folders[name],
-            split=args.eval_split,
-            streaming=args.streaming,
-            independent_turns=args.independent_turns,
-            prompt=args.prompt,
-            max_rows=args.max_rows,
-            **({} if args.text_column is None else {"text_column": args.text_column}),
-        )
-        questions[name] = QuestionSet(rows)
-        logger.info(f"{name}: {len(questions[name])} questions in {source}")
-    return questions
-
-
 def _check_rows(rows: Iterable[dict[str, Any]]) -> None:
     """Raise for rows that can't be scored. Their images are not opened; a question whose image can't be read fails."""
     problems = []
@@ -192,7 +179,6 @@ def _check_rows(rows: Iterable[dict[str, Any]]) -> None:
 
 def _questions_of_row(row: dict[str, Any], index: int) -> list[Question]:
     """The questions of one row; questions with identical messages are merged."""
-    images = json.dumps([_image_state(reference) for reference in row["images"]])
     merged: dict[str, Question] = {}
     for conversation, answers, category in zip(row["conversations"], row["answers"], row["categories"], strict=True):
         turns = [position for position, message in enumerate(conversation) if message["role"] == "assistant"]
@@ -208,10 +194,28 @@ def _questions_of_row(row: dict[str, Any], index: int) -> list[Question]:
                 merged[asked].references += accepted
             else:
                 merged[asked] = Question(row["source"], index, messages, list(accepted), category if closing else None)
-    for asked, question in merged.items():
-        content = json.dumps([question.source, asked, question.references, images])
-        question.key = hashlib.sha256(content.encode()).hexdigest()[:24]
     return list(merged.values())
+
+
+def question_key(question: Question, images: str) -> str:
+    """A hash of all that makes a question.
+
+    Args:
+        question (`Question`): Without its key.
+        images (`str`): Return value of [`image_state`] for its images.
+    """
+    asked = json.dumps(question.messages, sort_keys=True)
+    content = json.dumps([question.source, asked, question.references, images])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def image_state(references: list[dict[str, Any]]) -> str:
+    """A text that changes with any of these images.
+
+    Args:
+        references (`list[dict]`): As a row's `images`.
+    """
+    return json.dumps([_image_state(reference) for reference in references])
 
 
 def _image_state(reference: dict[str, Any]) -> list[Any]:

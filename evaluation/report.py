@@ -16,9 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jnana.processing.data import BadSampleError, thumbnail
 
-from .metrics.scoring import vqa_accuracy
 from .questions import QuestionSet
-from .summary import category_of, is_right
+from .summary import as_text, category_of, figure
 
 
 THUMBNAIL_SIDE = 224  # pixels of the longer side; smaller images keep their size
@@ -33,7 +32,7 @@ class SplitResult:
         questions (`QuestionSet`): The test set.
         records (`list[dict]`): Return value of `answer_questions` on it.
         blind_records (`list[dict]`, *optional*): Return value of `answer_questions(..., blind=True)`.
-        summary (`dict`): Return value of `summarise`.
+        summary (`dict`): Return value of `summarise`; without references (`questions.scored`) a short form of it.
     """
 
     name: str
@@ -55,7 +54,7 @@ def write_report(
 
     Args:
         path (`str` or `Path`): The HTML file; its directory must exist.
-        splits (`list[SplitResult]`): One or more test sets.
+        splits (`list[SplitResult]`): One or more test sets with references.
         title (`str`): Heading, for example the model's name.
         settings (`dict`): Names and values shown below the heading.
         max_examples (`int`): Questions shown with their images for each test set, drawn at random. Scores always
@@ -72,7 +71,9 @@ def write_report(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    environment.filters["percent"] = lambda share: as_text(share, percent=True)
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.globals.update(figure=figure, ends=_ends)
     cards = [card for split in splits for card in _cards(split, max_examples)]
     page = environment.get_template("report.html").render(
         title=title,
@@ -81,7 +82,8 @@ def write_report(
         cards=cards,
         categories=sorted({card["category"] for card in cards}),
         total=sum(len(split.records) for split in splits),
-        definitions=splits[0].summary["definitions"],
+        definitions={name: text for split in splits for name, text in split.summary["definitions"].items()},
+        right_means=" / ".join(dict.fromkeys(split.questions.scoring.right_means for split in splits)),
         thumbnail_side=THUMBNAIL_SIDE,
     )
     path = Path(path)
@@ -97,6 +99,12 @@ def drawn_at_random(count: int, limit: int) -> list[int]:
     return sorted(random.Random(0).sample(range(count), min(count, limit)))
 
 
+def _ends(scores: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
+    """The ends of a measure's interval as text."""
+    ends = scores[f"{measure['name']}_interval"] or (None, None)
+    return "–".join(as_text(end, measure["percent"]) for end in ends)
+
+
 def _cards(split: SplitResult, limit: int) -> list[dict[str, Any]]:
     """The values that the template shows for single questions."""
     blind = {} if split.blind_records is None else dict(enumerate(split.blind_records))
@@ -104,7 +112,9 @@ def _cards(split: SplitResult, limit: int) -> list[dict[str, Any]]:
     for index in drawn_at_random(len(split.records), limit):
         record = split.records[index]
         question = split.questions.questions[index]
-        score = None if record["prediction"] is None else vqa_accuracy(record["prediction"], record["references"])
+        scoring = split.questions.scoring
+        answered = record["prediction"] is not None
+        credit = scoring.credit(record) if answered and scoring.credit is not None else None
         cards.append(
             {
                 "split": split.name,
@@ -115,8 +125,8 @@ def _cards(split: SplitResult, limit: int) -> list[dict[str, Any]]:
                 "truth": _truth(record["references"]),
                 "prediction": record["prediction"],
                 "blind": blind[index]["prediction"] if index in blind else None,
-                "right": is_right(record),
-                "partial": None if score in (None, 0.0, 1.0) else score,
+                "right": answered and scoring.is_right(record),
+                "partial": None if credit in (None, 0.0, 1.0) else credit,
                 "error": record.get("error"),
                 "images": _thumbnails(split.questions, question) if "error" not in record else [],
             }

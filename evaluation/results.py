@@ -17,22 +17,23 @@ from huggingface_hub import ModelCard
 from jnana.processing.data.paths import is_hub_id
 
 from .arguments import EvaluationArguments
+from .benchmarks import BenchmarkQuestions
 from .contact_sheet import write_contact_sheet
 from .generation import answer_questions
 from .questions import QuestionSet
 from .report import SplitResult, write_report
-from .summary import format_table, summarise
+from .summary import answered_records, format_table, summarise, unfinished
 
 
 logger = logging.getLogger(__name__)
-
-CARD_METRICS = ("exact_match", "vqa_accuracy")
 
 
 def answer_test_set(
     model: torch.nn.Module, processor: Any, args: EvaluationArguments, name: str, questions: QuestionSet
 ) -> SplitResult:
-    """Answer one test set with its images and, with `blind`, with grey ones.
+    """Answer one test set with its images and, with `blind`, with grey ones, and score the answers.
+
+    Without references (the test split of a benchmark) there are no scores, and no blind answers.
 
     Args:
         model (`PreTrainedModel`): As [`answer_questions`] takes it.
@@ -46,7 +47,7 @@ def answer_test_set(
     """
 
     def answers(blind: bool) -> list[dict[str, Any]]:
-        return answer_questions(
+        records = answer_questions(
             model,
             processor,
             questions,
@@ -57,14 +58,24 @@ def answer_test_set(
             num_workers=args.num_workers,
             max_image_pixels=args.max_image_pixels,
         )
+        return [{**record, **question.details} for record, question in zip(records, questions.questions, strict=True)]
 
     records = answers(blind=False)
-    blind_records = answers(blind=True) if args.blind else None
-    return SplitResult(name, questions, records, blind_records, summarise(records, blind_records))
+    blind_records = answers(blind=True) if args.blind and questions.scored else None
+    if questions.scored:
+        summary = summarise(records, blind_records, questions.scoring)
+    else:
+        summary = {"n": len(answered_records(records)), "scored": False, **unfinished(records)}
+    if isinstance(questions, BenchmarkQuestions):
+        summary["benchmark"] = questions.describe()
+    return SplitResult(name, questions, records, blind_records, summary)
 
 
 def write_results(args: EvaluationArguments, results: Sequence[SplitResult], fingerprint: str) -> None:
     """Write all files of a run to `output_dir`, and log a table for each test set.
+
+    The answers to a benchmark are also written in the form of its server, to the directory `server`. Test sets without
+    references have no table, no examples.png and no part in the report.
 
     Args:
         args (`EvaluationArguments`): The arguments of the run; stored in results.json.
@@ -79,25 +90,46 @@ def write_results(args: EvaluationArguments, results: Sequence[SplitResult], fin
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "splits": {result.name: result.summary for result in results},
     }
+    for result in results:
+        if isinstance(result.questions, BenchmarkQuestions):
+            files = result.questions.write_for_server(result.records, args.folder_of(result.name) / "server")
+            result.summary["benchmark"]["server_files"] = [str(file.relative_to(folder)) for file in files]
+            logger.info(f"{result.name}, for its server: {', '.join(map(str, files))}")
     text = json.dumps(written, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    for result in results:
+    scored = [result for result in results if result.questions.scored]
+    for result in scored:
         logger.info(f"\n{format_table(result.summary, f'{result.name} ({args.test_sets[result.name]})')}")
         if importlib.util.find_spec("matplotlib") is None:
             logger.warning("examples.png is not drawn, because matplotlib is not installed: pip install matplotlib")
             continue
         write_contact_sheet(args.folder_of(result.name) / "examples.png", result.questions, result.records)
+    for result in results:
+        if not result.questions.scored:
+            logger.info(f"{result.name}: no scores, because its files hold no answers")
+    if scored:
+        _write_report(args, scored, fingerprint)
+    logger.info(f"All scores: {folder / 'results.json'}")
+
+
+def _write_report(args: EvaluationArguments, results: Sequence[SplitResult], fingerprint: str) -> None:
     settings = {
         "model": args.model_name_or_path,
         "data": ", ".join(args.test_sets.values()),
         "decoding": f"greedy, at most {args.max_new_tokens} new tokens",
         "weights": fingerprint,
     }
-    title = args.title or Path(str(args.model_name_or_path)).name
+    prompts = {result.summary["benchmark"]["prompt"] for result in results if "benchmark" in result.summary}
+    if prompts:
+        settings["prompt"] = " | ".join(sorted(prompts))
     report = write_report(
-        folder / "report.html", results, title=title, settings=settings, max_examples=args.max_examples
+        Path(str(args.output_dir)) / "report.html",
+        results,
+        title=args.title or Path(str(args.model_name_or_path)).name,
+        settings=settings,
+        max_examples=args.max_examples,
     )
-    logger.info(f"\nQuestions, images and answers: {report}\nAll scores: {folder / 'results.json'}")
+    logger.info(f"\nQuestions, images and answers: {report}")
 
 
 def find_card(args: EvaluationArguments) -> Path | None:
@@ -138,22 +170,38 @@ def card_scores(args: EvaluationArguments, results: Sequence[SplitResult]) -> li
         results (`list[SplitResult]`): One for each test set.
 
     Returns:
-        `list[dict]`: Arguments of `jnana.training.cards.EvaluationResult`, one for each test set and metric. A local
-        test set is named by the last part of its path.
+        `list[dict]`: Arguments of `jnana.training.cards.EvaluationResult`, one for each test set and metric, and for
+        each split of a benchmark that is reported by split. A local test set is named by the last part of its path, a
+        benchmark by its title.
     """
     scores = []
-    for result in results:
-        source, overall = args.test_sets[result.name], result.summary["overall"]
+    for result in (result for result in results if result.questions.scored):
+        source = args.test_sets[result.name]
         on_hub = is_hub_id(source)
-        for metric in CARD_METRICS:
-            scores.append(
-                {
-                    "dataset": source if on_hub else Path(source).name,
-                    "split": args.eval_split if on_hub else result.name,
-                    "metric": metric,
-                    "value": overall[metric],
-                    "interval": tuple(overall[f"{metric}_interval"]),
-                    "num_questions": overall["n"],
-                }
-            )
+        dataset, split = (source, args.eval_split or "train") if on_hub else (Path(source).name, result.name)
+        parts, prompt = {split: result.summary["overall"]}, None
+        if isinstance(result.questions, BenchmarkQuestions):
+            benchmark = result.questions.benchmark
+            dataset, prompt = benchmark.title, benchmark.prompt
+            parts = {result.questions.files.split or Path(source).stem: result.summary["overall"]}
+            if benchmark.by_split:
+                splits = result.summary["categories"]
+                parts = {**splits, **({"all splits": result.summary["overall"]} if len(splits) > 1 else {})}
+        for part, values in parts.items():
+            for measure in result.questions.scoring.shown:
+                if values[measure.name] is not None:
+                    scores.append(
+                        {
+                            "dataset": dataset,
+                            "split": part,
+                            "metric": measure.name,
+                            "value": values[measure.name],
+                            "interval": tuple(values[f"{measure.name}_interval"]),
+                            "num_questions": values["n"],
+                            "blind": None if values["blind"] is None else values["blind"][measure.name],
+                            "majority": values["majority"][measure.name],
+                            "percent": measure.percent,
+                            "prompt": prompt,
+                        }
+                    )
     return scores

@@ -4,23 +4,16 @@ The first baseline is the same model *blind*: it sees grey images, so that only 
 second is one constant answer for each question type.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .metrics.scoring import exact_match, vqa_accuracy
+from .measures import GENERAL, Scoring
 
 
 UNCATEGORISED = "(no type)"
 
 DEFINITIONS = {
-    "exact_match": "share of answers that equal one of their references, both stripped of outer white space",
-    "exact_match_normalized": "exact match after the answer normalisation of VQA v2",
-    "vqa_accuracy": (
-        "VQA v2: min(equal references among the others / 3, 1), averaged over leaving out each reference in turn; "
-        "with fewer than four references the share of equal ones; answers and references normalised"
-    ),
     "blind": "the same model and questions, every image replaced by a grey one (128, 128, 128) of the same size",
     "majority": (
         "a constant answer to every question of a type: the answer that is correct (exact match) for most questions "
@@ -28,28 +21,12 @@ DEFINITIONS = {
         "Questions without a type form one type; ties go to the alphabetically first answer"
     ),
     "interval": (
-        "Wilson's 95 % interval for a share of n independent questions; too wide rather than too narrow for VQA "
-        "accuracy, whose single scores may lie between 0 and 1"
+        "Wilson's 95 % interval for a share of n independent questions; too wide rather than too narrow for scores "
+        "between 0 and 1, such as VQA accuracy. Of other measures: the 2.5 and 97.5 percentiles of 1,000 bootstrap "
+        "resamples of the questions (of the images, where a measure counts images)"
     ),
     "n": "answered questions; questions whose images could not be read are listed as unanswered and not scored",
 }
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share of `count` trials.
-
-    Args:
-        share (`float`): Observed share, 0 to 1.
-        count (`int`): Trials, at least 1.
-        z (`float`): Quantile of the normal distribution; 1.96 gives 95 %.
-
-    Returns:
-        `tuple[float, float]`: Lower and upper end, both within 0 and 1.
-    """
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def majority_answers(records: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -72,27 +49,29 @@ def majority_answers(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def summarise(
-    records: Sequence[dict[str, Any]], blind_records: Sequence[dict[str, Any]] | None = None
+    records: Sequence[dict[str, Any]],
+    blind_records: Sequence[dict[str, Any]] | None = None,
+    scoring: Scoring = GENERAL,
 ) -> dict[str, Any]:
     """Score a test set.
 
     Args:
         records (`list[dict]`): Return value of `answer_questions`.
         blind_records (`list[dict]`, *optional*): Its return value for the same questions with `blind=True`.
+        scoring (`Scoring`): The measures.
 
     Returns:
-        `dict`: `overall` and `categories` (question type -> the same), each holding `n`, `exact_match`,
-        `exact_match_normalized`, `vqa_accuracy` (shares of 1), `exact_match_interval` ..., `blind` and
-        `majority` (same measures; `blind` is `None` without a blind run); then `majority_answers`, `unanswered`
-        (source and reason), `cut_off` (answers that reached `max_new_tokens`) and `definitions`.
+        `dict`: `overall` and `categories` (question type -> the same), each holding `n`, each measure by name
+        (`exact_match`, `exact_match_normalized` and `vqa_accuracy` by default, shares of 1) with its interval
+        (`exact_match_interval` ...), `blind` and `majority` (same measures; `blind` is `None` without a blind run);
+        then `majority_answers`, `measures` (name, label and whether tables show it in percent), `unanswered` (source
+        and reason), `cut_off` (answers that reached `max_new_tokens`) and `definitions`. A measure in which no
+        question has part is `None`.
 
     Raises:
         ValueError: if no question was answered, or the blind run holds other questions.
     """
-    answered = [record for record in records if record["prediction"] is not None]
-    if not answered:
-        reasons = "; ".join(record["error"] for record in records[:3])
-        raise ValueError(f"none of the {len(records)} questions could be answered: {reasons}")
+    answered = answered_records(records)
     guesses = majority_answers(answered)
     constant = [{**record, "prediction": guesses[category_of(record)]} for record in answered]
     blind = None
@@ -101,31 +80,52 @@ def summarise(
 
     def part(indices: Sequence[int]) -> dict[str, Any]:
         return {
-            **_scores([answered[index] for index in indices]),
-            "blind": None if blind is None else _scores([blind[index] for index in indices]),
-            "majority": _scores([constant[index] for index in indices]),
+            **_scores([answered[index] for index in indices], scoring),
+            "blind": None if blind is None else _scores([blind[index] for index in indices], scoring),
+            "majority": _scores([constant[index] for index in indices], scoring),
         }
 
     members: dict[str, list[int]] = {}
     for index, record in enumerate(answered):
         members.setdefault(category_of(record), []).append(index)
+    overall = part(range(len(answered)))
+    alone = len(members) == 1  # nothing is computed twice
     return {
-        "overall": part(range(len(answered))),
-        "categories": {category: part(indices) for category, indices in sorted(members.items())},
+        "overall": overall,
+        "categories": {category: overall if alone else part(indices) for category, indices in sorted(members.items())},
         "majority_answers": guesses,
+        "measures": scoring.describe(),
+        **unfinished(records),
+        "definitions": {**{measure.name: measure.definition for measure in scoring.measures}, **DEFINITIONS},
+    }
+
+
+def answered_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that hold an answer.
+
+    Args:
+        records (`list[dict]`): Return value of `answer_questions`.
+
+    Raises:
+        ValueError: if there is none; the first reasons are named.
+    """
+    answered = [record for record in records if record["prediction"] is not None]
+    if not answered:
+        reasons = "; ".join(record["error"] for record in records[:3])
+        raise ValueError(f"none of the {len(records)} questions could be answered: {reasons}")
+    return answered
+
+
+def unfinished(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`unanswered` and `cut_off` of a summary: questions without an answer, and the number of truncated answers."""
+    return {
         "unanswered": [
             {"source": record["source"], "question": record["question"], "error": record["error"]}
             for record in records
             if record["prediction"] is None
         ],
-        "cut_off": sum(record["complete"] is False for record in answered),
-        "definitions": DEFINITIONS,
+        "cut_off": sum(record["complete"] is False for record in records),
     }
-
-
-def is_right(record: dict[str, Any]) -> bool:
-    """Whether the report and the contact sheet mark an answer as right: exact match after normalisation."""
-    return record["prediction"] is not None and exact_match(record["prediction"], record["references"], normalize=True)
 
 
 def category_of(record: dict[str, Any]) -> str:
@@ -143,19 +143,22 @@ def format_table(summary: dict[str, Any], title: str) -> str:
     Returns:
         `str`: Lines without a trailing line break.
     """
-    header = ["type", "n", "exact match", "95 % interval", "VQA acc.", "blind", "majority", "constant answer"]
+    measures = [measure for measure in summary["measures"] if measure["shown"]]
+    main, *others = measures
+    header = ["type", "n", main["label"], "95 % interval", *(measure["label"] for measure in others)]
+    header += ["blind", "majority", "constant answer"]
     lines = []
     for name, scores in [*summary["categories"].items(), ("all", summary["overall"])]:
-        low, high = scores["exact_match_interval"]
+        ends = scores[f"{main['name']}_interval"] or (None, None)
         lines.append(
             [
                 name,
                 str(scores["n"]),
-                _percent(scores["exact_match"]),
-                f"{_percent(low)} - {_percent(high)}",
-                _percent(scores["vqa_accuracy"]),
-                "-" if scores["blind"] is None else _percent(scores["blind"]["exact_match"]),
-                _percent(scores["majority"]["exact_match"]),
+                figure(scores, main),
+                " - ".join(as_text(end, main["percent"]) for end in ends),
+                *(figure(scores, measure) for measure in others),
+                figure(scores["blind"], main),
+                figure(scores["majority"], main),
                 _shortened(summary["majority_answers"].get(name, "")),
             ]
         )
@@ -170,7 +173,9 @@ def format_table(summary: dict[str, Any], title: str) -> str:
         return "  ".join(cells).rstrip()
 
     rule = "-" * len(joined([*header[:-1], "x" * widths[-1]]))
-    notes = ["blind and majority: exact match; definitions: results.json"]
+    notes = [f"blind and majority: {main['label']}; definitions: results.json"]
+    if "benchmark" in summary:
+        notes.append(f"asked as: {summary['benchmark']['prompt']!r}")
     if summary["unanswered"]:
         first = summary["unanswered"][0]
         notes.append(f"{len(summary['unanswered'])} not answered and not scored, first: {first['error']}")
@@ -181,17 +186,12 @@ def format_table(summary: dict[str, Any], title: str) -> str:
     )
 
 
-def _scores(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The scores of answered questions, each with its interval."""
-    count = len(records)
-    pairs = [(record["prediction"], record["references"]) for record in records]
-    means = {
-        "exact_match": sum(exact_match(*pair) for pair in pairs) / count,
-        "exact_match_normalized": sum(exact_match(*pair, normalize=True) for pair in pairs) / count,
-        "vqa_accuracy": sum(vqa_accuracy(*pair) for pair in pairs) / count,
-    }
-    intervals = {f"{name}_interval": list(wilson_interval(mean, count)) for name, mean in means.items()}
-    return {"n": count, **means, **intervals}
+def _scores(records: Sequence[dict[str, Any]], scoring: Scoring) -> dict[str, Any]:
+    """The measures of answered questions, each with its interval."""
+    scores = {measure.name: measure.score(records) for measure in scoring.measures}
+    values = {name: value for name, (value, _) in scores.items()}
+    intervals = {f"{name}_interval": None if ends is None else list(ends) for name, (_, ends) in scores.items()}
+    return {"n": len(records), **values, **intervals}
 
 
 def _same_questions(answered: Sequence[dict], blind_records: Sequence[dict]) -> list[dict[str, Any]]:
@@ -210,8 +210,21 @@ def _same_questions(answered: Sequence[dict], blind_records: Sequence[dict]) -> 
     return [record for record in found if record is not None]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def figure(scores: dict[str, Any] | None, measure: dict[str, Any]) -> str:
+    """A measure of some questions as text, in percent where the measure is shown so; `-` where there is none.
+
+    Args:
+        scores (`dict`, *optional*): `overall` of a summary, one of its categories, or a baseline of these.
+        measure (`dict`): One of the summary's `measures`.
+    """
+    return "-" if scores is None else as_text(scores[measure["name"]], measure["percent"])
+
+
+def as_text(value: float | None, percent: bool) -> str:
+    """A value as tables show it: in percent with one decimal, or with five significant digits."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if percent else f"{value:.5g}"
 
 
 def _shortened(text: str, width: int = 28) -> str:

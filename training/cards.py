@@ -119,9 +119,13 @@ class EvaluationResult:
         dataset (`str`): Name of the test set, a Hub id or a file's name (no local path).
         split (`str`): Split, or the part of the test set.
         metric (`str`): `vqa_accuracy`, `exact_match` ...
-        value (`float`): A share, 0 to 1.
-        interval (`tuple[float, float]`): Ends of the 95 % interval of the share.
-        num_questions (`int`): Questions that the share is of.
+        value (`float`): A share, 0 to 1; of some benchmarks another score (`percent`).
+        interval (`tuple[float, float]`): Ends of the 95 % interval of the value.
+        num_questions (`int`): Questions that the value is of.
+        blind (`float`, *optional*): The same of the model without the images.
+        majority (`float`, *optional*): The same of a constant answer.
+        percent (`bool`): Whether the card's table shows the value in percent.
+        prompt (`str`, *optional*): What a benchmark was asked with.
     """
 
     dataset: str
@@ -130,6 +134,10 @@ class EvaluationResult:
     value: float
     interval: tuple[float, float]
     num_questions: int
+    blind: float | None = None
+    majority: float | None = None
+    percent: bool = True
+    prompt: str | None = None
 
 
 def add_evaluation_results(card_path: str | Path, results: Sequence[EvaluationResult]) -> None:
@@ -159,8 +167,8 @@ def add_evaluation_results(card_path: str | Path, results: Sequence[EvaluationRe
         "",
         "Measured by `run_evaluate.py`.",
         "",
-        "| test set | metric | share | 95 % interval | questions |",
-        "|---|---|---:|---:|---:|",
+        "| test set | metric | score | 95 % interval | without images | constant answer | questions |",
+        "|---|---|---:|---:|---:|---:|---:|",
         *map(table_row, results),
     ]
     card.text = with_section(card.text, table)
@@ -180,15 +188,20 @@ def remove_evaluation_results(card: ModelCard) -> None:
 
 def table_row(result: EvaluationResult) -> str:
     low, high = result.interval
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}" if result.percent else f"{value:.5g}"
+
     return (
-        f"| {result.dataset}, {result.split} | {result.metric} | {result.value:.1%} | {low:.1%} to {high:.1%} | "
-        f"{result.num_questions:,} |"
+        f"| {result.dataset}, {result.split} | {result.metric} | {text(result.value)} | {text(low)} to {text(high)} | "
+        f"{text(result.blind)} | {text(result.majority)} | {result.num_questions:,} |"
     )
 
 
 def eval_result(result: EvaluationResult, task_type: str | None) -> EvalResult:
     """A result as huggingface_hub writes it into `model-index`."""
     low, high = result.interval
+    baselines = {"blind": result.blind, "majority": result.majority}
     return EvalResult(
         task_type=task_type or "image-text-to-text",
         dataset_type=result.dataset,
@@ -196,7 +209,12 @@ def eval_result(result: EvaluationResult, task_type: str | None) -> EvalResult:
         dataset_split=result.split,
         metric_type=result.metric,
         metric_value=round(result.value, 4),
-        metric_args={"num_questions": result.num_questions, "interval_95": [round(low, 4), round(high, 4)]},
+        metric_args={
+            "num_questions": result.num_questions,
+            "interval_95": [round(low, 4), round(high, 4)],
+            **{name: round(value, 4) for name, value in baselines.items() if value is not None},
+            **({} if result.prompt is None else {"prompt": result.prompt}),
+        },
     )
 
 

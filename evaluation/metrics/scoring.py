@@ -9,6 +9,7 @@ compared across papers.
 this file together with either script, so it imports only the standard library.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -50,6 +51,7 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+@functools.lru_cache(maxsize=1 << 16)  # the answers of a test set repeat
 def normalize_answer(text: str) -> str:
     """Bring an answer to the form in which VQA v2 compares answers.
 
@@ -69,15 +71,20 @@ def normalize_answer(text: str) -> str:
     Returns:
         `str`: E.g. `"The two dogs."` -> `"2 dogs"`, `"1,000"` -> `"1000"`, `"black-white"` -> `"black white"`.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    cleaned = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
+    words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def strip_punctuation(text: str) -> str:
+    """Steps 2 and 3 of [`normalize_answer`] alone, which the official script applies to references."""
     without_space = COMMA_BETWEEN_DIGITS.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:
         delete = without_space or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if delete else " ")
-    cleaned = PERIOD.sub("", cleaned)
-    words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return PERIOD.sub("", cleaned)
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -107,7 +114,15 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     if not references:
         raise ValueError("references is empty; give at least one reference to compare the answer with")
     answer = normalize_answer(prediction)
-    matches = [normalize_answer(reference) == answer for reference in references]
+    return agreement([normalize_answer(reference) == answer for reference in references])
+
+
+def agreement(matches: Sequence[bool]) -> float:
+    """The rule of [`vqa_accuracy`], given whether each person's answer equals the prediction.
+
+    Args:
+        matches (`Sequence[bool]`): One for each person, at least one.
+    """
     total, count = sum(matches), len(matches)
     if count <= 3:
         return total / count

@@ -119,7 +119,8 @@ def test_scores_reach_the_card_of_a_local_checkpoint(checkpoint, test_set, tmp_p
         interval = [round(end, 4) for end in overall[f"{metric}_interval"]]
         assert (result.dataset_type, result.dataset_split) == ("test.json", "test")
         assert result.metric_value == round(overall[metric], 4)
-        assert result.metric_args == {"num_questions": 6, "interval_95": interval}
+        majority = round(overall["majority"][metric], 4)
+        assert result.metric_args == {"num_questions": 6, "interval_95": interval, "majority": majority}
     assert "Text of its author." in written.text and str(tmp_path) not in written.text
     assert written.data.tags == ["jnana"]
 

@@ -139,8 +139,21 @@ class TestEvaluationResults:
         assert first.metric_value == 0.625 and second.metric_value == 0.5
         assert first.metric_args == {"num_questions": 1234, "interval_95": [0.525, 0.675]}
         assert after.data.model_name == "my-model" and after.data.tags == before.data.tags
-        assert "| me/questions, test | exact_match | 62.5% | 52.5% to 67.5% | 1,234 |" in after.text
+        assert "| me/questions, test | exact_match | 62.5% | 52.5% to 67.5% | - | - | 1,234 |" in after.text
         assert before.text.partition("## Use")[2] == after.text.partition("## Use")[2]
+
+    def test_baselines_and_points(self, card):
+        """Scores that are no shares are shown as they are; baselines and prompt are recorded where they are known."""
+        points = EvaluationResult("MME", "release", "sum", 1510.72, (1450.0, 1571.5), 2374, 800.0, None, False, "Say?")
+        add_evaluation_results(card, [points])
+        after = ModelCard.load(card)
+        assert after.data.eval_results[0].metric_args == {
+            "num_questions": 2374,
+            "interval_95": [1450.0, 1571.5],
+            "blind": 800.0,
+            "prompt": "Say?",
+        }
+        assert "| MME, release | sum | 1510.7 | 1450 to 1571.5 | 800 | - | 2,374 |" in after.text
 
     def test_a_new_evaluation_replaces_the_old_one(self, card):
         add_evaluation_results(card, [self.result(0.6), self.result(0.4, metric="vqa_accuracy")])
@@ -156,6 +169,16 @@ class TestEvaluationResults:
         add_evaluation_results(tmp_path / "README.md", [self.result(0.6)])
         card = ModelCard.load(tmp_path / "README.md")
         assert card.data.model_name == "Some model" and "Text.\n\n## Evaluation" in card.text
+
+    def test_another_models_results_are_removed(self, card):
+        """A merged model gets the adapter's card; its scores would be those of another model."""
+        before = ModelCard.load(card)
+        add_evaluation_results(card, [self.result(0.6)])
+        copied = ModelCard.load(card)
+        assert copied.data.eval_results and "## Evaluation" in copied.text  # the control
+        remove_evaluation_results(copied)
+        assert not copied.data.eval_results and "model-index" not in copied.data.to_yaml()
+        assert "62.5" not in copied.text and copied.text.split() == before.text.split()
 
     def test_no_card(self, tmp_path):
         with pytest.raises(ValueError, match="README.md' does not exist; give the README.md of a checkpoint"):
@@ -187,13 +210,3 @@ def test_a_recipes_card_names_the_models_that_the_recipe_joins(system):
 def test_every_system_has_a_card():
     cards = {file.stem for file in (Path(__file__).parents[2] / "model_cards").glob("*.md")}
     assert cards == {*SYSTEMS, "README", "template"}
-
-    def test_another_models_results_are_removed(self, card):
-        """A merged model gets the adapter's card; its scores would be those of another model."""
-        before = ModelCard.load(card)
-        add_evaluation_results(card, [self.result(0.6)])
-        copied = ModelCard.load(card)
-        assert copied.data.eval_results and "## Evaluation" in copied.text  # the control
-        remove_evaluation_results(copied)
-        assert not copied.data.eval_results and "model-index" not in copied.data.to_yaml()
-        assert "62.5" not in copied.text and copied.text.split() == before.text.split()

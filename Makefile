@@ -12,7 +12,8 @@ TEST_WORKERS ?= 2
 INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/processing/test_chat_templates.py \
 	tests/processing/data/test_images.py \
 	tests/training/test_stages.py tests/training/test_loading.py tests/training/test_quantization.py \
-	tests/training/test_device_map.py tests/evaluation/test_generation.py tests/chat/test_session.py \
+	tests/training/test_device_map.py tests/evaluation/test_generation.py tests/evaluation/test_prefixes.py \
+	tests/chat/test_session.py \
 	tests/scripts/test_chain.py tests/scripts/test_tower.py tests/interfaces tests/export
 TEST_SETTINGS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 

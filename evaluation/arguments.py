@@ -58,6 +58,9 @@ class EvaluationArguments:
     max_image_pixels: int | None = field(default=None, metadata={"help": "Questions about larger images are skipped."})
     batch_size: int = field(default=16, metadata={"help": "Questions per `generate` call and process."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer in tokens."})
+    share_prefix: bool = field(
+        default=True, metadata={"help": "Read the images of several questions once, not once for each question."}
+    )
     blind: bool = field(default=True, metadata={"help": "Also answer all questions with grey images."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "Dtype of the weights; default: the checkpoint's."}

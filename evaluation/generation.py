@@ -1,4 +1,4 @@
-"""Answers a whole test set by batched greedy `generate`; resumes after an interruption and skips unreadable images.
+"""Answers a whole test set by greedy `generate` in batches; resumes after an interruption and skips unreadable images.
 
 Answers are appended to a JSON Lines file after each batch. A restarted run reads that file and asks only the open
 questions. A stored answer is reused only if its key matches. The key hashes question, images, weights and settings, so
@@ -8,8 +8,9 @@ that answers of another model, or of a test set that was regenerated under the s
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,37 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from jnana.chat.session import end_token_ids
-from jnana.modeling import available_device
-from jnana.processing import JnanaProcessor
-from jnana.processing.data import BadSampleError, tokenizer_fingerprint
+from jnana.modeling import CACHE_NAME, available_device
+from jnana.processing.data import tokenizer_fingerprint
 from jnana.processing.data.feature_cache import weights_digest
 from jnana.processing.data.files import write_whole
 from jnana.processing.data.records import read_json_lines
 
+from .prefixes import cache_of_rows, length_limit, read_prefix, sharing_problem
+from .prompts import PromptBatch, PromptCollator, plan_batches
 from .questions import Question, QuestionSet
 
 
 logger = get_logger(__name__)
 
-CHARACTERS_A_TOKEN = 4  # of English text, roughly
+
+@dataclass
+class Answer:
+    """The answer to one question.
+
+    Attributes:
+        text (`str`, *optional*): As the model wrote it, without special tokens; `None` if an image could not be read.
+        complete (`bool`, *optional*): Whether the model wrote an end token within `max_new_tokens`.
+        num_tokens (`int`): Tokens of the answer, the end token included.
+        error (`str`, *optional*): Why there is no text.
+        shared (`bool`): Whether the start of the prompt was read once for several questions.
+    """
+
+    text: str | None = None
+    complete: bool | None = None
+    num_tokens: int = 0
+    error: str | None = None
+    shared: bool = False
 
 
 def answer_questions(
@@ -44,6 +63,7 @@ def answer_questions(
     max_new_tokens: int = 64,
     blind: bool = False,
     *,
+    share_prefix: bool = True,
     predictions_file: str | Path | None = None,
     num_workers: int = 2,
     max_image_pixels: int | None = None,
@@ -63,6 +83,9 @@ def answer_questions(
         batch_size (`int`): Questions per `generate` call and process.
         max_new_tokens (`int`): Longest answer, in tokens.
         blind (`bool`): Replace every image by a grey image of the same size.
+        share_prefix (`bool`): Run the model once on the images of several questions, and on the text before them,
+            instead of once for each question. The answers are the same, up to rounding. Questions for which it is not
+            possible are asked whole; docs/evaluation.md says which.
         predictions_file (`str` or `Path`, *optional*): JSON Lines file to append to and to resume from.
         num_workers (`int`): Dataloader workers that decode images and tokenise; 0 does both in the main process.
         max_image_pixels (`int`, *optional*): Larger images are refused; default of
@@ -75,44 +98,52 @@ def answer_questions(
         `complete` (whether the model wrote an end token within `max_new_tokens`), `blind`, `key`.
 
     Raises:
-        ValueError: if `batch_size` or `max_new_tokens` is below 1, or the processor has no chat template.
+        ValueError: if `batch_size` or `max_new_tokens` is below 1, the processor has no chat template, or the
+            processes have read different test sets.
     """
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     if processor.chat_template is None:
         raise ValueError("the processor has no chat template; load one that was saved with a Jnana checkpoint")
     questions = rows if isinstance(rows, QuestionSet) else QuestionSet(rows)
     state = process_state()
     run = _run_key(model, processor, blind, max_new_tokens)
     keys = [f"{run}-{question.key}" for question in questions.questions]
+    _check_same_questions(keys, state)
 
     answered = _read_answers(predictions_file, keys, state)
     waiting = [index for index, key in enumerate(keys) if key not in answered]
     if len(waiting) < len(keys):
         logger.info(f"{len(keys) - len(waiting)} of {len(keys)} answers are read from {predictions_file}")
-    waiting.sort(key=lambda index: -prompt_length(questions, questions.questions[index], processor))
-
-    mine = waiting[state.process_index :: state.num_processes]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    collator = PromptCollator(questions, processor, blind, max_image_pixels)
-    loader = DataLoader(batches, batch_size=None, collate_fn=collator, num_workers=num_workers if batches else 0)
+    answers = generate_answers(
+        model,
+        processor,
+        questions,
+        waiting,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        blind=blind,
+        share_prefix=share_prefix,
+        num_workers=num_workers,
+        max_image_pixels=max_image_pixels,
+        part=(state.process_index, state.num_processes),
+    )
     hidden = not (progress_bar and state.is_main_process)
-    bar = tqdm(total=len(mine), desc="blind" if blind else "answers", disable=hidden)
-    new = []
-    with _evaluating(model), _appending(predictions_file, state) as write, bar:
-        for indices, inputs, errors in loader:
-            records = [_record(questions.questions[i], keys[i], blind, error=error) for i, error in errors]
-            answers = zip(indices, *_generate(model, processor, inputs, max_new_tokens), strict=True)
-            records += [_record(questions.questions[i], keys[i], blind, *answer) for i, *answer in answers]
+    bar = tqdm(total=len(waiting), desc="blind" if blind else "answers", disable=hidden)
+    new, shared = [], 0
+    with _appending(predictions_file, state) as write, bar:
+        for batch in answers:
+            records = [_record(questions.questions[i], keys[i], blind, answer) for i, answer in batch.items()]
             write(records)
             new += records
-            bar.update(len(records))
-            for _, error in errors:
-                logger.warning(f"not answered: {error}", main_process_only=False)
+            shared += sum(answer.shared for answer in batch.values())
+            bar.update(len(records) * state.num_processes)  # the others go on alike
+            for answer in batch.values():
+                if answer.error is not None:
+                    logger.warning(f"not answered: {answer.error}", main_process_only=False)
 
     if state.num_processes > 1:
-        new = gather_object(new)
+        new, shared = gather_object(new), sum(gather_object([shared]))
+    if shared:
+        logger.info(f"{shared} of {len(waiting)} questions were asked behind a prefix that was read once")
     answered.update({record["key"]: record for record in new})
     records = [answered[key] for key in keys]
     if predictions_file is not None:
@@ -122,20 +153,72 @@ def answer_questions(
     return records
 
 
-def prompt_length(questions: QuestionSet, question: Question, processor: Any) -> int:
-    """About the length of a question, its images included, in characters.
+def generate_answers(
+    model: torch.nn.Module,
+    processor: Any,
+    questions: QuestionSet,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    blind: bool = False,
+    share_prefix: bool = True,
+    num_workers: int = 0,
+    max_image_pixels: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    decoding: dict[str, Any] | None = None,
+) -> Iterator[dict[int, Answer]]:
+    """Ask some questions of a test set, batch by batch.
 
     Args:
+        model, processor, batch_size, max_new_tokens, blind, share_prefix, num_workers, max_image_pixels: As in
+            [`answer_questions`].
         questions (`QuestionSet`): The test set.
-        question (`Question`): One of its questions.
-        processor (`ProcessorMixin`): If it is a [`JnanaProcessor`] that cuts images into tiles, an image counts by
-            its number of tokens. Otherwise all images count alike, and none is opened.
+        indices (`Sequence[int]`): The questions to ask.
+        part (`tuple[int, int]`): Ask only the batches of this process: its index, and the number of processes. Each
+            question is asked by one of them.
+        decoding (`dict`, *optional*): Arguments of `generate`; greedy by default.
+
+    Returns:
+        `Iterator[dict[int, Answer]]`: The questions of a batch and their answers, batch by batch.
+
+    Raises:
+        ValueError: if `batch_size` or `max_new_tokens` is below 1.
     """
-    length = sum(len(str(message)) for message in question.messages)
-    if isinstance(processor, JnanaProcessor) and processor.image_grid_pinpoints is not None:
-        sizes = questions.image_sizes(question)
-        length += CHARACTERS_A_TOKEN * sum(processor.count_image_tokens(size) for size in sizes)
-    return length
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    process_state()  # without it the logger raises
+    options = {"do_sample": False, "num_beams": 1, **(decoding or {}), "max_new_tokens": max_new_tokens}
+    limit = None
+    if share_prefix:
+        problem = "beams have caches of their own" if options["num_beams"] > 1 else sharing_problem(model, processor)
+        if problem is None:
+            limit = length_limit(model.config.text_config)
+        else:
+            share_prefix = False
+            logger.info(f"each question is asked whole, because {problem}")
+    process, num_processes = part
+    # no process is left without questions where there are enough for all
+    planned = min(batch_size, max(-(-len(indices) // num_processes), 1))
+    batches = plan_batches(questions, indices, processor, planned, share_prefix)[process::num_processes]
+    collator = PromptCollator(
+        questions,
+        processor,
+        blind,
+        max_image_pixels,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+    )
+    loader = DataLoader(batches, batch_size=None, collate_fn=collator, num_workers=num_workers if batches else 0)
+    return _answer_batches(model, processor, loader, options)
+
+
+def _answer_batches(model, processor, loader: DataLoader, options: dict[str, Any]) -> Iterator[dict[int, Answer]]:
+    with _evaluating(model):
+        for batch in loader:
+            yield _answer_batch(model, processor, batch, options)
 
 
 def process_state() -> PartialState:
@@ -150,69 +233,38 @@ def process_state() -> PartialState:
     return PartialState(cpu=available_device().type == "cpu")
 
 
-class PromptCollator:
-    """Turns indices of questions into one left-padded batch of model inputs. Runs in the dataloader workers.
-
-    Args:
-        questions (`QuestionSet`): The test set.
-        processor (`ProcessorMixin`): Renders and tokenises the messages and prepares the images.
-        blind (`bool`): Use grey images.
-        max_image_pixels (`int`, *optional*): Limit passed to `jnana.processing.data.load_image`.
-
-    Returns:
-        `tuple[list[int], BatchFeature | None, list[tuple[int, str]]]`: The indices of the questions in the batch;
-        the model inputs (`input_ids` of shape `(batch_size, sequence_length)` ...; `None` if no question is left); and
-        index and reason for each question whose images cannot be read.
-    """
-
-    def __init__(self, questions: QuestionSet, processor: Any, blind: bool, max_image_pixels: int | None = None):
-        self.questions = questions
-        self.processor = processor
-        self.blind = blind
-        self.limits = {} if max_image_pixels is None else {"max_image_pixels": max_image_pixels}
-
-    def __call__(self, batch: list[int]):
-        indices, conversations, errors = [], [], []
-        for index in batch:
-            question = self.questions.questions[index]
-            try:
-                images = self.questions.images(question, self.blind, **self.limits)
-                conversations.append(self.questions.messages_with_images(question, images))
-                indices.append(index)
-            except BadSampleError as error:
-                errors.append((index, str(error)))
-        if not conversations:
-            return indices, None, errors
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        return indices, inputs, errors
-
-
 @torch.inference_mode()
-def _generate(model, processor, inputs, max_new_tokens: int) -> tuple[list[str], list[bool]]:
-    """The answers to one batch, and for each whether the model wrote an end token."""
-    if inputs is None:
-        return [], []
-    inputs = inputs.to(model.device, dtype=model.dtype)
-    outputs = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    # => (batch_size, new tokens)
-    outputs = outputs[:, inputs["input_ids"].shape[1] :]
-    ends = torch.tensor(end_token_ids(model, processor.tokenizer), device=outputs.device)
-    complete = torch.isin(outputs, ends).any(dim=1).tolist()
-    texts = processor.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-    return [text.strip() for text in texts], complete
+def _answer_batch(model, processor, batch: PromptBatch, options: dict[str, Any]) -> dict[int, Answer]:
+    """The answers to one batch."""
+    answers = {index: Answer(error=error) for index, error in batch.errors}
+    prefix = None if batch.prefix is None else read_prefix(model, batch.prefix.to(model.device, dtype=model.dtype))
+    ends = torch.tensor(end_token_ids(model, processor.tokenizer), device=model.device)
+    for prompts in batch.prompts:
+        inputs = prompts.inputs.to(model.device, dtype=model.dtype)
+        if prompts.rows is not None:
+            inputs[CACHE_NAME] = cache_of_rows(prefix, prompts.rows)
+        outputs = model.generate(**inputs, **options, pad_token_id=processor.tokenizer.pad_token_id)
+        # => (num_questions, new tokens)
+        outputs = outputs[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(outputs, ends)
+        before_end = (ended.cumsum(1) == 0).sum(1).tolist()
+        texts = processor.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        for index, text, count in zip(prompts.indices, texts, before_end, strict=True):
+            complete = count < outputs.shape[1]
+            answers[index] = Answer(text, complete, count + complete, shared=prompts.rows is not None)
+    return answers
+
+
+def _check_same_questions(keys: list[str], state: PartialState) -> None:
+    """Raise unless all processes have the same questions: each answers a part of them."""
+    if state.num_processes == 1:
+        return
+    digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
+    if len(set(gather_object([digest]))) > 1:
+        raise ValueError(
+            "the processes have different test sets or weights, so their answers can't be joined; give every machine "
+            "the same files, with the same paths, sizes and times of modification (as `rsync -a` copies them)"
+        )
 
 
 def _run_key(model, processor, blind: bool, max_new_tokens: int) -> str:
@@ -241,19 +293,19 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return weights_digest(model, values_per_tensor=4096)[:16]
 
 
-def _record(question: Question, key: str, blind: bool, prediction=None, complete=None, error=None) -> dict[str, Any]:
+def _record(question: Question, key: str, blind: bool, answer: Answer) -> dict[str, Any]:
     record = {
         "source": question.source,
         "category": question.category,
         "history": question.history,
         "question": question.text,
         "references": question.references,
-        "prediction": prediction,
-        "complete": complete,
+        "prediction": None if answer.text is None else answer.text.strip(),
+        "complete": answer.complete,
         "blind": blind,
         "key": key,
     }
-    return record if error is None else {**record, "error": error}
+    return record if answer.error is None else {**record, "error": answer.error}
 
 
 @contextmanager

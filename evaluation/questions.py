@@ -36,6 +36,7 @@ class Question:
         references (`list[str]`): Accepted answers, as `vqa_accuracy` and `exact_match` take them.
         category (`str`, *optional*): Question type.
         key (`str`): Hash of the question's source, text, references and images; the same after a restart.
+        image_key (`str`): Equal for questions about the same images in the same order; empty without images.
         details (`dict`): What a benchmark's scores and server need besides: `question_id` ...
     """
 
@@ -45,7 +46,13 @@ class Question:
     references: list[str]
     category: str | None
     key: str = ""
+    image_key: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether a message has an image part."""
+        return any(part["type"] == "image" for message in self.messages for part in message["content"])
 
     @property
     def text(self) -> str:
@@ -98,7 +105,7 @@ class QuestionSet:
         self._set_keys(states)
 
     def _set_keys(self, states: list[str]) -> None:
-        """Give each question its key, from [`image_state`] of each row.
+        """Give each question its keys, from [`image_state`] of each row.
 
         A data set may hold a record twice; both are asked, so the second one gets a key of its own.
         """
@@ -107,6 +114,7 @@ class QuestionSet:
             key = question_key(question, states[question.row])
             seen[key] = seen.get(key, 0) + 1
             question.key = key if seen[key] == 1 else f"{key}-{seen[key]}"
+            question.image_key = states[question.row] if question.shows_images else ""
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -142,8 +150,7 @@ class QuestionSet:
 
     def _references(self, question: Question) -> list[dict[str, Any]]:
         """The images that a question shows: all of its row, or none."""
-        parts = [part["type"] for message in question.messages for part in message["content"]]
-        return self.rows[question.row]["images"] if "image" in parts else []
+        return self.rows[question.row]["images"] if question.shows_images else []
 
     def messages_with_images(self, question: Question, images: list[Image.Image]) -> list[dict[str, Any]]:
         """The question's messages with its images in the image parts, as `apply_chat_template` takes them.

@@ -54,6 +54,7 @@ def answer_test_set(
             args.batch_size,
             args.max_new_tokens,
             blind,
+            share_prefix=args.share_prefix,
             predictions_file=args.folder_of(name) / ("predictions_blind.jsonl" if blind else "predictions.jsonl"),
             num_workers=args.num_workers,
             max_image_pixels=args.max_image_pixels,

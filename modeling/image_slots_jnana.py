@@ -54,6 +54,19 @@ class CrossAttentionStates:
             [values[:, :, kept.to(values.device)] for values in self.values],
         ).hide(length)
 
+    def select(self, rows: torch.Tensor) -> "CrossAttentionStates":
+        """Those of these rows (`torch.LongTensor` of shape `(num_rows,)`), in this order; a row may be named twice."""
+
+        def of(states: torch.Tensor) -> torch.Tensor:
+            return states[rows.to(states.device)]
+
+        return CrossAttentionStates(
+            of(self.image_positions),
+            of(self.end_positions),
+            [of(keys) for keys in self.keys],
+            [of(values) for values in self.values],
+        )
+
 
 @dataclass
 class CrossAttentionInputs:

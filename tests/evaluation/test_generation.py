@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from jnana.evaluation import QuestionSet, answer_questions, model_fingerprint
-from jnana.evaluation.generation import PromptCollator
+from jnana.evaluation.prompts import PromptCollator
 from jnana.processing.data import load_rows
 from jnana.training.loading import load_model
 from tests.evaluation.conftest import QUESTIONS, save_tiny_checkpoint, write_test_set
@@ -82,9 +82,9 @@ def test_longest_questions_are_asked_first(loaded, test_set, count_generate, mon
     call = PromptCollator.__call__
 
     def noting(self, batch):
-        indices, inputs, errors = call(self, batch)
-        lengths.extend(inputs["attention_mask"].sum(1).tolist())
-        return indices, inputs, errors
+        made = call(self, batch)
+        lengths.extend(made.prompts[0].inputs["attention_mask"].sum(1).tolist())
+        return made
 
     monkeypatch.setattr(PromptCollator, "__call__", noting)
     answer_questions(*loaded, load_rows(str(test_set)), **OPTIONS)
@@ -100,7 +100,7 @@ def test_blind_inputs_are_grey_pictures_of_the_same_size(loaded, test_set):
     assert all(image.getcolors() == [(image.width * image.height, (128, 128, 128))] for image in grey)
 
     def pixels(blind):
-        return PromptCollator(questions, loaded[1], blind)([0, 1])[1]["pixel_values"]
+        return PromptCollator(questions, loaded[1], blind)([[0], [1]]).prompts[0].inputs["pixel_values"]
 
     assert torch.equal(pixels(True)[0], pixels(True)[1])
     assert not torch.equal(pixels(False)[0], pixels(False)[1])

@@ -184,6 +184,10 @@ def test_one_test_set_may_be_named():
 
 def test_two_processes_answer_as_one(checkpoint, test_set, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
+    records = json.loads(test_set.read_text())
+    for number, record in enumerate(records[:5]):  # three questions about an image, two about another, one
+        record["image"] = f"{number % 2}.png"
+    test_set.write_text(json.dumps(records))
     expected = call(model_name_or_path=checkpoint, eval_data=test_set, output_dir=one)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0", "run_evaluate.py", *QUICK]
@@ -192,6 +196,7 @@ def test_two_processes_answer_as_one(checkpoint, test_set, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
+    assert done.stdout.count("5 of 6 questions were asked behind a prefix that was read once") == 2  # seen, and blind
     assert done.stdout.count("95 % interval") == 1  # one table, not one for each process
     for name in ("predictions.jsonl", "predictions_blind.jsonl"):
         assert lines(two / name) == lines(one / name)

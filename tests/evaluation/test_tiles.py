@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from jnana.evaluation import QuestionSet, answer_questions
 from jnana.evaluation.contact_sheet import write_contact_sheet
-from jnana.evaluation.generation import PromptCollator, prompt_length
+from jnana.evaluation.prompts import PromptCollator, prompt_length
 from jnana.processing.data import images as images_module
 from jnana.processing.data.images import read_image_bytes
 from jnana.training.loading import load_model
@@ -37,6 +37,11 @@ def rows_about(paths) -> list[dict]:
     return rows
 
 
+def whole_inputs(questions, processor, blind):
+    """The inputs of all questions in one batch, each asked alone."""
+    return PromptCollator(questions, processor, blind)([[index] for index in range(len(questions))]).prompts[0].inputs
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_answer_as_single_questions_do(pairs, paths, kind, monkeypatch):
     model, processor = pairs[kind]
@@ -50,10 +55,11 @@ def test_batches_answer_as_single_questions_do(pairs, paths, kind, monkeypatch):
     original = PromptCollator.__call__
 
     def shuffling(self, batch):
-        indices, inputs, errors = original(self, batch)
+        made = original(self, batch)
+        inputs = made.prompts[0].inputs
         for name in ("pixel_values", "image_sizes"):
             inputs[name] = inputs[name].roll(1, 0)
-        return indices, inputs, errors
+        return made
 
     monkeypatch.setattr(PromptCollator, "__call__", shuffling)
     assert predictions(answer_questions(model, processor, questions, **{**OPTIONS, "batch_size": 9})) != expected
@@ -74,7 +80,7 @@ def test_questions_with_large_images_come_first(pairs, paths):
     _, processor = pairs["llava_next"]
     questions = QuestionSet(rows_about(paths))
     lengths = [prompt_length(questions, question, processor) for question in questions.questions]
-    inputs = PromptCollator(questions, processor, blind=False)(list(range(len(questions))))[1]
+    inputs = whole_inputs(questions, processor, blind=False)
     tokens = inputs["attention_mask"].sum(1).tolist()
     images = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
     assert images == [processor.count_image_tokens(size) for size in SIZES] + [36, 0, 48]
@@ -96,7 +102,7 @@ def test_images_of_one_size_are_not_opened_for_it(pairs, paths, monkeypatch):
 def test_blind_and_bad_images(pairs, paths):
     model, processor = pairs["llava_next"]
     questions = QuestionSet(rows_about(paths))
-    seen, blind = (PromptCollator(questions, processor, blind)(list(range(9)))[1] for blind in (False, True))
+    seen, blind = (whole_inputs(questions, processor, blind) for blind in (False, True))
     for name in ("input_ids", "image_sizes"):
         assert torch.equal(seen[name], blind[name])
     assert not torch.equal(seen["pixel_values"], blind["pixel_values"])

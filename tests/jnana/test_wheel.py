@@ -78,6 +78,11 @@ def test_site_packages_gets_jnana_and_nothing_else(installed):
         tracked = {name for name in tracked if "__pycache__" not in name}
         assert tracked <= files, tracked - files
     assert "py.typed" in files and "tests" not in {name.split("/")[0] for name in files}
+    (entry_points,) = installed.glob("jnana-*.dist-info/entry_points.txt")
+    assert entry_points.read_text().split() == [
+        "[lmms_eval.models]",
+        *("jnana", "=", "jnana.evaluation.lmms_eval_model:manifest"),
+    ]
 
 
 def test_the_installed_package_is_the_one_that_runs(installed, tmp_path):

@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 # The tests that touch the interfaces of other libraries: model, processor, saving and remote code, generation, Trainer,
 # LoRA, merging, packing, chat session, images of all formats, and one run of each script.
 INTERFACES := tests/modeling tests/processing/test_processing_jnana.py tests/processing/test_chat_templates.py \
-	tests/processing/data/test_images.py \
+	tests/processing/data/test_images.py tests/processing/data/test_pixels.py \
 	tests/training/test_stages.py tests/training/test_loading.py tests/training/test_quantization.py \
 	tests/training/test_device_map.py tests/evaluation/test_generation.py tests/evaluation/test_prefixes.py \
 	tests/chat/test_session.py \

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
-from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor
+from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor, run_image_backend
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.options.arguments import DataArguments, ModelArguments, PartArguments, RunArguments
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     check_run(training_args, model_args, data_args, run_args)
     check_no_adapter(model_args)
     model_args.dtype = frozen_dtype(model_args)
+    model_args.image_backend = run_image_backend(model_args)
     check_parts(part_args, training_args, data_args)
     check_computation(training_args, model_args, run_args.optimizer)
     check_push(training_args)

@@ -33,7 +33,7 @@ from jnana.training.adapters import (
 )
 from jnana.training.data import load_conversations
 from jnana.training.distributed import main_process_first
-from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor
+from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor, run_image_backend
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
 from jnana.training.options.arguments import DataArguments, LoraArguments, ModelArguments, PartArguments, RunArguments
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     # 2. Checks that need no model
     check_run(training_args, model_args, data_args, run_args)
     model_args.dtype = frozen_dtype(model_args)
+    model_args.image_backend = run_image_backend(model_args)
     start = model_args.model_name_or_path
     continued_adapter = start if start is not None and is_adapter(start) else None
     check_lora(lora_args, continued_adapter)

@@ -7,10 +7,12 @@ The files are made first: 118,287 JPEG files of 640x480 pixels (hard links to a 
 157,712 LLaVA records. Each start is a process of its own, which calls `load_conversations` as the training scripts
 do: this checkout cold, warm, and warm in two processes, then the older one, which keeps nothing. Times and memory are
 those beyond the imports. `held` is the proportional set size afterwards, in which a page that two processes share
-counts half for each; `peak` is the resident memory of this process, its workers not counted.
+counts half for each; `peak` is the resident memory of this process, its workers not counted. Token ids, labels,
+positions and normalised pixels of the first 200 batches must be equal in all starts, of the older checkout too.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -29,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES, CAPTIONS, RECORDS = 118_287, 591_753, 157_712
 DIFFERENT = 8  # images; a file may have 65,000 links at most
 COLLATED_ROWS = 64
+COMPARED_BATCHES = 200
+COMPARED = ("input_ids", "labels", "position_ids", "segment_ids", "branch_ids", "pixel_values")
 
 
 # ---------------------------------------------------------------------- the data
@@ -119,12 +123,31 @@ def start(args: argparse.Namespace) -> None:
     begun = time.process_time()
     images = sum(len(collator([rows[index]])["pixel_values"]) for index in range(number))
     found |= {"collator_images_s": images / (time.process_time() - begun)}
+    found |= {"first_batches": digest_of_batches(collator, rows)}
     if args.processes > 1:
         dist.barrier()
     found |= {"held_mb": held / 1e6, "held_now_mb": (pss() - memory) / 1e6, "rows": len(rows)}
     if args.processes > 1:
         dist.barrier()
     print(json.dumps(found))
+
+
+def digest_of_batches(collator: Any, rows: Any) -> str:
+    """SHA-256 of the first batches, images normalised: what every start and every version must give alike."""
+    import torch
+
+    digest = hashlib.sha256()
+    for index in range(min(COMPARED_BATCHES, len(rows))):
+        batch = dict(collator([rows[index]]))
+        if "pixel_table" in batch:
+            from jnana.modeling import normalize_pixels
+
+            batch["pixel_values"] = normalize_pixels(batch["pixel_values"], batch["pixel_table"])
+        for name in COMPARED:
+            value = batch[name]
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def make_processor(tokenizer: str | None, processor_class: Any, read_chat_template: Any) -> Any:
@@ -240,8 +263,14 @@ def main() -> None:
             found = run(args, checkout, args.folder / "cache", processes)
             result["starts"].append({"name": name, "processes": processes, "measured": found})
             for rank, values in enumerate(found):
-                shown = ", ".join(f"{key} {value:,.1f}" for key, value in values.items())
+                shown = ", ".join(
+                    f"{key} {value[:12] if isinstance(value, str) else format(value, ',.1f')}"
+                    for key, value in values.items()
+                )
                 print(f"{name}, process {rank + 1} of {processes}: {shown}", flush=True)
+    digests = {values["first_batches"] for start in result["starts"] for values in start["measured"]}
+    if len(digests) > 1:
+        raise SystemExit(f"the first {COMPARED_BATCHES} batches differ between the starts")
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from .configuration_jnana import DOWNSAMPLING_PROJECTORS, PROJECTOR_FIELDS, RESIZING_TOWERS, JnanaConfig
 from .idefics_jnana import IDEFICS_MODEL_TYPE, find_image_tokens, jnana_config_from_idefics
+from .image_inputs_jnana import normalize_pixels
 from .llava_jnana import LLAVA_MODEL_TYPES, jnana_config_from_llava
 from .loading_jnana import (
     BASE_REFERENCE,
@@ -81,6 +82,7 @@ __all__ = [
     "load_adapter_base",
     "load_base",
     "model_type_of",
+    "normalize_pixels",
     "quantization_config",
     "quantized_weight_count",
     "read_base_reference",

@@ -59,9 +59,14 @@ class JnanaImageMixin:
             `tuple`: The tower's output, and features of shape `(num_views, num_view_features, vision_feature_size)`.
 
         Raises:
-            ValueError: If `pixel_values` isn't a batch of images.
+            ValueError: If `pixel_values` isn't a batch of images, or holds bytes.
         """
         config = self.config
+        if pixel_values.dtype == torch.uint8:
+            raise ValueError(
+                "`pixel_values` are bytes. Give them to `forward` with the `pixel_table` that the collator made for "
+                "them, or as floats: `normalize_pixels(pixel_values, pixel_table)`, or from the image processor."
+            )
         if pixel_values.ndim == 5 and config.image_grid_pinpoints is not None:
             counts = self.multi_modal_projector.count_views(_size_list(image_sizes))
             if len(counts) != len(pixel_values):
@@ -347,6 +352,35 @@ class JnanaImageMixin:
         black = torch.zeros(image_shape(config), device=device, dtype=self.vision_tower.dtype)
         features = self.get_image_features(black.expand(count, -1, -1, -1), image_sizes=sizes, return_dict=True)
         return features.pooler_output[0]
+
+
+def normalize_pixels(pixel_values: torch.Tensor, pixel_table: torch.Tensor) -> torch.Tensor:
+    """
+    Normalise images on the device that they are on. Every value is looked up, so that it is the image processor's own,
+    to the last bit; the device waits for nothing.
+
+    Args:
+        pixel_values (`torch.ByteTensor` of shape `(..., channels, height, width)`): Levels from 0 to 255.
+        pixel_table (`torch.FloatTensor` of shape `(channels, 256)`): What the image processor makes of each level of
+            each channel.
+
+    Returns:
+        `torch.FloatTensor` of the shape of `pixel_values`.
+
+    Raises:
+        ValueError: If `pixel_values` holds no bytes, or the table is of another number of channels.
+    """
+    channels = pixel_values.shape[-3] if pixel_values.ndim > 2 else None
+    if pixel_values.dtype != torch.uint8 or tuple(pixel_table.shape) != (channels, 256):
+        raise ValueError(
+            f"`pixel_table` of shape {tuple(pixel_table.shape)} is given with `pixel_values` of dtype "
+            f"{pixel_values.dtype} and shape {tuple(pixel_values.shape)}; give bytes and their table "
+            "`(channels, 256)`, or floats and no table."
+        )
+    table = pixel_table.to(pixel_values.device)
+    # Channel by channel: indices take four bytes a value
+    values = [row[levels.int()] for row, levels in zip(table, pixel_values.unbind(-3), strict=True)]
+    return torch.stack(values, dim=-3)
 
 
 def _any_trains(module: nn.Module) -> bool:

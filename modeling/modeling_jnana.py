@@ -31,7 +31,7 @@ from .backbones_jnana import (
 from .configuration_jnana import JnanaConfig
 from .cross_attention_jnana import INPUTS_NAME, JnanaCrossAttentionLayer, JnanaCrossAttentionMixin
 from .idefics_jnana import IDEFICS_MODEL_TYPE, load_idefics
-from .image_inputs_jnana import ImageIndices, ImageSizes, JnanaImageMixin
+from .image_inputs_jnana import ImageIndices, ImageSizes, JnanaImageMixin, normalize_pixels
 from .image_slots_jnana import STATES_NAME
 from .llava_jnana import LLAVA_MODEL_TYPES, load_llava
 from .loading_jnana import (
@@ -337,6 +337,7 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         segment_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
         packed_layout: PackedLayout | None = None,
+        pixel_table: torch.Tensor | None = None,
         cache: Cache | None = None,
         has_labels: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -370,6 +371,10 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
                 packed rows, with `position_ids` and without `attention_mask`: see `packed_attention_jnana.py`.
             packed_layout ([`PackedLayout`], *optional*): The layout that these describe, as `JnanaCollator` makes it;
                 derived from them if it is not given.
+            pixel_table (`torch.FloatTensor` of shape `(channels, 256)`, *optional*): With `pixel_values` of dtype
+                `torch.uint8`, as `JnanaCollator` makes them for the training scripts: the value that the image
+                processor gives each level of each channel ([`normalize_pixels`]). Images are then normalised on the
+                device, and a quarter of the bytes is sent to it.
             has_labels (`bool`, *optional*, defaults to `False`): Whether a loss will be computed from the outputs. A
                 batch without images then runs the tower on a black image, if several processes train together.
 
@@ -390,6 +395,8 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
         if packed:
             shape = (given.shape[0], given.shape[1])  # type: ignore[union-attr]  # one is given
             check_packed_inputs(segment_ids, branch_ids, position_ids, attention_mask, cache, shape)
+        if pixel_values is not None and pixel_table is not None:
+            pixel_values = normalize_pixels(pixel_values, pixel_table)
         # 0 features: this batch has no images, and the other processes read precomputed features of theirs.
         no_features = image_features is not None and image_features.shape[0] == 0
         images = self._project_images(

@@ -9,7 +9,7 @@ if __name__ != "jnana.processing":  # a second copy of every class would be regi
 
 from .chat_encoding_jnana import transcribe_chat
 from .chat_formats_jnana import adopt_chat_template, chat_template_names, read_chat_template
-from .image_geometry_jnana import set_image_geometry
+from .image_geometry_jnana import set_image_geometry, with_image_backend
 from .processing_jnana import JnanaProcessor, add_jnana_tokens
 
 
@@ -21,4 +21,5 @@ __all__ = [
     "read_chat_template",
     "set_image_geometry",
     "transcribe_chat",
+    "with_image_backend",
 ]

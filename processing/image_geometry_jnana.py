@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
+from transformers.utils import is_torchvision_available
 
 
 IMAGE_GEOMETRIES = ("crop", "pad", "anyres")
@@ -163,11 +164,41 @@ def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
     resized = dict(image_processor.size).get("shortest_edge", side) if image_geometry == "crop" else side
     fields |= {"size": {"shortest_edge": resized}, "crop_size": {"height": side, "width": side}}
     if image_geometry == "anyres":
-        pinpoints = [[side * rows, side * columns] for rows, columns in ANYRES_GRIDS]
-        return transformers.LlavaNextImageProcessor(**fields, image_grid_pinpoints=pinpoints)
+        fields["image_grid_pinpoints"] = [[side * rows, side * columns] for rows, columns in ANYRES_GRIDS]
     if image_geometry == "pad":
-        return transformers.LlavaImageProcessor(**fields, do_pad=True)
-    return transformers.CLIPImageProcessor(**fields)
+        fields["do_pad"] = True
+    name = {"anyres": "LlavaNextImageProcessor", "pad": "LlavaImageProcessor", "crop": "CLIPImageProcessor"}
+    return backend_class(name[image_geometry], image_backend(image_processor))(**fields)
+
+
+def image_backend(image_processor: Any) -> str:
+    """The library that an image processor resizes with: `pil` or `torchvision`."""
+    return getattr(image_processor, "backend", "pil")
+
+
+def backend_class(name: str, backend: str) -> Any:
+    """The class of transformers for a library, `None` if there is none; `name` as for torchvision."""
+    if backend == "torchvision" and not is_torchvision_available():
+        return None  # by this name transformers gives the one for Pillow
+    return getattr(transformers, f"{name}Pil" if backend == "pil" else name, None)
+
+
+def with_image_backend(image_processor: Any, backend: str) -> Any:
+    """
+    An image processor with the same settings that resizes with another library.
+
+    Args:
+        image_processor (`BaseImageProcessor`): any.
+        backend (`str`): `pil` or `torchvision`.
+
+    Returns:
+        `BaseImageProcessor`: `image_processor` itself if it resizes with this library, or if there is no such class
+            here: the library is not installed, or transformers has no such class.
+    """
+    if image_backend(image_processor) == backend:
+        return image_processor
+    found = backend_class(type(image_processor).__name__.removesuffix("Pil"), backend)
+    return image_processor if found is None else found.from_dict(image_processor.to_dict())
 
 
 def unpadded_size(image_size: tuple[int, int] | None, rows: int, columns: int) -> tuple[int, int]:

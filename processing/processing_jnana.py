@@ -37,7 +37,13 @@ from .chat_formats_jnana import (
     check_answer_end,
     read_chat_template,
 )
-from .image_geometry_jnana import JnanaImageCountMixin, count_prefix_tokens, set_image_geometry
+from .image_geometry_jnana import (
+    JnanaImageCountMixin,
+    count_prefix_tokens,
+    image_backend,
+    set_image_geometry,
+    with_image_backend,
+)
 
 
 # Keyword arguments for the tokenizer and the image processor. `apply_chat_template` also takes them outside
@@ -342,6 +348,9 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         downsample_factor (`int`, *optional*, defaults to 1): side, in patches, of the squares that the projector joins
             to one token: the config's `projector_downsample_factor` for `pixel_shuffle` and `avg_pool`.
         tokens_per_view (`int`, *optional*): image tokens of a view where they do not depend on its patches.
+        image_backend (`str`, *optional*): the library that resizes images, `pil` or `torchvision`: as the checkpoint
+            was trained with, whose processor records it. Where it is not installed, the image processor stays as it
+            is; its pixels differ by a level. By default that of `image_processor`.
         chat_template (`str`, *optional*): the Jinja template.
         image_token (`str`, *optional*, defaults to `"<image>"`): the token that stands for one image vector.
 
@@ -360,6 +369,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         image_token="<image>",
         downsample_factor=1,
         tokens_per_view=None,
+        image_backend=None,
     ):
         if vision_feature_select_strategy not in FEATURE_SELECT_STRATEGIES:
             raise ValueError(
@@ -380,7 +390,18 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         self.tokens_per_view = tokens_per_view
         self.image_token = image_token
         self.image_token_id = image_token_ids[0]
+        if image_backend is not None:
+            image_processor = with_image_backend(image_processor, image_backend)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def image_backend(self) -> str:
+        """`str`: the library that resizes images, `pil` or `torchvision`; saved with the processor."""
+        return image_backend(self.image_processor)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `ProcessorMixin.to_dict`, with `image_backend`: image processors of both libraries are saved alike."""
+        return {**super().to_dict(), "image_backend": self.image_backend}
 
     @classmethod
     def from_vision_text_pretrained(

@@ -95,12 +95,14 @@ def prepare_options(
         seed=seed,
         data_cache=args.data_cache,
         num_proc=args.dataset_num_proc,
+        jpeg_draft=args.jpeg_draft,
     )
 
 
 def collator_options(args: DataArguments, output_dir: str, needs_images: bool = False) -> dict[str, Any]:
-    """The options of `JnanaCollator` among the data arguments."""
-    return prepare_options(args, output_dir, needs_images=needs_images).for_collator
+    """The options of `JnanaCollator` among the data arguments; the model normalises images on its device."""
+    options = prepare_options(args, output_dir, needs_images=needs_images).for_collator
+    return options | {"normalize_on_device": True}
 
 
 def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:

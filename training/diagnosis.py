@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from jnana.processing.data import BatchCounts
+from jnana.processing.data.encoding import usable_cores
 
 from .profiling.batch_counts import COUNTS
 from .profiling.speed import SpeedCallback, Work, measured_speed
@@ -57,8 +58,10 @@ NO_LABELS = (
     "chat template marks answers with {{% generation %}} and that labels are not -100 everywhere"
 )
 STARVED = (
-    "{share:.0%} of the time of steps {first} to {step} went by waiting for data. Raise dataloader_num_workers (now "
-    "{workers}), keep the features of a frozen image encoder (feature_cache), or store smaller images"
+    "{share:.0%} of the time of steps {first} to {step} went by waiting for data. The dataloader gives {given:,.1f} "
+    "{what}/s with {workers} workers a process, and the steps could take {wanted:,.1f}. Raise dataloader_num_workers "
+    "to {needed} (this process may use {cores} cores; docs/data.md has a table), keep the features of a frozen image "
+    "encoder (feature_cache), or store smaller images"
 )
 BLIND = (
     "answers do not depend on the image: in step {step} the loss of {rows} validation rows is {own:.4f} with their "
@@ -177,11 +180,12 @@ class DiagnosisCallback(TrainerCallback):
         self.pending.add(work)
         if self.pending.steps < FEWEST_STEPS * processes:
             return
-        share = self.pending.waiting / max(self.pending.waiting + self.pending.computing, 1e-9)
-        self.pending = Work()
+        done, self.pending = self.pending, Work()
+        share = done.waiting / max(done.waiting + done.computing, 1e-9)
         if share > WAITING:
-            values = {"first": self.pending_from + 1, "step": step, "share": share}
-            self.warn("starved", STARVED.format(**values, workers=self.trainer.args.dataloader_num_workers))
+            workers = self.trainer.args.dataloader_num_workers
+            values = {"first": self.pending_from + 1, "step": step, "share": share, "workers": workers}
+            self.warn("starved", STARVED.format(**values, **feeding(done, workers, processes)))
 
     def compare_images(self, logs: dict[str, float], state) -> None:
         """Compare the loss of a few validation rows with their own images and with exchanged ones.
@@ -219,6 +223,33 @@ class DiagnosisCallback(TrainerCallback):
         return trainer.prediction_step(model, batch, prediction_loss_only=True)[0].item()
 
 
+def feeding(work: Work, workers: int, processes: int) -> dict[str, Any]:
+    """
+    What the dataloader gives, and how many of its workers would feed the steps.
+
+    Args:
+        work (`Work`): Of all processes, waiting for data.
+        workers (`int`): The dataloader's, of each process; 0 where the process itself makes the batches.
+        processes (`int`): Their number.
+
+    Returns:
+        `dict`: `what` is counted (images, or conversations where there are none), how many of them a second are
+            `given`, and `wanted` by steps that do not wait, the workers `needed` in each process, and the `cores` that
+            there are.
+    """
+    number, what = (work.images, "images") if work.images else (work.samples, "conversations")
+    computing = max(work.computing, 1e-9)
+    # A process that makes its batches itself does so while it waits; workers make them all the time.
+    busy = workers * (work.waiting + work.computing) if workers else work.waiting
+    return {
+        "what": what,
+        "given": number * processes / (work.waiting + work.computing),
+        "wanted": number * processes / computing,
+        "needed": max(math.ceil(busy / computing), workers + 1),
+        "cores": usable_cores(),
+    }
+
+
 def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The weights that train, by part."""
     found: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
@@ -239,12 +270,16 @@ def gradient_norm(weights: list[nn.Parameter], device: torch.device) -> torch.Te
 
 
 def with_exchanged_images(batch: dict[str, Any]) -> dict[str, Any] | None:
-    """A batch in which each image is the next one, or black where there is one only; `None` without images."""
+    """A batch in which each image is the next one, or one colour where there is one only; `None` without images."""
     name = next((name for name in IMAGE_INPUTS if batch.get(name) is not None and len(batch[name])), None)
     if name is None:
         return None
     images = batch[name]
-    return {**batch, name: images.roll(1, 0) if len(images) > 1 else torch.zeros_like(images)}
+    if len(images) > 1:
+        return {**batch, name: images.roll(1, 0)}
+    if images.dtype == torch.uint8:  # zeros are the mean of normalised pixels
+        images = images.float()
+    return {**{key: value for key, value in batch.items() if key != "pixel_table"}, name: torch.zeros_like(images)}
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
+from jnana.modeling import normalize_pixels
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import BadSampleError, PixelImages, check_image
 from jnana.processing.data.feature_cache import (
@@ -101,7 +102,7 @@ def prepare_feature_cache(
         return None
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_frozen(base.model.vision_tower)
-    key = feature_key(base, processor, training_args, args.feature_cache_dtype)
+    key = feature_key(base, processor, training_args, args.feature_cache_dtype, args.jpeg_draft)
     builder = _Builder(
         args, base.model, processor, [viewed_rows(rows) for rows in data if rows is not None], training_args
     )
@@ -124,7 +125,11 @@ def check_frozen(tower: nn.Module) -> None:
 
 
 def feature_key(
-    model: nn.Module, processor: JnanaProcessor, args: TrainingArguments, dtype: str | None = None
+    model: nn.Module,
+    processor: JnanaProcessor,
+    args: TrainingArguments,
+    dtype: str | None = None,
+    jpeg_draft: bool = False,
 ) -> dict[str, Any]:
     """
     All that features depend on besides the image, as it is written to `cache.json`.
@@ -134,6 +139,7 @@ def feature_key(
         processor (`JnanaProcessor`): Its image processor's settings.
         args (`TrainingArguments`): Whether the tower computes under autocast.
         dtype (`str`, *optional*): Of the stored features; default: the dtype that the tower computes in.
+        jpeg_draft (`bool`, *optional*, defaults to `False`): As in [`PixelImages`].
 
     Returns:
         `dict`: plain JSON values.
@@ -143,6 +149,7 @@ def feature_key(
     lower = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     settings = json.loads(processor.image_processor.to_json_string())
     return {
+        **({"jpeg_draft": True} if jpeg_draft else {}),  # caches of older versions have no such entry
         "format": FORMAT,
         "vision_tower": config.vision_config.model_type,
         "vision_tower_weights": weights_digest(tower),
@@ -164,7 +171,12 @@ class _Builder:
         self.folder = Path(args.feature_cache)  # type: ignore[arg-type]
         self.model, self.processor, self.data = model, processor, data
         self.skip = args.on_bad_sample == "skip"
-        self.images = PixelImages(processor, args.max_image_pixels or MAX_IMAGE_PIXELS)
+        self.images = PixelImages(
+            processor,
+            args.max_image_pixels or MAX_IMAGE_PIXELS,
+            normalize_on_device=True,
+            jpeg_draft=args.jpeg_draft,
+        )
         self.device = training_args.device
         self.num_workers = training_args.dataloader_num_workers
         lower = torch.bfloat16 if training_args.bf16 else torch.float16
@@ -351,8 +363,11 @@ class _Builder:
             for good, pixel_values, bad in loader:
                 problems += bad
                 if good:
+                    pixel_values = pixel_values.to(self.device)
+                    if self.images.views.table is not None:
+                        pixel_values = normalize_pixels(pixel_values, self.images.views.table)
                     with self.autocast():
-                        features = self.model.get_vision_features(pixel_values.to(self.device))[1]
+                        features = self.model.get_vision_features(pixel_values)[1]
                     features = features.to("cpu", DTYPES[key["dtype"]])
                     num_bytes += features.nbytes
                     images = zip(good, features.split([image.num_views for image in good]), strict=True)

@@ -4,6 +4,7 @@ A tokenizer that the language model was not trained with raises an error. Withou
 other words than in training, and up to half of the answers would be wrong without any error.
 """
 
+import contextlib
 import logging
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.utils import is_torchvision_available
 
 from jnana.modeling import (
     JnanaConfig,
@@ -26,7 +28,7 @@ from jnana.modeling import (
     model_type_of,
     quantization_config,
 )
-from jnana.processing import JnanaProcessor, set_image_geometry
+from jnana.processing import JnanaProcessor, set_image_geometry, with_image_backend
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
@@ -62,7 +64,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         if args.image_geometry is not None:
             processor.image_processor = set_image_geometry(processor.image_processor, args.image_geometry)
         check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
-        return processor
+        return _resizing_with(processor, args.image_backend)
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
     processor = JnanaProcessor.from_vision_text_pretrained(
         args.vision_model,
@@ -79,7 +81,49 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     size = image_fields(backbones[0], processor)
     config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields, **size)
     check_image_tokens(config, processor, args.vision_model, f"the image processor of {args.vision_model}")
+    return _resizing_with(processor, args.image_backend)
+
+
+def _resizing_with(processor: JnanaProcessor, backend: str | None) -> JnanaProcessor:
+    """The processor, resizing images with the library that the run has chosen."""
+    if backend is not None:
+        processor.image_processor = with_image_backend(processor.image_processor, backend)
+        if processor.image_backend != backend:
+            name = type(processor.image_processor).__name__
+            logger.warning(f"image_backend {backend!r}: there is no such {name}; {processor.image_backend} resizes")
     return processor
+
+
+def run_image_backend(args: ModelArguments) -> str:
+    """The library that a run resizes images with: `image_backend`, or that of the checkpoint to continue, or for a new
+    pair the one that transformers prefers.
+
+    Args:
+        args (`ModelArguments`): Which model; only its processor's settings are read.
+
+    Raises:
+        ValueError: if `image_backend` names a library that is not installed.
+    """
+    installed = is_torchvision_available()
+    if args.image_backend == "torchvision" and not installed:
+        raise ValueError(
+            "image_backend is 'torchvision', which can't be imported here; install the torchvision of this torch, or "
+            "leave image_backend out"
+        )
+    if args.image_backend is not None:
+        return args.image_backend
+    recorded = None
+    if args.model_name_or_path is not None:
+        with contextlib.suppress(OSError):  # an error of the path is explained where the processor is loaded
+            recorded = JnanaProcessor.get_processor_dict(args.model_name_or_path)[0].get("image_backend")
+    if recorded == "torchvision" and not installed:
+        logger.warning(
+            f"{args.model_name_or_path} was trained on images that torchvision resized, which can't be imported here; "
+            "Pillow resizes them, and pixels differ by a level (docs/data.md)"
+        )
+    if recorded == "pil" or not installed:
+        return "pil"
+    return "torchvision"
 
 
 def frozen_dtype(args: ModelArguments) -> str:

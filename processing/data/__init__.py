@@ -4,10 +4,11 @@ from .checks import CheckReport, check_rows
 from .collator import JnanaCollator
 from .counting import BatchCounts, CountedBatch, count_tensors
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages, check_image, image_size, load_image, thumbnail
+from .images import MAX_IMAGE_PIXELS, check_image, image_size, load_image, thumbnail
 from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED, RowPlan, plan_rows
 from .paths import is_hub_id, names_local_path
+from .pixels import PixelImages
 from .preparation import Prepared, PrepareOptions
 from .prepare import packed_rows, packed_stream, prepare
 from .readers import load_rows

@@ -19,8 +19,9 @@ from jnana.processing.processing_jnana import JnanaProcessor
 from .checks import check_row, check_size, has_images
 from .counting import CountedBatch, count_rows
 from .feature_cache import FeatureCache
-from .images import MAX_IMAGE_PIXELS, PixelImages
+from .images import MAX_IMAGE_PIXELS
 from .packing import PACKINGS, EncodedConversation, expand_images, measure_conversation, pack_row, stack_rows
+from .pixels import PixelImages
 from .rows import IMAGE_PART, BadSampleError, append_bad_samples, message, text_part
 
 
@@ -70,6 +71,11 @@ class JnanaCollator:
         images (`PixelImages` or `FeatureCache`, *optional*): loads images as model inputs; by default `PixelImages`,
             as `pixel_values`.
         needs_images (`bool`, *optional*, defaults to `False`): whether a conversation without an image can't be used.
+        normalize_on_device (`bool`, *optional*, defaults to `False`): leave `pixel_values` as bytes, which the model
+            of this version normalises: a quarter of the memory in the dataloader's queue, and nothing to compute in
+            its workers. The training scripts set it. For other models, also for the code in an older checkpoint,
+            leave it out.
+        jpeg_draft (`bool`, *optional*, defaults to `False`): as in [`PixelImages`].
 
     Attributes:
         num_bad_samples (`int`): rows that this object skipped. Each dataloader worker has a copy of the collator, so
@@ -87,6 +93,8 @@ class JnanaCollator:
         packing: str = "none",
         images: PixelImages | FeatureCache | None = None,
         needs_images: bool = False,
+        normalize_on_device: bool = False,
+        jpeg_draft: bool = False,
     ):
         for name, value, known in (
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
@@ -101,7 +109,9 @@ class JnanaCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.packing = packing
         self.needs_images = needs_images
-        self.images = PixelImages(processor, max_image_pixels) if images is None else images
+        if images is None:
+            images = PixelImages(processor, max_image_pixels, normalize_on_device, jpeg_draft)
+        self.images = images
         self.num_bad_samples = 0
         self._checked_processor = False
         self._last_good: tuple[EncodedConversation, list[Any]] | None = None
@@ -123,8 +133,9 @@ class JnanaCollator:
               (`int`). So that the model counts nothing on a GPU, which would have to wait.
             - `skip_logits` (`True`): training needs no logits.
             - if there are images, what `images` gives, each image once in the order of its first occurrence:
-              `pixel_values` `(num_views, channels, height, width)` or `image_features`, and where images are cut into
-              tiles `image_sizes`, a list of (height, width). Also `image_indices` `(num_occurrences,)`, the index of
+              `pixel_values` `(num_views, channels, height, width)` (with `normalize_on_device` as bytes, beside
+              `pixel_table` `(channels, 256)`) or `image_features`, and where images are cut into tiles
+              `image_sizes`, a list of (height, width). Also `image_indices` `(num_occurrences,)`, the index of
               the image at each occurrence in reading order (not with `none` if each image occurs once); a list where
               images are cut into tiles.
 

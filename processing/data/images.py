@@ -9,15 +9,11 @@ import base64
 import io
 import logging
 import warnings
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
-
-from jnana.processing.processing_jnana import JnanaProcessor
 
 from .heif import open_heic
 from .rows import BadSampleError, bad_sample
@@ -40,7 +36,13 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
-def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(
+    image: Any,
+    *,
+    source: str = "image",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    draft_side: int | None = None,
+) -> Image.Image:
     """
     Decode one image to RGB, upright.
 
@@ -50,6 +52,8 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
         source (`str`, *optional*): file and record that refer to it, for the error.
         max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images raise before they are
             decoded.
+        draft_side (`int`, *optional*): decode a JPEG file at a half, a quarter or an eighth of its size, the smallest
+            of them with this many pixels a side at least. Faster, and other pixels.
 
     Returns:
         `PIL.Image.Image`: mode RGB; EXIF orientation applied, transparency on white, greys of 9 to 16 bits scaled to
@@ -66,6 +70,8 @@ def load_image(image: Any, *, source: str = "image", max_image_pixels: int = MAX
         return _decode(image, name, source)
     name, opened = _open(image, source, max_image_pixels)
     with opened:
+        if draft_side is not None:
+            opened.draft(None, (draft_side, draft_side))  # without effect on other formats
         return _decode(opened, name, source)
 
 
@@ -309,79 +315,3 @@ def _to_rgb(image: Image.Image, grey_bits: int) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-class PixelImages:
-    """
-    Loads images for the collator, as `pixel_values`. Images are decoded in the dataloader's workers.
-
-    Args:
-        processor (`JnanaProcessor`): its image processor prepares them.
-        max_image_pixels (`int`, *optional*, defaults to 67,108,864): larger images are not decoded.
-    """
-
-    def __init__(self, processor: JnanaProcessor, max_image_pixels: int = MAX_IMAGE_PIXELS):
-        self.processor = processor
-        self.max_image_pixels = max_image_pixels
-
-    def key(self, reference: Any) -> Hashable:
-        """A key that is equal for two references to one image.
-
-        Args:
-            reference (`dict`, `str`, `Path` or `PIL.Image.Image`): `{"path": str | None, "bytes": bytes | None}`, a
-                path, or the image itself.
-        """
-        if not isinstance(reference, dict):
-            return str(reference) if isinstance(reference, (str, Path)) else id(reference)
-        return reference["bytes"] if reference.get("bytes") is not None else reference.get("path")
-
-    def load(self, reference: Any, source: str) -> Any:
-        """
-        Load one image.
-
-        Args:
-            reference (`dict` or `PIL.Image.Image`): the image.
-            source (`str`): file and record that refer to it.
-
-        Raises:
-            BadSampleError: if it can't be used.
-        """
-        return load_image(reference, source=source, max_image_pixels=self.max_image_pixels)
-
-    def size(self, image: Any) -> tuple[int, int]:
-        """(height, width) in pixels of an image from [`~PixelImages.load`]."""
-        return image_size(image)
-
-    def blank(self, size: tuple[int, int], num_views: int) -> Any:
-        """
-        A grey image, of the type that [`~PixelImages.load`] returns.
-
-        Args:
-            size (`tuple[int, int]`): (height, width) in pixels.
-            num_views (`int`): the number of views that an image of this size has; not used here.
-        """
-        return Image.new("RGB", size[::-1], "grey")
-
-    def stack(self, images: list[Any]) -> dict[str, Any]:
-        """
-        The model inputs of the images of a batch.
-
-        Args:
-            images (`list`): from [`~PixelImages.load`].
-
-        Returns:
-            `dict[str, Any]`: `pixel_values` `(num_views, channels, height, width)`, and where images are cut into
-            tiles `image_sizes`, (height, width) in pixels of each, as a list: shapes depend on them, and reading them
-            from a GPU would make it wait. Empty without images.
-        """
-        if not images:
-            return {}
-        if self.processor.image_grid_pinpoints is None:
-            return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
-        # Not padded to the largest number of views in the batch, which would be sent to the GPU for nothing
-        views = self.processor.image_processor(images, do_pad=False)["pixel_values"]
-        sizes = [image_size(image) for image in images]
-        return {
-            "pixel_values": torch.cat([torch.as_tensor(np.asarray(of_image)) for of_image in views]),
-            "image_sizes": sizes,
-        }

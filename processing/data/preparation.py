@@ -68,6 +68,7 @@ class PrepareOptions:
         data_cache (`str` or `Path`, *optional*): the directory that prepared rows are kept in; by default
             [`default_data_cache`], for files from `KEPT_BYTES` on.
         num_proc (`int`, *optional*): processes that prepare rows; by default one for each core.
+        jpeg_draft (`bool`, *optional*, defaults to `False`): as in [`PixelImages`].
     """
 
     format: str = "auto"
@@ -92,11 +93,13 @@ class PrepareOptions:
     seed: int | None = None
     data_cache: str | Path | None = None
     num_proc: int | None = None
+    jpeg_draft: bool = False
 
     @property
     def for_collator(self) -> dict[str, Any]:
         """The options that [`JnanaCollator`] takes."""
-        names = ("max_length", "needs_images", "on_bad_sample", "bad_samples_file", "max_image_pixels", "packing")
+        names: tuple[str, ...] = ("max_length", "needs_images", "on_bad_sample", "bad_samples_file")
+        names += ("max_image_pixels", "packing", "jpeg_draft")
         return {name: getattr(self, name) for name in names}
 
 

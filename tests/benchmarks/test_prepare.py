@@ -16,4 +16,5 @@ def test_all_starts_are_measured(tmp_path):
     assert [(start["name"], start["processes"]) for start in starts] == [("cold", 1), ("warm", 1), ("warm", 2)]
     measured = [values for start in starts for values in start["measured"]]
     assert len({values["rows"] for values in measured}) == 1 and measured[0]["rows"] > 10
+    assert len({values["first_batches"] for values in measured}) == 1
     assert all(values["collator_images_s"] > 0 and values["wall_s"] > 0 for values in measured)

@@ -113,6 +113,7 @@ def test_a_batch_of_our_collator(tmp_path, monkeypatch, kind, packing, how):
     paths = save_pictures(tmp_path / "pictures")
     model, collator = trained(model, how), JnanaCollator(processor, packing=packing)
     batches = [collator(rows_of(paths))]
+    batches.append(JnanaCollator(processor, packing=packing, normalize_on_device=True)(rows_of(paths)))
     if how != "projector":  # or nothing depends on what trains
         batches.append(collator(rows_of(paths)[4:5]))  # without an image
     for batch in batches:
@@ -153,12 +154,40 @@ def test_positions_that_do_not_fit_the_images_raise(tmp_path):
         model(**text)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["tokens", "cross_attention", "tiles"])
-def test_on_a_gpu(tmp_path, kind):
+def test_images_normalised_by_the_model(tmp_path, kind):
+    """Loss and gradients are those of the image processor's floats, to the last bit."""
+    model, processor = make_pair(tmp_path / "pair", kind)
+    rows, results = rows_of(save_pictures(tmp_path / "pictures")), []
+    model = trained(model, "all")
+    for name, weight in model.named_parameters():
+        if "gate" in name:  # closed at first, so that nothing would depend on images
+            weight.data.fill_(0.5)
+    for on_device in (False, True):
+        batch = JnanaCollator(processor, packing="shared_image", normalize_on_device=on_device)(rows)
+        assert (batch["pixel_values"].dtype == torch.uint8) == on_device
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, [weight.grad for weight in model.parameters() if weight.grad is not None]))
+    (loss, gradients), (same_loss, same_gradients) = results
+    assert torch.equal(loss, same_loss) and len(gradients) == len(same_gradients) > 10
+    assert all(map(torch.equal, gradients, same_gradients))
+    brighter = {**batch, "pixel_values": batch["pixel_values"] ^ 1}
+    assert not torch.equal(model(**brighter).loss, loss)  # the control
+    del batch["pixel_table"]
+    with pytest.raises(ValueError, match="`pixel_values` are bytes. Give them to `forward` with the `pixel_table`"):
+        model(**batch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("kind", ["tokens", "cross_attention", "tiles"])
+def test_on_a_gpu(tmp_path, kind, on_device):
     model, processor = make_pair(tmp_path / "pair", kind)
     model = trained(model, "lora").cuda()
-    batch = JnanaCollator(processor, packing="shared_image")(rows_of(save_pictures(tmp_path / "pictures")))
+    collator = JnanaCollator(processor, packing="shared_image", normalize_on_device=on_device)
+    batch = collator(rows_of(save_pictures(tmp_path / "pictures")))
     batch = send_to_device(batch, "cuda")
     model(**batch).loss.backward()  # libraries are loaded
     torch.cuda.synchronize()

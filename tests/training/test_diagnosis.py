@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from jnana.training.diagnosis import DiagnosisCallback, gradient_norm, watched
+from jnana.modeling import normalize_pixels
+from jnana.training.diagnosis import DiagnosisCallback, feeding, gradient_norm, watched, with_exchanged_images
 from jnana.training.options.arguments import LoraArguments
 from jnana.training.profiling.speed import Work
 from jnana.training.stages import apply_stage
@@ -124,6 +125,34 @@ def test_a_starved_run_that_logs_rarely_is_named_after_50_steps():
             run.step(projector=1.0)
         starved = [text for text in run.diagnosis.found if text.startswith("50% of the time of steps 1 to 50 went by")]
         assert len(starved) == (waiting == 1.0) == len(run.diagnosis.found)
+
+
+@pytest.mark.parametrize(
+    ("workers", "processes", "waiting", "needed", "given", "wanted"),
+    [
+        (0, 1, 6.0, 2, 10, 25),  # each step takes 4 s, and making its images 6: two workers make more than it takes
+        (0, 1, 2.0, 1, 16.7, 25),
+        (3, 1, 6.0, 8, 10, 25),  # three workers make a batch in 10 s
+        (3, 2, 12.0, 8, 10, 25),  # two processes, whose times are summed
+    ],
+)
+def test_the_workers_that_would_feed_the_steps(workers, processes, waiting, needed, given, wanted):
+    work = Work(steps=5 * processes, images=100, samples=500, computing=4.0 * processes, waiting=waiting)
+    found = feeding(work, workers, processes)
+    assert (found["needed"], found["what"]) == (needed, "images") and found["cores"] >= 1
+    assert (round(found["given"], 1), round(found["wanted"], 1)) == (given, wanted)
+    text = feeding(Work(steps=5, samples=50, computing=1, waiting=1), 1, 1)
+    assert (text["what"], text["given"], text["wanted"], text["needed"]) == ("conversations", 25, 50, 2)
+
+
+def test_exchanged_images_of_a_batch_of_bytes():
+    pixels, table = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8), torch.randn(3, 256)
+    several = with_exchanged_images({"pixel_values": pixels, "pixel_table": table})
+    assert torch.equal(several["pixel_values"], pixels.flip(0)) and several["pixel_table"] is table
+    alone = with_exchanged_images({"pixel_values": pixels[:1], "pixel_table": table})
+    floats = with_exchanged_images({"pixel_values": normalize_pixels(pixels[:1], table)})
+    assert alone.keys() == floats.keys() == {"pixel_values"}
+    assert torch.equal(alone["pixel_values"], floats["pixel_values"]) and alone["pixel_values"].dtype == torch.float32
 
 
 class Doubles:

@@ -1,5 +1,7 @@
 """Building a pair: embeddings grown only when needed, special tokens for generate, what is refused or warned about."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +12,13 @@ from jnana.processing import JnanaProcessor, read_chat_template
 from jnana.processing.data import tokenizer_fingerprint
 from jnana.training.adapters import adapter_reference, write_base_reference
 from jnana.training.loading import load_model, load_processor
-from jnana.training.model_setup import build_pair, check_text_tokenizer, prepare_model, prepare_processor
+from jnana.training.model_setup import (
+    build_pair,
+    check_text_tokenizer,
+    prepare_model,
+    prepare_processor,
+    run_image_backend,
+)
 from jnana.training.options.arguments import LoraArguments, ModelArguments
 from jnana.training.stages import apply_stage
 from tests.processing.chats import instruct_tokenizer
@@ -227,6 +235,33 @@ def test_trust_reaches_the_backbones_own_classes(vision, tmp_path, monkeypatch, 
     processor.save_pretrained(tmp_path / "pair")
     load_processor(str(tmp_path / "pair"), trust)
     assert len(asked) >= 8 and set(asked) == {trust}
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_library_that_resizes_images_is_chosen_once(vision, tmp_path, monkeypatch, caplog, installed):
+    monkeypatch.setattr("jnana.training.model_setup.is_torchvision_available", lambda: installed)
+    text = str(save_tiny_text(tmp_path / "text"))
+    pair = {"vision_model": vision, "text_model": text}
+    preferred = "torchvision" if installed else "pil"
+    assert run_image_backend(ModelArguments(**pair)) == preferred
+    assert run_image_backend(ModelArguments(**pair, image_backend="pil")) == "pil"
+    if installed:
+        assert run_image_backend(ModelArguments(**pair, image_backend="torchvision")) == "torchvision"
+    else:
+        with pytest.raises(ValueError, match="image_backend is 'torchvision', which can't be imported here"):
+            run_image_backend(ModelArguments(**pair, image_backend="torchvision"))
+    prepare_processor(ModelArguments(**pair, image_backend="pil")).save_pretrained(tmp_path / "pair")
+    recorded = json.loads((tmp_path / "pair" / "processor_config.json").read_text())
+    assert recorded["image_backend"] == "pil"
+    start = ModelArguments(model_name_or_path=str(tmp_path / "pair"))
+    assert run_image_backend(start) == "pil"  # as it was trained
+    for record, chosen in (("torchvision", preferred), (None, preferred)):  # older checkpoints have no record
+        changed = {name: value for name, value in recorded.items() if name != "image_backend"}
+        changed |= {} if record is None else {"image_backend": record}
+        (tmp_path / "pair" / "processor_config.json").write_text(json.dumps(changed))
+        caplog.clear()
+        assert run_image_backend(start) == chosen
+        assert ("Pillow resizes them" in caplog.text) == (record == "torchvision" and not installed)
 
 
 # ---------------------------------------------------------------------- chat templates

@@ -104,6 +104,13 @@ class ModelArguments:
             "(LLaVA-1.6; a new pair only). Default: as the checkpoint's image processor does it."
         },
     )
+    image_backend: Literal["pil", "torchvision"] | None = field(
+        default=None,
+        metadata={
+            "help": "Library that resizes images. Default: that of the checkpoint to continue; for a new pair "
+            "torchvision where it is installed. Their pixels differ by a level, so a resumed run keeps it."
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={
@@ -185,6 +192,13 @@ class DataArguments:
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a row at most, image tokens included."})
     max_length_source: str | None = field(default=None, init=False)  # what `max_length` is, where it was not given
     max_image_pixels: int | None = field(default=None)
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode JPEG files of twice the tower's size and more at a smaller size: faster, other pixels "
+            "(docs/data.md)."
+        },
+    )
     on_bad_sample: Literal["raise", "skip"] = field(default="raise")
     image_check: Literal["none", "header", "decode"] = field(
         default="header",

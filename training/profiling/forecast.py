@@ -408,6 +408,7 @@ def traceable(batch: dict[str, Any], config: JnanaConfig, stored_features: bool)
     """
     batch = dict(batch)
     if stored_features and "pixel_values" in batch:
+        batch.pop("pixel_table", None)
         shape = (len(batch.pop("pixel_values")), config.num_view_features, config.vision_feature_size)
         batch["image_features"] = torch.empty(shape)
     return batch

@@ -43,6 +43,7 @@ from jnana.processing.image_geometry_jnana import set_image_geometry
 WORDS = ("a", "rook", "king", "of", "the", "white", "queen", "<|endoftext|>", "éa", "12")
 PACKINGS = ("none", "rows", "shared_image")
 NUM_IMAGES = 7
+CHANGING_EVENTS = {f"os.{name}" for name in ("mkdir", "remove", "rename", "rmdir", "link", "symlink", "truncate")}
 
 
 @pytest.fixture
@@ -294,9 +295,18 @@ def _another_geometry(records: Path, processor: JnanaProcessor) -> JnanaProcesso
     )
 
 
-@pytest.mark.parametrize(
-    "change", [_another_record, _another_template, _another_tokenizer, _another_geometry], ids=lambda f: f.__name__
-)
+def _another_backend(records: Path, processor: JnanaProcessor) -> JnanaProcessor:
+    """As if torchvision resized the images: it is saved in the same words as Pillow's."""
+    image_processor = pickle.loads(pickle.dumps(processor.image_processor))
+    double = type("CLIPImageProcessor", (type(image_processor),), {"backend": "torchvision"})
+    image_processor.__class__ = double
+    return JnanaProcessor(image_processor, processor.tokenizer, patch_size=12, chat_template=processor.chat_template)
+
+
+CHANGES = [_another_record, _another_template, _another_tokenizer, _another_geometry, _another_backend]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_change_makes_a_new_entry(records, processor, tmp_path, change: Callable):
     start = JnanaProcessor(
         processor.image_processor, processor.tokenizer, patch_size=12, chat_template=processor.chat_template
@@ -349,6 +359,32 @@ def test_nothing_is_written_beside_the_data(records, processor, tmp_path):
     before = entries(records.parent)
     prepare(records, processor, options_for(tmp_path))
     assert entries(records.parent) == before
+
+
+def test_a_data_folder_that_can_only_be_read(records, processor, tmp_path, processes):
+    """Every attempt to change something in it is denied, for root too."""
+    processes(2)
+    folder, options = str(records.parent), options_for(tmp_path)
+
+    def deny(event: str, args: tuple) -> None:
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (writes or event in CHANGING_EVENTS) and any(str(argument).startswith(folder) for argument in args):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    def start() -> None:
+        sys.addaudithook(deny)  # of this child alone
+        for change in (lambda: open(records, "a"), lambda: os.mkdir(records.parent / "cache")):  # the control
+            try:
+                change()
+            except OSError as error:
+                assert error.errno == errno.EROFS
+            else:
+                raise AssertionError("it can be written")
+        assert len(prepare(records, processor, options)) > 25
+
+    for _ in ("cold", "warm"):
+        assert os.waitpid(in_a_fork(start), 0)[1] == 0
+    assert len(entries(tmp_path / "cache")) == 1
 
 
 # ---------------------------------------------------------------------- faults

@@ -21,9 +21,11 @@ from jnana.training.options.recipe_record import (
 
 
 def options_of(tmp_path, **changes) -> dict:
-    data = {name: changes.pop(name) for name in ("packing", "max_length", "streaming") if name in changes}
+    data_names = ("packing", "max_length", "streaming", "jpeg_draft")
+    data = {name: changes.pop(name) for name in data_names if name in changes}
+    model = ModelArguments(image_backend=changes.pop("image_backend", "pil"))
     training = TrainingArguments(output_dir=str(tmp_path / "out"), **{"max_steps": 6, "report_to": "none", **changes})
-    return recipe_options(ModelArguments(), DataArguments(train_data="rows.json", **data), RunArguments(), training)
+    return recipe_options(model, DataArguments(train_data="rows.json", **data), RunArguments(), training)
 
 
 @pytest.fixture
@@ -51,6 +53,8 @@ def check(checkpoint, tmp_path, *allowed, **changes):
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 1, this run has 4"),
         ({"packing": "rows"}, "packing 'none', this run has 'rows'"),
         ({"max_length": 99}, "max_length not given, this run has 99"),
+        ({"jpeg_draft": True}, "jpeg_draft False, this run has True"),
+        ({"image_backend": "torchvision"}, "image_backend 'pil', this run has 'torchvision'"),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type 'cosine', this run has 'linear'"),
     ],
 )

@@ -3,7 +3,8 @@
     python run_inspect.py recipes/jnana/sft.yaml
     python run_inspect.py recipes/jnana/align.yaml --train_data my_photos --tokens_per_second 4000
 
-Takes the recipe and the options of run_align.py or run_sft.py and reads no weights. Writes into
+Takes the recipe and the options of run_align.py or run_sft.py and reads no weights. Of several sources it shows what
+an epoch has of each. Writes into
 `output_dir/inspection`: `index.html` with the figures and 50 rows with their images, and `inspection.json`.
 `python run_inspect.py --help` lists all options.
 """
@@ -16,7 +17,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -24,8 +25,9 @@ from jnana.evaluation.inspection import Inspection, find_repetitions, inspect_ro
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import load_rows
 from jnana.processing.data.checks import raise_for_problems
-from jnana.processing.data.preparation import RowPreparation, read_source
-from jnana.processing.data.prepare import plan_packing
+from jnana.processing.data.mixture import DataSource, Share, SourceRows, mix, plan_mixture, shares, source_names
+from jnana.processing.data.packing import RowPlan
+from jnana.processing.data.preparation import PrepareOptions, RowPreparation, read_source
 from jnana.processing.data.rows import iterate_rows, rows_to_dataset
 from jnana.training.console import log_to_stdout
 from jnana.training.data import prepare_options
@@ -35,6 +37,7 @@ from jnana.training.options.model_checks import check_model_arguments, check_mod
 from jnana.training.options.option_checks import check_data
 from jnana.training.options.path_checks import check_output_dir
 from jnana.training.options.recipes import parse_arguments, recipe_name
+from jnana.training.options.sources import is_list, sources_of
 
 
 logger = logging.getLogger("jnana")
@@ -81,15 +84,25 @@ def main(argv: list[str]) -> None:
     # 2. The processor, and the rows of both sources
     processor = prepare_processor(model_args)
     limit_to_context(data_args, model_args)
-    found = [
-        inspect_source(evaluation, align, args, data_args, processor, training_args) for evaluation in (False, True)
-    ]
-    inspections = [inspection for inspection in found if inspection is not None]
+    inspections: list[Inspection] = []
+    epoch = None
+    for evaluation in (False, True):
+        seed = None if evaluation else training_args.seed
+        options = prepare_options(data_args, training_args.output_dir, evaluation, True, seed, align)
+        options = dataclasses.replace(options, on_bad_sample="skip", bad_samples_file=None)
+        sources = sources_of(data_args, evaluation)
+        named = is_list(data_args.eval_data if evaluation else data_args.train_data)
+        found = [inspect_source(source, named, evaluation, options, processor, args.stream_rows) for source in sources]
+        inspections += found
+        if not evaluation and not options.streaming:
+            epoch = epoch_of(sources, found, options)
     find_repetitions(inspections)
 
     # 3. In the terminal, as JSON, as a page
     for inspection in inspections:
         print(describe(inspection, args, training_args))
+    if epoch is not None and epoch.shares:
+        print(epoch.describe(args, training_args))
     print(f"\n{SHOWN} conversations, [[supervised]]:")
     for row in islice(iterate_rows(inspections[0].rows), SHOWN):
         parts = labelled_parts(row["conversations"][0], processor)
@@ -98,36 +111,77 @@ def main(argv: list[str]) -> None:
         inspection.name: inspection.figures() | {"findings": list(map(dataclasses.asdict, inspection.findings))}
         for inspection in inspections
     }
+    if epoch is not None and epoch.shares:
+        figures["epoch"] = epoch.figures()
     (folder / "inspection.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
     page = write_inspection(folder / "index.html", inspections, processor, recipe, args.max_examples)
     print(f"\nimages, questions, answers: {page}")
 
 
 def inspect_source(
+    source: DataSource,
+    named: bool,
     evaluation: bool,
-    align: bool,
-    args: InspectArguments,
-    data_args: DataArguments,
+    options: PrepareOptions,
     processor: JnanaProcessor,
-    training_args: TrainingArguments,
-) -> Inspection | None:
-    """Read, check and plan a source as the run would, which finds it in the data cache; `None` if there is none."""
-    source = data_args.eval_data if evaluation else data_args.train_data
-    if source is None:
-        return None
-    seed = None if evaluation else training_args.seed
-    options = prepare_options(data_args, training_args.output_dir, evaluation, True, seed, align)
-    options = dataclasses.replace(options, on_bad_sample="skip", bad_samples_file=None)
-    rows = None
+    stream_rows: int,
+) -> Inspection:
+    """Read, check and plan a source as the run would, which finds it in the data cache."""
+    options, rows = source.options(options), None
     if options.streaming:
-        rows = rows_to_dataset(islice(read_source(source, options, load_rows), args.stream_rows))
-        logger.info(f"{source} is a stream: its first {len(rows):,} rows are looked at")
-    preparation = RowPreparation(source, processor, options, rows)
+        rows = rows_to_dataset(islice(read_source(source.data, options, load_rows), stream_rows))
+        logger.info(f"{source.data} is a stream: its first {len(rows):,} rows are looked at")
+    preparation = RowPreparation(source.data, processor, options, rows)
     usable, report = preparation.rows_of(preparation.run())
     raise_for_problems(report, "skip")
-    plan = None if options.packing == "none" else plan_packing(report, options)
-    name = "eval" if evaluation else "train"
-    return inspect_rows(name, source, usable, report, plan, processor, options.max_length)
+    plan = None
+    if options.packing != "none":
+        whole = dataclasses.replace(source, weight=None, samples=None)
+        plan = plan_mixture(mix([whole], [SourceRows("", usable, report)], options.seed), options)
+    name = ("eval" if evaluation else "train") + (f" {source.name}" if named else "")
+    return inspect_rows(name, str(source.data), usable, report, plan, processor, options.max_length)
+
+
+@dataclass
+class Epoch:
+    """
+    The rows of several sources that an epoch has.
+
+    Args:
+        shares (`list[Share]`): Of each source; empty for a single source with all its rows.
+        sequences (`int`): Rows that batches are made of: packed rows, or conversations.
+        tokens (`int`): Without padding; those of a shared prefix once.
+        plan (`RowPlan`, *optional*): How the rows are packed.
+    """
+
+    shares: list[Share]
+    sequences: int
+    tokens: int
+    plan: RowPlan | None
+
+    def figures(self) -> dict[str, Any]:
+        """For `inspection.json`."""
+        shares = {share.name: dataclasses.asdict(share) for share in self.shares}
+        return {"sources": shares, "tokens": self.tokens, "sequences": self.sequences}
+
+    def describe(self, args: InspectArguments, training_args: TrainingArguments) -> str:
+        """For the terminal."""
+        lines = [f"\nan epoch of {len(self.shares)} sources", *(f"  {share}" for share in self.shares)]
+        lines += [] if self.plan is None else [f"  {self.plan}"]
+        return "\n".join([*lines, steps_line(self.tokens, self.sequences, args, training_args)])
+
+
+def epoch_of(sources: list[DataSource], found: list[Inspection], options: PrepareOptions) -> Epoch:
+    """Draw and pack the rows of an epoch as the run does."""
+    names = source_names(sources)
+    parts = [SourceRows(name, each.rows, each.report) for name, each in zip(names, found, strict=True)]
+    mixture = mix(sources, parts, options.seed)
+    mixed = len(parts) > 1 or mixture.rows is not parts[0].rows
+    plan = plan_mixture(mixture, options) if options.packing != "none" else None
+    of_sources = shares(mixture, parts, options.max_length)
+    tokens = sum(share.tokens for share in of_sources) if plan is None else sum(plan.sizes)
+    sequences = sum(share.conversations for share in of_sources) if plan is None else len(plan.rows)
+    return Epoch(of_sources if mixed else [], sequences, tokens, plan)
 
 
 def describe(inspection: Inspection, args: InspectArguments, training_args: TrainingArguments) -> str:
@@ -145,17 +199,21 @@ def describe(inspection: Inspection, args: InspectArguments, training_args: Trai
     if inspection.plan is not None:
         lines.append(f"  {inspection.plan}")
     if inspection.name == "train":
-        size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-        steps = math.ceil(inspection.num_sequences / (size * args.num_processes))
-        line = f"  an epoch has {figures['tokens_of_an_epoch']:,} tokens and {steps:,} steps of {size} rows"
-        line += f" on each of {args.num_processes} processes" if args.num_processes > 1 else ""
-        if args.tokens_per_second:
-            minutes = figures["tokens_of_an_epoch"] / args.tokens_per_second / 60
-            line += f", {minutes:,.1f} minutes at {args.tokens_per_second:,.0f} tokens/s"
-        lines.append(line)
+        lines.append(steps_line(inspection.num_tokens, inspection.num_sequences, args, training_args))
     for finding in inspection.findings:
         lines += [f"  LOOK: {finding.title}", *(f"    {example}" for example in finding.examples[:3])]
     return "\n".join(lines)
+
+
+def steps_line(tokens: int, sequences: int, args: InspectArguments, training_args: TrainingArguments) -> str:
+    """The tokens and steps of an epoch, and its time."""
+    size = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    steps = math.ceil(sequences / (size * args.num_processes))
+    line = f"  an epoch has {tokens:,} tokens and {steps:,} steps of {size} rows"
+    line += f" on each of {args.num_processes} processes" if args.num_processes > 1 else ""
+    if args.tokens_per_second:
+        line += f", {tokens / args.tokens_per_second / 60:,.1f} minutes at {args.tokens_per_second:,.0f} tokens/s"
+    return line
 
 
 if __name__ == "__main__":

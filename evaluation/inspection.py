@@ -49,7 +49,7 @@ class Inspection:
     The figures of one source.
 
     Args:
-        name (`str`): `train` or `eval`.
+        name (`str`): `train` or `eval`; with the name of the source where there are several: `train chat`.
         source (`str`): The source as the recipe names it.
         report (`CheckReport`): Of its rows.
         rows (`Sequence[dict]`): Those that can be used.
@@ -69,6 +69,11 @@ class Inspection:
     digests: list[list[str]] = field(default_factory=list)
     supervised_share: float = 0.0
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def trains(self) -> bool:
+        """`bool`: Whether it is a source of the training data."""
+        return self.name.split()[0] == "train"
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -144,15 +149,16 @@ def find_repetitions(inspections: Sequence[Inspection], progress: bool = True) -
     Compare the images of all sources by content, and add what repeats to their findings.
 
     Args:
-        inspections (`Sequence[Inspection]`): The training data, then perhaps the validation data; changed in place.
+        inspections (`Sequence[Inspection]`): Training and validation data; changed in place.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
     """
     digests = iter(image_digests((row for found in inspections for row in iterate_rows(found.rows)), progress))
     for found in inspections:
         found.digests = [next(digests) for _ in found.rows]
         found.findings += [*repeated_images(found), *repeated_conversations(found), *constant_answers(found)]
-    for found in inspections[1:]:
-        found.findings += shared_images(inspections[0], found)
+    trained = [found for found in inspections if found.trains]
+    for found in inspections:
+        found.findings += [] if found.trains else shared_images(trained, found)
 
 
 def supervised_share(
@@ -264,12 +270,13 @@ def constant_answers(inspection: Inspection) -> list[Finding]:
     return [Finding(f"Questions with the same answer for every image: {len(found):,}", found[:LISTED])]
 
 
-def shared_images(train: Inspection, evaluation: Inspection) -> list[Finding]:
+def shared_images(train: Sequence[Inspection], evaluation: Inspection) -> list[Finding]:
     """Validation images that are trained on, by content."""
     trained = defaultdict(list)
-    for row, digests in zip(iterate_rows(train.rows), train.digests, strict=True):
-        for digest in digests:
-            trained[digest].append(row["source"])
+    for source in train:
+        for row, digests in zip(iterate_rows(source.rows), source.digests, strict=True):
+            for digest in digests:
+                trained[digest].append(row["source"])
     shared = {}
     for row, digests in zip(iterate_rows(evaluation.rows), evaluation.digests, strict=True):
         for digest in digests:

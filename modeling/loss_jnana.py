@@ -57,7 +57,8 @@ def head_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORED,
     use_liger_kernel: bool = False,
-) -> torch.Tensor:
+    return_token_losses: bool = False,
+) -> Any:
     """
     The cross-entropy of the head's logits, without the logits.
 
@@ -69,24 +70,51 @@ def head_loss(
             number of labels.
         ignore_index (`int`, *optional*, defaults to -100): The label of hidden states without loss.
         use_liger_kernel (`bool`, *optional*, defaults to `False`): Compute it by Liger's Triton kernel.
+        return_token_losses (`bool`, *optional*, defaults to `False`): Return the losses of the tokens too.
 
     Returns:
-        `torch.FloatTensor` of shape `()`: In float32. It can be differentiated once.
+        `torch.FloatTensor` of shape `()`: In float32. It can be differentiated once. With `return_token_losses` a
+        tuple of it and what [`token_losses`] would give, or `None` in its place with Liger's kernel, which only sums.
 
     Raises:
         ImportError: If Liger's kernel is asked for and not installed.
     """
     hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device)
     weight, bias = head.weight, head.bias
+    losses = None
     if use_liger_kernel:
         total = _liger_loss(hidden_states, weight, bias, labels, ignore_index)
     else:
         if not torch.is_grad_enabled():
             hidden_states, weight = hidden_states.detach(), weight.detach()
             bias = None if bias is None else bias.detach()
-        total = _ChunkedLoss.apply(hidden_states, weight, bias, labels, ignore_index)
+        total, losses = _ChunkedLoss.apply(hidden_states, weight, bias, labels, ignore_index)
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return total.float() / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    loss = total.float() / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+    return (loss, losses) if return_token_losses else loss
+
+
+@torch.no_grad()
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORED) -> torch.Tensor:
+    """
+    The cross-entropy of each token, computed chunk by chunk and without gradients.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., vocab_size)`): Of the head.
+        labels (`torch.LongTensor` of shape `(...)`): The token to predict from each of them.
+        ignore_index (`int`, *optional*, defaults to -100): The label of those without loss, for which it is 0.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_labels,)`: In float32.
+    """
+    logits, labels = logits.flatten(0, -2), labels.flatten().to(logits.device)
+    rows = max(CHUNK_ELEMENTS // logits.shape[-1], 1)
+    chunks = zip(logits.split(rows), labels.split(rows), strict=True)
+    found = [
+        nn.functional.cross_entropy(chunk.float(), wanted, ignore_index=ignore_index, reduction="none")
+        for chunk, wanted in chunks
+    ]
+    return torch.cat(found)
 
 
 def unfused_reason(head: nn.Module) -> str | None:
@@ -156,7 +184,7 @@ class _ChunkedLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         ignore_index: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
@@ -170,6 +198,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if for_bias else None
         total = torch.zeros((), dtype=wide, device=hidden_states.device)
+        all_losses = torch.zeros(len(labels), dtype=wide, device=hidden_states.device)
         rows = max(CHUNK_ELEMENTS // len(weight) // 16 * 16, 16)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels), rows):
@@ -181,7 +210,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 del logits
                 if ctx.scale != 1:
                     grad_logits.mul_(ctx.scale)
-                total += losses.masked_fill(~kept, 0).sum()
+                all_losses[chunk] = losses.masked_fill(~kept, 0)
+                total += all_losses[chunk].sum()
                 # Ignored tokens are left out of the products, which are smaller than the gradient of the logits.
                 if grad_bias is not None:
                     grad_bias += kept.to(wide) @ grad_logits
@@ -191,11 +221,13 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_hidden[chunk] = grad_logits.to(dtype) @ held_weight * kept[:, None]
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype
-        return total
+        all_losses = all_losses.float()
+        ctx.mark_non_differentiable(all_losses)
+        return total, all_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError(
                 "The gradients of the fused loss are scaled in place, so `backward` can be called only once. Call the "
@@ -234,4 +266,4 @@ def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, states: torch.T
         total[words] += grad_logits[:, words].T @ states
 
 
-__all__ = ["head_loss", "log_unfused", "select_labelled", "unfused_reason"]
+__all__ = ["head_loss", "log_unfused", "select_labelled", "token_losses", "unfused_reason"]

@@ -42,7 +42,7 @@ from .loading_jnana import (
     model_type_of,
     read_base_reference,
 )
-from .loss_jnana import IGNORED, head_loss, log_unfused, select_labelled, unfused_reason
+from .loss_jnana import IGNORED, head_loss, log_unfused, select_labelled, token_losses, unfused_reason
 from .packed_attention_jnana import check_packed_inputs, prepare_packed_attention
 from .packed_layout_jnana import PackedLayout
 from .projector_jnana import JnanaProjector, build_projector
@@ -90,9 +90,12 @@ class JnanaCausalLMOutputWithPast(_ImageOutputs, CausalLMOutputWithPast):
 
     image_hidden_states (`torch.FloatTensor` of shape `(num_image_vectors, hidden_size)`, *optional*):
         The projected image features that replaced the embeddings of the image tokens.
+    token_losses (`torch.FloatTensor` of shape `(num_positions,)`, *optional*, returned with `return_token_losses`):
+        The loss of each position that logits are computed for, without gradients.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    token_losses: torch.FloatTensor | None = None
 
 
 class JnanaPreTrainedModel(PreTrainedModel):
@@ -721,6 +724,7 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         logit_positions: torch.LongTensor | None = None,
         skip_logits: bool = False,
+        return_token_losses: bool = False,
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: ImageIndices | None = None,
@@ -750,6 +754,8 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             skip_logits (`bool`, *optional*, defaults to `False`): In training mode and with labels, compute the loss
                 without keeping logits: `logits` is `None`, and the loss is fused with the head wherever
                 [`~loss_jnana.unfused_reason`] finds nothing against it. Without effect in evaluation mode.
+            return_token_losses (`bool`, *optional*, defaults to `False`): Give the loss of each labelled position too,
+                for a log that tells several data sets apart. Liger's kernel does not give it.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         has_labels = labels is not None or shift_labels is not None
@@ -784,16 +790,16 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
             outputs.last_hidden_state, labels, shift_labels, logits_to_keep, logit_positions
         )
         skip_logits = skip_logits and self.training and has_labels
-        logits, loss = None, None
+        logits, loss, losses = None, None, None
         if skip_logits and self._can_fuse_loss():
-            loss = head_loss(
-                hidden_states,
-                self.lm_head,
-                _shifted(labels) if shift_labels is None else shift_labels,  # type: ignore[arg-type]  # one is given
-                kwargs.get("num_items_in_batch"),
-                kwargs.get("ignore_index", IGNORED),  # type: ignore[arg-type]
-                self.use_liger_kernel,
+            given = (
+                *(hidden_states, self.lm_head, _to_predict(labels, shift_labels), kwargs.get("num_items_in_batch")),
+                *(kwargs.get("ignore_index", IGNORED), self.use_liger_kernel),
             )
+            if return_token_losses:
+                loss, losses = head_loss(*given, return_token_losses=True)
+            else:
+                loss = head_loss(*given)
         else:
             logits = self.lm_head(hidden_states)
             if has_labels:
@@ -804,12 +810,16 @@ class JnanaForConditionalGeneration(JnanaPreTrainedModel, JnanaGenerationMixin):
                     shift_labels=shift_labels,
                     **kwargs,
                 )
+                if return_token_losses:
+                    ignored: Any = kwargs.get("ignore_index", IGNORED)
+                    losses = token_losses(logits, _to_predict(labels, shift_labels), ignored)
         return JnanaCausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            token_losses=losses,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
@@ -838,6 +848,11 @@ _WRONG_AUTO_CLASS = (
 def _shifted(labels: torch.Tensor) -> torch.Tensor:
     """At each position the label of the next."""
     return nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+
+def _to_predict(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
+    """The token that each position must predict, from the one of the two that is given."""
+    return _shifted(labels) if shift_labels is None else shift_labels  # type: ignore[arg-type]
 
 
 def _select_positions(

@@ -11,10 +11,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import Trainer
 
+from jnana.processing.data.mixture import DataSource
 from jnana.processing.data.paths import is_hub_id
 
-from .monitoring import LOSS_CURVE
+from .monitoring import LOSS_CURVE, loss_names, points_of
 from .options.arguments import DataArguments, ModelArguments, TextDataArguments, TextModelArguments
+from .options.sources import sources_of
 from .profiling.chips import device_name
 from .profiling.speed import describe_speed
 from .stages import PARTS, count_parameters
@@ -246,12 +248,24 @@ def model_origins(args: ModelArguments | TextModelArguments) -> list[str | None]
 
 
 def describe_data(args: DataArguments | TextDataArguments) -> list[str]:
-    lines = [f"trained on `{public_name(args.train_data)}`, split `{args.train_split}`"]
-    if args.max_train_rows:
-        lines[0] += f", the first {args.max_train_rows:,} rows"
-    if args.eval_data:
-        lines.append(f"validation on `{public_name(args.eval_data)}`")
-    return lines
+    first = f", the first {args.max_train_rows:,} rows" if args.max_train_rows else ""
+    if isinstance(args, TextDataArguments):
+        lines = [f"trained on `{public_name(args.train_data)}`, split `{args.train_split}`{first}"]
+        return [*lines, *([f"validation on `{public_name(args.eval_data)}`"] if args.eval_data else [])]
+    sources = sources_of(args)
+    lines = [f"trained on {describe_source(source, len(sources) > 1)}{first}" for source in sources]
+    names = ", ".join(f"`{public_name(str(source.data))}`" for source in sources_of(args, evaluation=True))
+    return [*lines, *([f"validation on {names}"] if names else [])]
+
+
+def describe_source(source: DataSource, mixed: bool) -> str:
+    """A source of training data, without local directories; its share where there are several."""
+    text = f"`{public_name(str(source.data))}`, split `{source.split}`"
+    if mixed:
+        text = f"`{source.name}`: {text}"
+    shares = {"weight": source.weight, "rows an epoch": source.samples}
+    text += "".join(f", {label} {value:g}" for label, value in shares.items() if value is not None)
+    return text + (f", each row up to {source.repeat} times an epoch" if source.repeat > 1 else "")
 
 
 def describe_settings(trainer: Trainer, recipe: str | None) -> list[tuple[str, str]]:
@@ -276,10 +290,12 @@ def describe_settings(trainer: Trainer, recipe: str | None) -> list[tuple[str, s
 
 def describe_figures(log_history: list[dict[str, float]], steps: int) -> list[tuple[str, str]]:
     """First and last losses, the time and the speed, from the Trainer's log."""
-    losses = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    validation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    curves = [("training loss", points_of(log_history, "loss"))]
+    for label, name in loss_names(log_history).items():
+        where, _, source = label.partition(", ")
+        curves.append((f"{where} loss" + (f" of {source}" if source else ""), points_of(log_history, name)))
     figures = []
-    for label, points in (("training loss", losses), ("validation loss", validation)):
+    for label, points in curves:
         figures += [
             (f"{label}, step {step:,}", f"{value:.4f}") for step, value in dict.fromkeys(points[:1] + points[-1:])
         ]
@@ -289,6 +305,9 @@ def describe_figures(log_history: list[dict[str, float]], steps: int) -> list[tu
     speeds = [entry for entry in log_history if "train_runtime" in entry and "tokens_per_second" in entry]
     if speeds:
         figures.append(("speed since then", describe_speed(speeds[-1])))
+        for name in [key.removeprefix("share_") for key in speeds[-1] if key.startswith("share_")]:
+            share = f"{speeds[-1][f'tokens_{name}']:,.0f} ({speeds[-1][f'share_{name}']:.1%})"
+            figures.append((f"tokens of {name} since then", share))
     return figures or [("steps", f"{steps:,}")]
 
 

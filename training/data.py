@@ -18,6 +18,7 @@ from jnana.processing.data import (
 
 from .distributed import once_per_machine, run_once_per_machine
 from .options.arguments import DataArguments, TextDataArguments, TextModelArguments
+from .options.sources import is_list, mixture_names, sources_of
 from .text_models import prepare_tokenizer
 
 
@@ -34,7 +35,7 @@ def load_conversations(
     needs_images: bool = False,
     should_write: bool = True,
     seed: int = 0,
-) -> Dataset | IterableDataset | None:
+) -> Any:
     """
     The training or validation rows of a run, read, checked, tokenised and packed ([`jnana.processing.data.prepare`]).
 
@@ -51,16 +52,19 @@ def load_conversations(
         seed (`int`, *optional*, defaults to 0): decides which training conversations share a packed row.
 
     Returns:
-        `Dataset`, `IterableDataset` or `None`: `None` if the run has no validation data.
+        `Dataset`, `IterableDataset` or `None`: `None` if the run has no validation data. Where `eval_data` is a list,
+            a `dict` of one data set for each source, by its name, as the Trainer takes it.
 
     Raises:
         ValueError: if rows can't be trained on and `on_bad_sample` is `raise`; the message lists the first of them.
     """
-    source = args.eval_data if evaluation else args.train_data
-    if source is None:
+    sources = sources_of(args, evaluation)
+    if not sources:
         return None
     options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed, needs_images)
-    return endless(prepare(source, processor, options, run_once_per_machine), evaluation)
+    if evaluation and is_list(args.eval_data):
+        return {each.name: prepare([each], processor, options, run_once_per_machine) for each in sources}
+    return endless(prepare(sources, processor, options, run_once_per_machine), evaluation)
 
 
 def prepare_options(
@@ -96,13 +100,15 @@ def prepare_options(
         data_cache=args.data_cache,
         num_proc=args.dataset_num_proc,
         jpeg_draft=args.jpeg_draft,
+        mix=args.mix,
+        shuffle_buffer=0 if evaluation else args.shuffle_buffer,
     )
 
 
 def collator_options(args: DataArguments, output_dir: str, needs_images: bool = False) -> dict[str, Any]:
     """The options of `JnanaCollator` among the data arguments; the model normalises images on its device."""
     options = prepare_options(args, output_dir, needs_images=needs_images).for_collator
-    return options | {"normalize_on_device": True}
+    return options | {"normalize_on_device": True, "sources": mixture_names(args)}
 
 
 def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:

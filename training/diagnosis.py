@@ -168,8 +168,8 @@ class DiagnosisCallback(TrainerCallback):
                 values = {"first": self.logged + 1, "step": step, "value": logs["loss"], "rate": self.rate}
                 self.warn("loss", LOSS_NOT_FINITE.format(**values))
             self.logged = step
-        elif "eval_loss" in logs:
-            self.compare_images(logs, state)
+        for name in [name for name in logs if name.startswith("eval_") and name.endswith("loss")]:
+            self.compare_images(logs, state, name.removesuffix("loss"))
 
     def judge_work(self, work: Work, step: int, processes: int) -> None:
         """Look at the labels, and at the time spent waiting for data, of the steps since the last log."""
@@ -187,13 +187,20 @@ class DiagnosisCallback(TrainerCallback):
             values = {"first": self.pending_from + 1, "step": step, "share": share, "workers": workers}
             self.warn("starved", STARVED.format(**values, **feeding(done, workers, processes)))
 
-    def compare_images(self, logs: dict[str, float], state) -> None:
+    def compare_images(self, logs: dict[str, float], state, prefix: str) -> None:
         """Compare the loss of a few validation rows with their own images and with exchanged ones.
 
         All processes take the same rows, so that a sharded model runs equally often in each.
+
+        Args:
+            logs (`dict[str, float]`): The log of the evaluation.
+            state (`TrainerState`): Its last entry is a copy of the log.
+            prefix (`str`): Of the names in it: `eval_`, or `eval_<name>_` of one of several validation sources.
         """
         dataset, args = self.trainer.eval_dataset, self.trainer.args
-        if not hasattr(dataset, "__getitem__") or isinstance(dataset, dict):
+        if isinstance(dataset, dict):
+            dataset = dataset.get(prefix.removeprefix("eval_").removesuffix("_"))
+        if not hasattr(dataset, "__getitem__"):
             return
         size = args.per_device_eval_batch_size
         own = other = total = 0.0
@@ -210,11 +217,11 @@ class DiagnosisCallback(TrainerCallback):
         if not total:
             return
         own, other = own / total, other / total
-        logs["eval_image_gain"] = state.log_history[-1]["eval_image_gain"] = other - own
+        logs[f"{prefix}image_gain"] = state.log_history[-1][f"{prefix}image_gain"] = other - own
         warm_up = max(args.get_warmup_steps(state.max_steps), WARM_UP * state.max_steps)
         if other - own < DEPENDS * own and state.global_step > warm_up:
             text = BLIND.format(step=state.global_step, rows=rows, own=own, other=other)
-            self.warn(f"blind {state.global_step}", text)
+            self.warn(f"blind {prefix}{state.global_step}", text)
 
     def loss(self, batch: dict[str, Any]) -> float:
         """The loss of a batch, without gradients; the model is in evaluation mode."""

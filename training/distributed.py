@@ -4,22 +4,20 @@ The process group that trains gives up after `ddp_timeout` (30 minutes). Reading
 the processes wait for one another in gloo groups of their own.
 """
 
-import atexit
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import datasets
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+from jnana.processing.data.files import temporary_folder
 
 
 LONGEST_WAIT = timedelta(days=2)  # for the slowest process, outside of training steps
@@ -159,11 +157,9 @@ def once_per_machine(make: Callable[[], T], save: Callable[[T, Path], None], loa
 
     def make_and_save() -> str:
         made.append(make())
-        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="jnana_", dir=datasets.config.HF_DATASETS_CACHE)
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        save(made[0], Path(folder))
-        return folder
+        folder = temporary_folder()
+        save(made[0], folder)
+        return str(folder)
 
     folder = run_once_per_machine(make_and_save)
     result = made[0] if made else load(Path(folder))

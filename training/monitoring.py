@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,16 @@ def monitoring_callbacks(
 
     Args:
         run_args (`RunArguments`): `sample_steps`, `sample_count`, `sample_max_new_tokens`.
-        eval_data (`Iterable[dict]`): Validation rows, or blocks of a text corpus; `None` only without `sample_steps`.
+        eval_data (`Iterable[dict]`): Validation rows, or blocks of a text corpus; of several sources a `dict`, whose
+            rows are shown in turn. `None` only without `sample_steps`.
         processing_class (`JnanaProcessor` or `PreTrainedTokenizerBase`): Makes the prompts and decodes the answers.
     """
     callbacks: list[TrainerCallback] = [LossCurveCallback()]
     if run_args.sample_steps > 0 and eval_data is not None:
         count, max_new_tokens = run_args.sample_count, run_args.sample_max_new_tokens
+        if isinstance(eval_data, dict):
+            turns = zip_longest(*(islice(rows, count) for rows in eval_data.values()))
+            eval_data = (row for turn in turns for row in turn if row is not None)
         if isinstance(processing_class, JnanaProcessor):
             samples = samples_from_rows(eval_data, processing_class, count)
         else:
@@ -118,15 +122,31 @@ class LossCurveCallback(TrainerCallback):
         self.on_save(args, state, control)
 
 
+def loss_names(log_history: list[dict[str, float]]) -> dict[str, str]:
+    """The losses in a run's log beside `loss`, by a label for each: those of training sources, and of validation."""
+    found = {}
+    for name in dict.fromkeys(name for entry in log_history for name in entry):
+        if name == "eval_loss":
+            found["validation"] = name
+        elif name.startswith("eval_") and name.endswith("_loss"):
+            found[f"validation, {name.removeprefix('eval_').removesuffix('_loss')}"] = name
+        elif name.startswith("loss_"):
+            found[f"training, {name.removeprefix('loss_')}"] = name
+    return found
+
+
+def points_of(log_history: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """A figure of a run's log by its step, without the last entry, which is of the whole run."""
+    return [(entry["step"], entry[name]) for entry in log_history if name in entry and "train_runtime" not in entry]
+
+
 def draw_loss_curve(log_history: list[dict[str, float]], file: Path) -> None:
-    """Plot `loss` and `eval_loss` over the steps; without a logged loss no file is written."""
+    """Plot the losses of training and validation over the steps; without a logged loss no file is written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves = {
-        label: [(entry["step"], entry[name]) for entry in log_history if name in entry]
-        for label, name in (("training", "loss"), ("validation", "eval_loss"))
-    }
+    names = {"training": "loss"} | loss_names(log_history)
+    curves = {label: points_of(log_history, name) for label, name in names.items()}
     if not curves["training"]:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -76,7 +76,7 @@ def prepare_collator(
     training_args: TrainingArguments,
     model: nn.Module,
     processor: JnanaProcessor,
-    data: list[Dataset | IterableDataset | None],
+    data: list[Dataset | IterableDataset | dict[str, Dataset] | None],
     needs_images: bool = False,
 ) -> JnanaCollator:
     """The collator of align and sft, with the feature cache that the recipe asks for.
@@ -89,10 +89,11 @@ def prepare_collator(
         training_args (`TrainingArguments`): Device, precision, output directory.
         model (`JnanaForConditionalGeneration` or `PeftModel`): After [`apply_stage`].
         processor (`JnanaProcessor`): Renders and tokenises the conversations.
-        data (`list[Dataset]`): Training rows and validation rows, or `None`.
+        data (`list[Dataset]`): Training rows and validation rows, or `None`; of several validation sources a `dict`.
         needs_images (`bool`, defaults to `False`): Whether a conversation without an image can't be used.
     """
-    images = prepare_feature_cache(data_args, model, processor, data, training_args)
+    all_rows = [rows for each in data for rows in (each.values() if isinstance(each, dict) else [each])]
+    images = prepare_feature_cache(data_args, model, processor, all_rows, training_args)
     attention = choose_attention(model, data_args.packing, training_args.device)
     multiple = row_multiple(attention, data_args.packing)
     options = collator_options(data_args, training_args.output_dir, needs_images)

@@ -6,7 +6,7 @@ images, questions, separators and padding never are. `packing.py` builds the lab
 
 import itertools
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .feature_cache import FeatureCache
 from .images import MAX_IMAGE_PIXELS
 from .packing import PACKINGS, EncodedConversation, expand_images, measure_conversation, pack_row, stack_rows
 from .pixels import PixelImages
-from .rows import IMAGE_PART, BadSampleError, append_bad_samples, message, text_part
+from .rows import IMAGE_PART, ORIGIN, BadSampleError, append_bad_samples, message, text_part
 
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class JnanaCollator:
             its workers. The training scripts set it. For other models, also for the code in an older checkpoint,
             leave it out.
         jpeg_draft (`bool`, *optional*, defaults to `False`): as in [`PixelImages`].
+        sources (`Sequence[str]`, *optional*): the names of the sources of a mixture, which batches are counted by.
 
     Attributes:
         num_bad_samples (`int`): rows that this object skipped. Each dataloader worker has a copy of the collator, so
@@ -95,6 +96,7 @@ class JnanaCollator:
         needs_images: bool = False,
         normalize_on_device: bool = False,
         jpeg_draft: bool = False,
+        sources: Sequence[str] = (),
     ):
         for name, value, known in (
             ("on_bad_sample", on_bad_sample, ("raise", "skip")),
@@ -112,6 +114,7 @@ class JnanaCollator:
         if images is None:
             images = PixelImages(processor, max_image_pixels, normalize_on_device, jpeg_draft)
         self.images = images
+        self.sources = tuple(sources)
         self.num_bad_samples = 0
         self._checked_processor = False
         self._last_good: tuple[EncodedConversation, list[Any]] | None = None
@@ -241,7 +244,7 @@ class JnanaCollator:
             self._handle(error, problems)
             return None
         ids, mask = expand_images(ids, mask, image_token_id, counts)
-        return EncodedConversation(ids[: self.max_length], mask[: self.max_length], indices, counts)
+        return EncodedConversation(ids[: self.max_length], mask[: self.max_length], indices, counts, row.get(ORIGIN))
 
     def _stack(self, rows: list[Groups], images: _Images) -> CountedBatch:
         """Rows and their images as arguments of the model."""
@@ -266,7 +269,7 @@ class JnanaCollator:
             # Images of several numbers of vectors are selected by numbers that must be known without a GPU.
             batch["image_indices"] = indices if "image_sizes" in batch else torch.tensor(indices)
         conversations = sum(len(group) for groups in rows for group in groups)
-        return CountedBatch(batch | {"skip_logits": True}, count_rows(packed, conversations, batch))
+        return CountedBatch(batch | {"skip_logits": True}, count_rows(packed, conversations, batch, self.sources))
 
     def _find_images(self, input_ids: torch.Tensor, shown: list[Any]) -> dict[str, Any]:
         """

@@ -4,6 +4,7 @@ The numbers are plain integers that the collator has anyway. They travel beside 
 training step reads a tensor back from the GPU to count.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,22 @@ from typing import Any
 import torch
 
 from .packing import IGNORED, PackedRow
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """
+    The share that one source of a mixture has in a batch.
+
+    Args:
+        name (`str`): of the source.
+        conversations, tokens, supervised (`int`): as in [`BatchCounts`].
+    """
+
+    name: str
+    conversations: int
+    tokens: int
+    supervised: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,9 @@ class BatchCounts:
         images (`int`): images, each once.
         encoded_views (`int`): views of images that go through the vision tower; none if features are given.
         projected_views (`int`): views whose features go through the projector.
+        sources (`tuple[SourceCounts, ...]`): in a mixture, the counts of each source in the batch.
+        label_sources (`tuple[tuple[int, int], ...]`): the sources of the labels in the order of their positions, as
+            `(index in sources, number)` of each run of labels; the index of a row without a source is that of none.
     """
 
     slots: int
@@ -37,6 +57,8 @@ class BatchCounts:
     images: int = 0
     encoded_views: int = 0
     projected_views: int = 0
+    sources: tuple[SourceCounts, ...] = ()
+    label_sources: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -90,7 +112,9 @@ def position_runs(positions: Iterable[int]) -> list[tuple[int, int]]:
     return [*runs, (start, number)] if number else runs
 
 
-def count_rows(rows: Sequence[PackedRow], conversations: int, batch: Mapping[str, torch.Tensor]) -> BatchCounts:
+def count_rows(
+    rows: Sequence[PackedRow], conversations: int, batch: Mapping[str, torch.Tensor], sources: Sequence[str] = ()
+) -> BatchCounts:
     """
     The counts of a collator's batch.
 
@@ -98,6 +122,7 @@ def count_rows(rows: Sequence[PackedRow], conversations: int, batch: Mapping[str
         rows (`Sequence[PackedRow]`): the rows of the batch before padding.
         conversations (`int`): conversations in them.
         batch (`Mapping[str, torch.Tensor]`): the tensors made of them; only their shapes are read.
+        sources (`Sequence[str]`, *optional*): the names of the sources of a mixture.
     """
     return BatchCounts(
         slots=batch["input_ids"].numel(),
@@ -105,7 +130,27 @@ def count_rows(rows: Sequence[PackedRow], conversations: int, batch: Mapping[str
         supervised=sum(len(row.labels) - row.labels.count(IGNORED) for row in rows),
         conversations=conversations,
         **count_images(batch),
+        **count_sources(rows, sources),
     )
+
+
+def count_sources(rows: Sequence[PackedRow], sources: Sequence[str]) -> dict[str, Any]:
+    """The fields of [`BatchCounts`] about sources; none if no row comes from one of them."""
+    if not any(name in sources for row in rows for name, _ in row.origins):
+        return {}
+    found = {name: [0, 0, 0] for name in (*sources, None)}  # None: a row that stands in for skipped ones
+    place = {name: index for index, name in enumerate(found)}
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        for segment, run in itertools.groupby(zip(row.segments, row.labels, strict=True), key=lambda pair: pair[0]):
+            name, conversations = row.origins[segment]
+            labels = [label != IGNORED for _, label in run]
+            for index, number in enumerate((conversations, len(labels), sum(labels))):
+                found[name][index] += number
+            before = runs.pop()[1] if runs and runs[-1][0] == place[name] else 0
+            runs.append((place[name], before + sum(labels)))
+    counts = tuple(SourceCounts(name, *found[name]) for name in sources)
+    return {"sources": counts, "label_sources": tuple(runs)}
 
 
 def count_tensors(batch: Mapping[str, Any]) -> BatchCounts:

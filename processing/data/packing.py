@@ -274,12 +274,14 @@ class EncodedConversation:
         mask (`list[int]`): 1 on the tokens of answers.
         images (`list[int]`): for each of its images, in reading order, the index among the images of the batch.
         image_tokens (`list[int]`): for each of its images, the number of image tokens.
+        origin (`str`, *optional*): in a mixture, the name of its source.
     """
 
     ids: list[int]
     mask: list[int]
     images: list[int] = field(default_factory=list)
     image_tokens: list[int] = field(default_factory=list)
+    origin: str | None = None
 
 
 @dataclass
@@ -292,6 +294,7 @@ class PackedRow:
             to predict at their own positions, -100 elsewhere.
         images (`list[int]`): for each occurrence of an image in reading order, the index of the image.
         num_segments (`int`): number of groups, or of conversations that are not grouped.
+        origins (`list[tuple[str | None, int]]`): for each segment the name of its source, and its conversations.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -301,6 +304,7 @@ class PackedRow:
     labels: list[int] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
     num_segments: int = 0
+    origins: list[tuple[str | None, int]] = field(default_factory=list)
 
     def add(self, ids: list[int], labels: list[int], start: int, branch: int) -> None:
         """Add tokens to the newest segment, at positions from `start` on."""
@@ -335,6 +339,7 @@ def _add_segment(row: PackedRow, conversations: Sequence[EncodedConversation], i
     row.num_segments += 1
     shared = shared_length([c.ids for c in conversations], [c.mask for c in conversations], image_token_id)
     first = conversations[0]
+    row.origins.append((first.origin, len(conversations)))
     prefix = first.ids[:shared]
     left, num_shared_images = prefix.count(image_token_id), 0
     while left > 0:  # the prefix ends at the end of an image or outside images

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .data_cache import (
     source_key,
 )
 from .encoding import PREPARED_FEATURES, EncodedBlock, RowEncoder, encode_blocks
+from .files import read_table, write_table
 from .images import MAX_IMAGE_PIXELS
 from .keywords import answers_as_keywords
 from .progress import Progress, duration
@@ -69,6 +70,10 @@ class PrepareOptions:
             [`default_data_cache`], for files from `KEPT_BYTES` on.
         num_proc (`int`, *optional*): processes that prepare rows; by default one for each core.
         jpeg_draft (`bool`, *optional*, defaults to `False`): as in [`PixelImages`].
+        mix (`str`, *optional*, defaults to `"row"`): whether a packed row may have conversations of several sources
+            (`row`), or only a batch (`batch`).
+        shuffle_buffer (`int`, *optional*, defaults to 0): rows of a stream from which the next one is drawn; 0 keeps
+            the order of the files.
     """
 
     format: str = "auto"
@@ -94,6 +99,8 @@ class PrepareOptions:
     data_cache: str | Path | None = None
     num_proc: int | None = None
     jpeg_draft: bool = False
+    mix: str = "row"
+    shuffle_buffer: int = 0
 
     @property
     def for_collator(self) -> dict[str, Any]:
@@ -111,12 +118,26 @@ class Prepared:
     Args:
         report (`CheckReport`): without the lengths, which are in the columns.
         file (`Path`, *optional*): the kept rows, with their tokens.
-        columns (`pa.Table`, *optional*): where nothing is kept on disk, those of an [`EncodedBlock`] with all rows.
+        columns (`pa.Table` or `Path`, *optional*): where rows are not kept for later starts, those of an
+            [`EncodedBlock`] with all rows; or the file that has them for the other processes of the machine.
     """
 
     report: CheckReport
     file: Path | None = None
-    columns: pa.Table | None = None
+    columns: pa.Table | Path | None = None
+
+    def for_others(self, file: Path) -> "Prepared":
+        """
+        The same without what is in a file, for the other processes of this machine.
+
+        Args:
+            file (`Path`): where the columns are written, if they are not in a file yet.
+        """
+        report = replace(self.report, lengths=[], shared=[])
+        if self.file is not None:
+            return Prepared(replace(report, kept_indices=[]), self.file)
+        write_table(self.columns, file)  # type: ignore[arg-type]  # one of the two is there
+        return Prepared(report, columns=file)
 
 
 class RowPreparation:
@@ -175,25 +196,35 @@ class RowPreparation:
             prepared (`Prepared`): what [`~RowPreparation.run`] gave in one of the processes.
 
         Returns:
-            `tuple[Dataset, CheckReport]`: rows of `ROW_FEATURES` and `TOKEN_FEATURES` (without the latter where the
-                chat template renders a chat differently every day), and the report with all lengths.
+            `tuple[Dataset, CheckReport]`: as [`~RowPreparation.rows`], and the report with all lengths.
         """
-        report = prepared.report
-        if prepared.file is not None:
-            rows = Dataset.from_file(str(prepared.file))
-        else:
-            table: Any = prepared.columns
-            if table.column_names != list(PREPARED_FEATURES):
-                source = self.read().with_format("arrow")[:]
-                columns = [*source.columns, *table.columns]
-                table = pa.Table.from_arrays(columns, schema=PREPARED_FEATURES.arrow_schema)
-            rows = Dataset(table)
-            if len(rows) > len(report.kept_indices):
-                rows = rows.select(report.kept_indices)
+        rows, report = self._prepared_rows(prepared), prepared.report
         sizes = rows.select_columns(["lengths", "shared"]).with_format("arrow")[:]
         report.lengths, report.shared = sizes.column("lengths").to_pylist(), sizes.column("shared").to_pylist()
-        names = [*ROW_FEATURES] if self.renders_differently else [*ROW_FEATURES, *TOKEN_FEATURES]
-        return rows.select_columns(names), report
+        return rows.select_columns(self.columns), report
+
+    def rows(self, prepared: Prepared) -> Dataset:
+        """
+        The rows that can be used: of `ROW_FEATURES` and `TOKEN_FEATURES`, without the latter where the chat template
+        renders a chat differently every day.
+        """
+        return self._prepared_rows(prepared).select_columns(self.columns)
+
+    @property
+    def columns(self) -> list[str]:
+        return [*ROW_FEATURES] if self.renders_differently else [*ROW_FEATURES, *TOKEN_FEATURES]
+
+    def _prepared_rows(self, prepared: Prepared) -> Dataset:
+        if prepared.file is not None:
+            return Dataset.from_file(str(prepared.file))
+        table: Any = prepared.columns
+        table = read_table(table) if isinstance(table, Path) else table
+        if table.column_names != list(PREPARED_FEATURES):
+            source = self.read().with_format("arrow")[:]
+            columns = [*source.columns, *table.columns]
+            table = pa.Table.from_arrays(columns, schema=PREPARED_FEATURES.arrow_schema)
+        rows, kept = Dataset(table), prepared.report.kept_indices
+        return rows.select(kept) if len(rows) > len(kept) else rows
 
     # ------------------------------------------------------------------ building
 

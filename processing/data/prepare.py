@@ -6,7 +6,8 @@ stream is packed while it is read; its bad rows are found by the collator.
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset, List
@@ -22,40 +23,63 @@ from .checks import (
     measure_rows,
     raise_for_problems,
 )
+from .files import temporary_folder, write_table
 from .images import MAX_IMAGE_PIXELS
+from .mixture import (
+    DataSource,
+    SourceRows,
+    check_mix,
+    draws,
+    mix,
+    mix_streams,
+    mixed_rows,
+    plan_mixture,
+    shares,
+    shuffled,
+    source_names,
+)
 from .packing import RowPlan, plan_rows
 from .preparation import Prepared, PrepareOptions, RowPreparation, read_source
 from .readers import load_rows
-from .rows import ROW_FEATURES, BadSampleError, RowView, flatten_conversations, select_conversations, unbatched
+from .rows import (
+    BadSampleError,
+    ConversationOf,
+    Origins,
+    RowView,
+    conversation_index,
+    flatten_conversations,
+    select_conversations,
+    stream_features,
+    unbatched,
+)
 
 
 logger = logging.getLogger(__name__)
-
-PACKED_FEATURES = Features({"groups": List(dict(ROW_FEATURES))})
 
 # Rows of a stream that are packed together: enough to fill the packed rows well, few enough to keep in memory.
 STREAM_BUFFER = 256
 
 
-def _call(function: Callable[[], Prepared]) -> Prepared:
+def _call(function: Callable[[], "PreparedEpoch"]) -> "PreparedEpoch":
     return function()
 
 
 def prepare(
-    source: str | Path | Dataset | IterableDataset,
+    source: str | Path | Dataset | IterableDataset | Sequence[DataSource],
     processor: JnanaProcessor,
     options: PrepareOptions,
-    once: Callable[[Callable[[], Prepared]], Prepared] = _call,
+    once: Callable[[Callable[[], "PreparedEpoch"]], "PreparedEpoch"] = _call,
 ) -> Dataset | IterableDataset:
     """
-    Read, check, render, tokenise and pack a data source.
+    Read, check, render, tokenise and pack a data source, or several.
 
     Each row of a map-style data set is checked and tokenised once, in worker processes if there are many rows; the
     rows of record files are kept on disk for the next start ([`RowPreparation`]). Rows of a stream are tokenised by
     the collator.
 
     Args:
-        source (`str`, `Path`, `Dataset` or `IterableDataset`): as in [`load_rows`].
+        source (`str`, `Path`, `Dataset` or `IterableDataset`): as in [`load_rows`]; or a list of [`DataSource`], of
+            which one with all its rows gives what its `data` alone would give.
         processor (`JnanaProcessor`): renders and tokenises; the collator must have the same.
         options (`PrepareOptions`): how.
         once (`Callable`, *optional*): calls a function without arguments and returns its result, which can be pickled.
@@ -64,7 +88,8 @@ def prepare(
     Returns:
         `Dataset` or `IterableDataset`: rows of one conversation, or with `packing` packed rows
             ([`packed_rows`], [`packed_stream`]), for [`JnanaCollator`] with `**options.for_collator`. A `Dataset` has
-            a column `length`: the tokens of each row.
+            a column `length`: the tokens of each row. Rows of several sources have a column `origin`, the name of
+            their source, which the collator counts by.
 
     Raises:
         BadSampleError: if rows can't be used, as [`check_rows`].
@@ -72,38 +97,121 @@ def prepare(
             can't be written.
     """
     check_options(options.image_check, options.on_bad_sample)
-    if options.streaming or isinstance(source, IterableDataset):
-        rows = read_source(source, options, load_rows)
+    sources = [DataSource(source)] if isinstance(source, (str, Path, Dataset, IterableDataset)) else list(source)
+    check_mix(options.mix)
+    if options.streaming or any(isinstance(each.data, IterableDataset) for each in sources):
+        streams = [read_source(each.data, each.options(options), load_rows) for each in sources]
+        rows = mix_streams(sources, streams, options) if len(sources) > 1 else streams[0]
         if isinstance(rows, IterableDataset):
-            if options.packing == "none":
-                return flatten_conversations(rows)
-            return packed_stream(
-                rows,
-                processor,
-                share=options.packing == "shared_image",
-                max_row_tokens=options.max_row_tokens,
-                max_length=options.max_length,
-                max_image_pixels=options.max_image_pixels,
-                needs_images=options.needs_images,
+            rows = rows if len(sources) > 1 else shuffled(rows, options)
+            return flatten_conversations(rows) if options.packing == "none" else _packed(rows, processor, options)
+    epoch = EpochPreparation(sources, processor, options, shared=once is not _call)
+    return epoch.items(once(epoch.run))
+
+
+@dataclass
+class PreparedEpoch:
+    """
+    The result of an [`EpochPreparation`], as one process sends it to others.
+
+    Args:
+        prepared (`list[Prepared]`): of each source.
+        index (`Dataset` or `Path`): which conversations each item of the data set has.
+    """
+
+    prepared: list[Prepared]
+    index: Dataset | Path
+
+
+class EpochPreparation:
+    """
+    Prepares the rows of all sources and plans an epoch: [`~EpochPreparation.run`] in one process of each machine, and
+    [`~EpochPreparation.items`] with its result in every process.
+
+    Args:
+        sources (`list[DataSource]`): that are no streams.
+        processor, options: as in [`prepare`].
+        shared (`bool`): whether other processes get the result. Tokens and plan are then sent as files of this
+            machine, which all of them map: no process holds a copy.
+    """
+
+    def __init__(self, sources: list[DataSource], processor: JnanaProcessor, options: PrepareOptions, shared: bool):
+        self.sources, self.options, self.shared = sources, options, shared
+        self.names = source_names(sources)
+        self.preparations = [RowPreparation(each.data, processor, each.options(options)) for each in sources]
+
+    def run(self) -> PreparedEpoch:
+        """
+        Prepare, draw and plan.
+
+        Raises:
+            BadSampleError, FileNotFoundError, ValueError: as [`prepare`].
+        """
+        options, prepared, parts = self.options, [], []
+        for preparation, name in zip(self.preparations, self.names, strict=True):
+            prepared.append(preparation.run())
+            rows, report = preparation.rows_of(prepared[-1])
+            raise_for_problems(report, options.on_bad_sample)
+            if not report.lengths:
+                raise ValueError(f"{preparation.name} has no rows")
+            described = describe_report(report, options.max_length, options.max_length_source)
+            logger.info(f"{preparation.name}: {described}")
+            parts.append(SourceRows(name, rows, report))
+        index = self.index(parts)
+        if not self.shared:
+            return PreparedEpoch(prepared, index)
+        try:
+            folder = temporary_folder()
+            write_table(index.with_format("arrow")[:], folder / "index.arrow")
+            sent = [each.for_others(folder / f"{number}.arrow") for number, each in enumerate(prepared)]
+        except OSError as error:
+            logger.warning(
+                f"the cache of `datasets` can't be written ({error}), so each process holds its own copy of the "
+                "tokens; name a directory for it: HF_DATASETS_CACHE=DIR"
             )
-    preparation = RowPreparation(source, processor, options)
-    rows, report = preparation.rows_of(once(preparation.run))
-    raise_for_problems(report, options.on_bad_sample)
-    if not report.lengths:
-        raise ValueError(f"{preparation.name} has no rows")
-    logger.info(f"{preparation.name}: {describe_report(report, options.max_length, options.max_length_source)}")
-    if options.packing == "none":
-        longest = options.max_length or max(map(max, report.lengths))
-        return flatten_conversations(rows, [min(length, longest) for row in report.lengths for length in row])
-    plan = plan_packing(report, options)
-    logger.info(f"{preparation.name}: {plan}")
-    return packed_rows(rows, plan)
+            return PreparedEpoch(prepared, index)
+        return PreparedEpoch(sent, folder / "index.arrow")
+
+    def index(self, parts: list[SourceRows]) -> Dataset:
+        """Which conversations each item has."""
+        options, mixture = self.options, mix(self.sources, parts, self.options.seed)
+        if len(parts) > 1 or mixture.rows is not parts[0].rows:
+            described = "; ".join(map(str, shares(mixture, parts, options.max_length)))
+            logger.info(f"an epoch has {len(mixture.rows):,} rows: {described}")
+        if options.packing == "none":
+            longest = options.max_length or max(map(max, mixture.lengths))
+            return conversation_index([[min(length, longest) for length in row] for row in mixture.lengths])
+        plan = plan_mixture(mixture, options)
+        logger.info(f"{self.preparations[0].name if len(parts) == 1 else 'all sources'}: {plan}")
+        return packed_index(plan)
+
+    def items(self, epoch: PreparedEpoch) -> Dataset:
+        """
+        The items of the epoch.
+
+        Args:
+            epoch (`PreparedEpoch`): what [`~EpochPreparation.run`] gave in one of the processes.
+        """
+        index = Dataset.from_file(str(epoch.index)) if isinstance(epoch.index, Path) else epoch.index
+        tables = [each.rows(one) for each, one in zip(self.preparations, epoch.prepared, strict=True)]
+        drawn = draws(self.sources, list(map(len, tables)), self.options.seed)
+        counts = [len(rows) if of is None else len(of) for rows, of in zip(tables, drawn, strict=True)]
+        origins = Origins(dict(zip(self.names, counts, strict=True))) if len(self.names) > 1 else None
+        view = ConversationOf if self.options.packing == "none" else _GroupsOf
+        return index.with_transform(view(mixed_rows(tables, drawn), origins))
 
 
-def plan_packing(report: CheckReport, options: PrepareOptions) -> RowPlan:
-    """The packed rows of checked data, for `packing` other than `none`."""
-    shared = report.shared if options.packing == "shared_image" else None
-    return plan_rows(report.lengths, shared, options.max_row_tokens, max_length=options.max_length, seed=options.seed)
+def _packed(rows: IterableDataset, processor: JnanaProcessor, options: PrepareOptions) -> IterableDataset:
+    """A stream packed as the options say."""
+    return packed_stream(
+        rows,
+        processor,
+        share=options.packing == "shared_image",
+        max_row_tokens=options.max_row_tokens,
+        max_length=options.max_length,
+        max_image_pixels=options.max_image_pixels,
+        needs_images=options.needs_images,
+    )
 
 
 def describe_report(report: CheckReport, max_length: int | None, source: str | None = None) -> str:
@@ -132,8 +240,13 @@ def packed_rows(rows: Dataset, plan: RowPlan) -> Dataset:
         `Dataset`: the columns `groups`, a list of rows of `ROW_FEATURES` that are read from `rows` on access, and
             `length`, the row's tokens. It can be selected from and shuffled.
     """
+    return packed_index(plan).with_transform(_GroupsOf(rows))
+
+
+def packed_index(plan: RowPlan) -> Dataset:
+    """The columns `groups`, as indices of data rows and of their conversations, and `length`, for [`packed_rows`]."""
     groups = [[{"row": row, "conversations": chosen} for row, chosen in groups] for groups in plan.rows]
-    return Dataset.from_dict({"groups": groups, "length": plan.sizes}).with_transform(_GroupsOf(rows))
+    return Dataset.from_dict({"groups": groups, "length": plan.sizes})
 
 
 class _GroupsOf(RowView):
@@ -178,12 +291,13 @@ def packed_stream(
         `IterableDataset`: one column `groups`. Each data row that can't be used is a packed row by itself, which the
             collator raises for or skips. Reading it raises `BadSampleError` if none of the first rows can be used.
     """
+    features = stream_features(rows)
     return rows.map(
         _StreamPacker(processor, share, max_row_tokens, max_length, max_image_pixels, needs_images),
         batched=True,
         batch_size=STREAM_BUFFER,
-        remove_columns=list(ROW_FEATURES),
-        features=PACKED_FEATURES,
+        remove_columns=list(features),
+        features=Features({"groups": List(dict(features))}),
     )
 
 

@@ -7,18 +7,21 @@ file that does not parse, a missing file, a missing column.
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from .dataset_readers import CAPTION_COLUMNS, CHAT_COLUMNS, ReadOptions, read_dataset, rows_of_records
+from .line_streams import first_records, stream_lines
 from .records import column_names, parse_json, read_records
 from .rows import RecordRows, caption_conversation, make_row, rows_to_dataset
-from .values import UnusableValue, identifier, image_references, problem_row, record_name, shown, text_of
+from .values import RecordNames, UnusableValue, identifier, image_references, problem_row, record_name, shown, text_of
 
 
 FORMATS = ("coco_captions", "llava_instruct", "imagefolder", "dataset")
+COLUMN_OPTIONS = ("image_column", "text_column", "question_column", "category_column")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
@@ -105,8 +108,12 @@ def read_rows(
     is_data_set = isinstance(source, (datasets.Dataset, datasets.IterableDataset))
     path = Path("data set" if is_data_set else source)
     content = None
+    streamed = streaming and not is_data_set and _is_lines(path, format)
     if format == "auto" and not is_data_set:
-        format, content = _guess_format(path, split)
+        format, content = _guess_format(path, split, first_records(path) if streamed else None)
+    if streamed:
+        reading = ReadOptions(image_folder or path.parent, prompt, independent_turns, captions)
+        return _stream(path, str(source), format, reading, max_rows, options)
     if is_data_set or format == "dataset":
         return read_dataset(
             source if is_data_set else str(source),
@@ -138,8 +145,34 @@ def read_rows(
     return rows
 
 
-def _guess_format(path: Path, split: str) -> tuple[str, Any]:
-    """The format of a source, and its parsed content if detecting the format required reading it."""
+def _is_lines(path: Path, format: str) -> bool:
+    """Whether a source is a JSON Lines file whose records are read one by one."""
+    lines = path.suffix.lower() == ".jsonl" and path.name.lower() not in METADATA_FILES and path.is_file()
+    return lines and format in ("auto", "llava_instruct", "dataset")
+
+
+def _stream(
+    path: Path, name: str, format: str, reading: ReadOptions, max_rows: int | None, options: dict[str, Any]
+) -> datasets.IterableDataset:
+    """The rows of a JSON Lines file as a stream; `options` are the columns that [`load_rows`] takes for `dataset`."""
+    if format == "llava_instruct" and options:
+        raise ValueError(f"{', '.join(options)}: options of format='dataset'; format={format!r} does not take them.")
+    other = [option for option in options if option not in COLUMN_OPTIONS]
+    if other:
+        raise ValueError(f"{', '.join(other)}: not an option of a local file ({name}).")
+    source_of = RecordNames(path.name) if format == "llava_instruct" else None
+    return stream_lines(path, name, replace(reading, **options), max_rows, source_of)
+
+
+def _guess_format(path: Path, split: str, first: list[Any] | None = None) -> tuple[str, Any]:
+    """
+    The format of a source, and its parsed content if detecting the format required reading it.
+
+    Args:
+        path (`Path`): the source.
+        split (`str`): of an image folder.
+        first (`list`, *optional*): the first records, if the source is streamed.
+    """
     if path.is_dir():
         is_image_folder = any((folder / name).is_file() for folder in (path, path / split) for name in METADATA_FILES)
         return ("imagefolder" if is_image_folder else "dataset"), None
@@ -147,7 +180,7 @@ def _guess_format(path: Path, split: str) -> tuple[str, Any]:
         return "imagefolder", None
     if path.suffix.lower() not in (".json", ".jsonl") or not path.is_file():
         return "dataset", None
-    content = parse_json(path)
+    content = parse_json(path) if first is None else first
     if isinstance(content, dict) and "annotations" in content and "images" in content:
         return "coco_captions", content
     if isinstance(content, list) and any(
@@ -236,11 +269,7 @@ def _read_llava(path: Path, content: Any, options: ReadOptions, max_rows: int | 
     if not content:
         raise ValueError(f"{path} holds no records.")
     options.image_folder = path.parent if options.image_folder is None else options.image_folder
-
-    def source_of(record: dict, index: int) -> str:
-        return record_name(path.name, index, record.get("id"))
-
-    return rows_of_records(content[:max_rows], str(path), options, source_of)
+    return rows_of_records(content[:max_rows], str(path), options, RecordNames(path.name))
 
 
 # ---------------------------------------------------------------------- image folder

@@ -54,12 +54,22 @@ def read_json_lines(path: str | Path, torn: Literal["raise", "skip", "skip_last"
             if not line.strip():
                 continue
             try:
-                record = _parse(_decode(line.rstrip(b"\n"), path), path, number)
+                record = parse_line(line, path, number)
             except ValueError:
                 if torn == "skip" or (torn == "skip_last" and not line.endswith(b"\n")):
                     continue
                 raise
             yield record
+
+
+def parse_line(line: bytes, path: Path, number: int) -> Any:
+    """
+    The record of a line of a JSON Lines file.
+
+    Raises:
+        ValueError: if it is not UTF-8 or not JSON (file, line, column).
+    """
+    return _parse(_decode(line.rstrip(b"\n"), path), path, number)
 
 
 def read_records(path: Path, keep_others: bool = False) -> list[Any]:

@@ -8,6 +8,7 @@ into tensors.
 import itertools
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ ROW_FEATURES = Features(
 # Columns that `prepare` adds: token ids of each conversation, with one image token for each image, and for each id 1
 # inside an answer and 0 elsewhere. The collator then neither renders nor tokenises the row.
 TOKEN_FEATURES = Features({"token_ids": List(List(Value("int32"))), "answer_mask": List(List(Value("int8")))})
+
+# The column that a mixture of several sources adds: the name of the row's source (`mixture.py`).
+ORIGIN = "origin"
+OPTIONAL_COLUMNS = (*TOKEN_FEATURES, ORIGIN)
 
 IMAGE_PART = {"type": "image", "text": None}
 
@@ -239,7 +244,7 @@ def rows_at(rows: datasets.Dataset, indices: Any) -> list[dict]:
 
 def unbatched(batch: dict[str, list]) -> list[dict]:
     """The rows of a batch of columns, as `datasets` gives it."""
-    names = [*ROW_FEATURES, *(name for name in TOKEN_FEATURES if name in batch)]
+    names = [*ROW_FEATURES, *(name for name in OPTIONAL_COLUMNS if name in batch)]
     return [{name: batch[name][i] for name in names} for i in range(len(batch["source"]))]
 
 
@@ -247,7 +252,7 @@ def batched(rows: Iterable[dict]) -> dict[str, list]:
     """A batch of columns from rows, the inverse of [`unbatched`]."""
     columns: dict[str, list] = {name: [] for name in ROW_FEATURES}
     for row in rows:
-        for name in (*ROW_FEATURES, *(name for name in TOKEN_FEATURES if name in row)):
+        for name in (*ROW_FEATURES, *(name for name in OPTIONAL_COLUMNS if name in row)):
             columns.setdefault(name, []).append(row[name])
     return columns
 
@@ -268,6 +273,7 @@ def select_conversations(row: dict, indices: list[int]) -> dict:
     return {
         "images": row["images"],
         **{name: [row[name][index] for index in indices] for name in columns},
+        **({ORIGIN: row[ORIGIN]} if ORIGIN in row else {}),
         "source": row["source"] + (f", conversation{'s' * (len(indices) > 1)} {names}" if some else ""),
     }
 
@@ -279,9 +285,7 @@ def conversation_rows(items: Any) -> Iterator[dict]:
             yield single_conversation(row, 0)
 
 
-def flatten_conversations(
-    rows: datasets.Dataset | datasets.IterableDataset, lengths: Sequence[int] | None = None
-) -> Any:
+def flatten_conversations(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
     """
     Split rows into rows of one conversation.
 
@@ -290,24 +294,58 @@ def flatten_conversations(
 
     Args:
         rows (`Dataset` or `IterableDataset`): rows with any number of conversations.
-        lengths (`Sequence[int]`, *optional*): tokens of each conversation of a map-style data set, for a column
-            `length`, which the Trainer's `train_sampling_strategy` reads.
 
     Returns:
         `Dataset` or `IterableDataset`: the same kind; `conversations`, `categories` and `answers` have one entry in
             each row.
     """
     if isinstance(rows, datasets.IterableDataset):
-        return rows.map(_flatten_batch, batched=True, batch_size=16, features=ROW_FEATURES)
+        return rows.map(_flatten_batch, batched=True, batch_size=16, features=stream_features(rows))
     counts = _conversations_per_row(rows)
-    if (counts == 1).all() and lengths is None:
+    if (counts == 1).all():
         return rows
     row_index = np.repeat(np.arange(len(counts)), counts)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     indices = {"row": row_index, "conversation": np.arange(len(row_index)) - first}
-    if lengths is not None:
-        indices["length"] = np.asarray(lengths)
-    return datasets.Dataset.from_dict(indices).with_transform(_ConversationOf(rows))
+    return datasets.Dataset.from_dict(indices).with_transform(ConversationOf(rows))
+
+
+def conversation_index(lengths: Sequence[Sequence[int]]) -> datasets.Dataset:
+    """
+    The columns `row`, `conversation` and `length` of every conversation, for [`ConversationOf`]. The Trainer's
+    `train_sampling_strategy` reads `length`.
+
+    Args:
+        lengths (`Sequence[Sequence[int]]`): tokens of each conversation of each row.
+    """
+    counts = np.fromiter(map(len, lengths), np.int64, len(lengths))
+    rows = np.repeat(np.arange(len(counts)), counts)
+    conversations = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    tokens = np.fromiter(itertools.chain.from_iterable(lengths), np.int64, len(rows))
+    return datasets.Dataset.from_dict({"row": rows, "conversation": conversations, "length": tokens})
+
+
+def stream_features(rows: datasets.IterableDataset) -> Features:
+    """The columns of the rows of a stream: `ROW_FEATURES`, in a mixture with `origin`."""
+    mixed = ORIGIN in (rows.features or ())
+    return Features({**ROW_FEATURES, ORIGIN: Value("string")}) if mixed else ROW_FEATURES
+
+
+class Origins:
+    """
+    The sources of the rows of a mixture, which lie one source after the other.
+
+    Args:
+        counts (`dict[str, int]`): the number of rows of each source, by its name, in the order of the rows.
+    """
+
+    def __init__(self, counts: dict[str, int]):
+        self.names = list(counts)
+        self.ends = list(itertools.accumulate(counts.values()))
+
+    def __getitem__(self, row: int) -> str:
+        """The name of the source of a row."""
+        return self.names[bisect_right(self.ends, row)]
 
 
 class RowView:
@@ -317,15 +355,20 @@ class RowView:
 
     Args:
         rows (`Dataset`): of `ROW_FEATURES`.
+        origins (`Origins`, *optional*): their sources, for a column `origin`.
     """
 
-    def __init__(self, rows: datasets.Dataset):
-        self.rows = rows
+    def __init__(self, rows: datasets.Dataset, origins: Origins | None = None):
+        self.rows, self.origins = rows, origins
 
     def rows_by_index(self, indices: Iterable[int]) -> dict[int, dict]:
         """Each row that is needed, by its index in `rows`; read once."""
         needed = sorted(set(indices))
-        return dict(zip(needed, rows_at(self.rows, needed), strict=True))
+        found = dict(zip(needed, rows_at(self.rows, needed), strict=True))
+        if self.origins is not None:
+            for index, row in found.items():
+                row[ORIGIN] = self.origins[index]
+        return found
 
 
 def viewed_rows(items: datasets.Dataset) -> datasets.Dataset:
@@ -339,7 +382,7 @@ def viewed_rows(items: datasets.Dataset) -> datasets.Dataset:
     return transform.rows if isinstance(transform, RowView) else items
 
 
-class _ConversationOf(RowView):
+class ConversationOf(RowView):
     """Reads rows by (row, conversation)."""
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:

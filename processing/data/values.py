@@ -113,6 +113,21 @@ def record_name(name: str, index: int, identity: Any) -> str:
     return f"{name}, record {index} (id {text})"
 
 
+class RecordNames:
+    """
+    Names the records of a file by their number and their `id`. Can be pickled.
+
+    Args:
+        name (`str`): the file.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, record: dict, index: int) -> str:
+        return record_name(self.name, index, record.get("id"))
+
+
 def image_references(value: Any, folder: str | Path | None, name: str = "image") -> list[dict]:
     """
     References `{"path": str | None, "bytes": bytes | None}` to the images of a record.

@@ -254,6 +254,34 @@ def test_any_other_head_computes_its_logits(models, head, monkeypatch, caplog):
         )
 
 
+def test_the_losses_of_tokens():
+    """They come with the loss, which stays as it is, and carry no gradient."""
+    head, hidden_states, labels = make()
+    loss, losses = head_loss(hidden_states, head, labels, 90, return_token_losses=True)
+    assert torch.equal(loss, head_loss(hidden_states, head, labels, 90)) and not losses.requires_grad
+    expected = cross_entropy(head(hidden_states), labels, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(loss_jnana.token_losses(head(hidden_states), labels), expected.detach())
+    assert losses[::7].eq(0).all() and losses[1:7].gt(0).all()
+    assert worst(loss, plain_loss(hidden_states, head, labels, 90), [hidden_states, *head.parameters()]) < EXACT
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_gives_the_losses_of_its_tokens(models, fused):
+    model = models("phi")
+    (inputs, *_) = double("shared_image")
+    hook = None if fused else model.lm_head.register_forward_pre_hook(lambda *_: None)
+    try:
+        output = model(**inputs, skip_logits=True, return_token_losses=True)
+    finally:
+        if hook is not None:
+            hook.remove()
+    number = len(inputs["logit_positions"])
+    assert output.token_losses.shape == (number,) and output.logits is None
+    assert output.token_losses.mean().item() == pytest.approx(output.loss.item(), rel=1e-5)
+    assert model(**inputs, skip_logits=True).token_losses is None
+
+
 def test_weights_that_are_not_there_are_not_read():
     """Stand-ins for what FSDP2 and ZeRO-3 leave in a head that is a unit of its own."""
     head = nn.Linear(2, 3)

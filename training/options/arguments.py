@@ -170,12 +170,18 @@ class DataArguments:
     """Images and conversations, for align and sft."""
 
     train_data: str | None = field(
-        default=None, metadata={"help": "A JSON file, an image directory, or a Hub data set."}
+        default=None,
+        metadata={
+            "help": "A JSON file, an image directory, or a Hub data set; or a list of sources, each with `data` and "
+            "weight or samples, repeat, name, image_folder, format, split (JSON on the command line; docs/data.md)."
+        },
     )
     train_format: str = field(default="auto", metadata={"help": "auto, coco_captions, llava_instruct, ..."})
     train_split: str = field(default="train")
     image_folder: str | None = field(default=None)
-    eval_data: str | None = field(default=None)
+    eval_data: str | None = field(
+        default=None, metadata={"help": "As `train_data`; each source of a list has a loss of its own."}
+    )
     eval_format: str = field(default="auto")
     eval_split: str = field(default="train", metadata={"help": "Split of `eval_data` where it has several."})
     eval_image_folder: str | None = field(default=None, metadata={"help": "Default: `image_folder`."})
@@ -207,8 +213,16 @@ class DataArguments:
             "reads the headers too: the number of image tokens depends on the size."
         },
     )
+    mix: Literal["row", "batch"] = field(
+        default="row",
+        metadata={"help": "Several sources share a packed row (row), or only a batch (batch)."},
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data while training; each process reads files of its own."}
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={"help": "Rows of a stream from which the next one is drawn; 0: in the order of the files."},
     )
     data_cache: str | None = field(
         default=None,

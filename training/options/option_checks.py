@@ -19,6 +19,7 @@ from .arguments import (
 from .model_checks import check_model_arguments, check_models, check_text_arguments
 from .path_checks import check_output_apart, check_output_dir, check_source, models_read
 from .recipes import accelerate_config
+from .sources import check_mixture, is_list, sources_of
 
 
 # The smallest value of options that count something.
@@ -32,6 +33,7 @@ SMALLEST = {
     "sample_count": 1,
     "sample_max_new_tokens": 1,
     "sample_steps": 0,
+    "shuffle_buffer": 0,
 }
 # Packages of trackers whose names differ
 PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow"}
@@ -79,6 +81,7 @@ def check_run(
         check_documents(data_args.packing, args.accelerator_config.dispatch_batches)
     if isinstance(data_args, DataArguments):
         check_attention(model_args.attn_implementation, data_args.packing)
+        check_best_model(args, data_args)
         if args.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}, but the Trainer would smooth each token's "
@@ -94,9 +97,11 @@ def check_data(args: TrainingArguments, data_args: DataArguments | TextDataArgum
     """
     if data_args.train_data is None:
         raise ValueError("train_data is not set; give a file, a directory or a Hub data set")
-    check_source("train_data", data_args.train_data)
-    if data_args.eval_data is not None:
-        check_source("eval_data", data_args.eval_data)
+    if isinstance(data_args, DataArguments):
+        check_sources(data_args)
+        check_mixture(data_args)
+    else:
+        check_one_source(data_args)
     if isinstance(data_args, DataArguments):
         for name in ("image_folder", "eval_image_folder"):
             folder = getattr(data_args, name)
@@ -121,6 +126,54 @@ def check_data(args: TrainingArguments, data_args: DataArguments | TextDataArgum
             f"train_sampling_strategy is {args.train_sampling_strategy!r} but streaming is true; the lengths of a "
             "stream are not known, so leave one of them out"
         )
+
+
+def check_sources(data_args: DataArguments) -> None:
+    """Check the paths of all sources.
+
+    Raises:
+        ValueError: naming the option, the source and the path.
+    """
+    for option, evaluation in (("train_data", False), ("eval_data", True)):
+        several = is_list(getattr(data_args, option))
+        for source in sources_of(data_args, evaluation):
+            name = f"{option}, source {source.name!r}:" if several else option
+            check_source(name, str(source.data))
+            folder = source.image_folder
+            if several and folder is not None and not Path(folder).is_dir():
+                raise ValueError(
+                    f"{name} image_folder {str(folder)!r} is not a directory; give the directory that holds the images"
+                )
+
+
+def check_best_model(args: TrainingArguments, data_args: DataArguments) -> None:
+    """Check that the metric that chooses the best checkpoint exists where each validation source has its own.
+
+    Raises:
+        ValueError: naming the losses that there are.
+    """
+    if not is_list(data_args.eval_data) or args.metric_for_best_model is None:
+        return
+    losses = [f"eval_{source.name}_loss" for source in sources_of(data_args, evaluation=True)]
+    if args.metric_for_best_model.removeprefix("eval_") == "loss":
+        raise ValueError(
+            f"metric_for_best_model is {args.metric_for_best_model!r}, but eval_data is a list, whose sources have a "
+            f"loss each; give one of {', '.join(losses)}"
+        )
+
+
+def check_one_source(data_args: TextDataArguments) -> None:
+    """Check the paths of a text corpus, which is one source.
+
+    Raises:
+        ValueError: naming the option, the path and the remedy.
+    """
+    for option in ("train_data", "eval_data"):
+        value = getattr(data_args, option)
+        if is_list(value):
+            raise ValueError(f"{option} is a list of sources, but run_pretrain reads one; join the files, or give one")
+        if value is not None:
+            check_source(option, value)
 
 
 def check_feature_cache(args: DataArguments) -> None:

@@ -23,6 +23,7 @@ from jnana.processing.data.files import write_whole
 from jnana.processing.data.rows import TOKEN_FEATURES
 
 from .arguments import RunArguments
+from .sources import is_list
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def recipe_options(*arguments: Any) -> dict[str, Any]:
     for of_class in arguments:
         for name in (field.name for field in dataclasses.fields(of_class) if field.init):
             if not is_free(name):
-                options[name] = getattr(of_class, name)
+                value = getattr(of_class, name)
+                options[name] = json.loads(value) if name == "train_data" and is_list(value) else value
         if isinstance(of_class, TrainingArguments):
             options[PROCESSES] = of_class.world_size
             options[PRECISION] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -232,9 +234,13 @@ def _last_rate(checkpoint: str) -> str:
 
 
 def _same(saved: Any, value: Any) -> bool:
-    """Equal values, or two spellings of one path."""
+    """Equal values, or two spellings of one path; in lists of sources too."""
     if saved == value:
         return True
+    if isinstance(saved, dict) and isinstance(value, dict):
+        return saved.keys() == value.keys() and all(_same(saved[key], value[key]) for key in saved)
+    if isinstance(saved, list) and isinstance(value, list):
+        return len(saved) == len(value) and all(map(_same, saved, value))
     paths = isinstance(saved, str) and isinstance(value, str) and os.path.exists(saved) and os.path.exists(value)
     return paths and os.path.samefile(saved, value)
 

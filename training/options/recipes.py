@@ -155,10 +155,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def as_command_line(values: dict[str, Any]) -> list[str]:
-    """`{"learning_rate": "1e-4"}` as `["--learning_rate=1e-4"]`; lists as several arguments, mappings as JSON."""
+    """`{"learning_rate": "1e-4"}` as `["--learning_rate=1e-4"]`; lists as several arguments, mappings and lists of
+    mappings as JSON."""
     words: list[str] = []
     for key, value in values.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            words.append(f"--{key}={json.dumps(typed(value))}")
+        elif isinstance(value, list):
             words += [f"--{key}", *value]
         elif isinstance(value, dict):
             words.append(f"--{key}={json.dumps(typed(value))}")

@@ -28,6 +28,7 @@ from jnana.training.saving.checkpoints import size_text
 from .batch_counts import counted_batches
 from .chips import ChipPeak, chip_peak
 from .flops import ModelFlops
+from .sources import SourcesCallback
 
 
 logger = logging.getLogger(__name__)
@@ -274,16 +275,18 @@ def measured_speed(trainer: Trainer, **options: Any) -> Iterator[SpeedCallback]:
     """
     speed = SpeedCallback(trainer, **options)
     request = RequestCallback(speed)
+    names = getattr(trainer.data_collator, "sources", ())
+    sources = SourcesCallback(names, speed.over_processes) if names else None
     callbacks = trainer.callback_handler.callbacks
     first = 1 + max(i for i, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback))
-    callbacks.insert(first, speed)
+    callbacks[first:first] = [speed, *([sources] if sources else [])]
     callbacks.append(request)
     try:
-        with counted_batches(trainer, speed.count) as speed.add_hook_to_wrapper:
+        with counted_batches(trainer, speed.count, sources.add if sources else None) as speed.add_hook_to_wrapper:
             yield speed
     finally:
-        trainer.remove_callback(speed)
-        trainer.remove_callback(request)
+        for callback in (speed, request, *([sources] if sources else [])):
+            trainer.remove_callback(callback)
 
 
 def computing_dtype(args, model: nn.Module) -> torch.dtype:

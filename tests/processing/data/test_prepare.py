@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import sys
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest
@@ -86,10 +88,25 @@ def test_other_processes_use_the_result_of_the_first(coco, pictures, tmp_path, p
         progress=False,
     )
     rows = list(prepare(coco, processor, options, first))
+    sent = pickle.loads(results[0])
+    (of_source,) = sent.prepared
+    assert isinstance(sent.index, Path) and isinstance(of_source.file if kept else of_source.columns, Path)
+    assert of_source.report.lengths == [] and len(results[0]) < 2000  # files of this machine, no tokens
     monkeypatch.setattr(type(processor), "encode_chats", None)
     assert list(prepare(coco, processor, options, lambda function: pickle.loads(results[0]))) == rows
     assert [row["source"].split(",")[1] for row in rows] == [f" image {i} (id {i})" for i in (0, 1, 2) for _ in "abc"]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1  # written by the first process only
+
+
+def test_without_a_place_for_files_the_rows_are_sent(coco, pictures, processor, monkeypatch, caplog):
+    def refuse():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["jnana.processing.data.prepare"], "temporary_folder", refuse)
+    options = PrepareOptions(image_folder=pictures, on_bad_sample="skip", packing="rows", progress=False)
+    rows = prepare(coco, processor, options, lambda function: pickle.loads(pickle.dumps(function())))
+    assert "No space left on device), so each process holds its own copy" in caplog.text
+    assert list(rows) == list(prepare(coco, processor, options))
 
 
 IMAGE = 7

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -62,9 +63,10 @@ def load_conversations(
     if not sources:
         return None
     options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed, needs_images)
+    once = run_once_per_machine if PartialState().num_processes > 1 else None
     if evaluation and is_list(args.eval_data):
-        return {each.name: prepare([each], processor, options, run_once_per_machine) for each in sources}
-    return endless(prepare(sources, processor, options, run_once_per_machine), evaluation)
+        return {each.name: prepare([each], processor, options, once) for each in sources}
+    return endless(prepare(sources, processor, options, once), evaluation)
 
 
 def prepare_options(

@@ -17,7 +17,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from jnana.processing.data.files import temporary_folder
+from jnana.processing.data.temporary import temporary_directory
 
 
 LONGEST_WAIT = timedelta(days=2)  # for the slowest process, outside of training steps
@@ -141,7 +141,8 @@ def run_once_per_machine(function: Callable[[], T]) -> T:
 def once_per_machine(make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
     """Call `make` in the first process of each machine, and load in the others what it saved.
 
-    The files lie in a directory of the `datasets` cache, and are deleted when that process exits.
+    The files lie in a directory of the `datasets` cache, and are deleted when that process exits; those of a killed
+    process are deleted by the next one that makes some.
 
     Args:
         make (`Callable`): Takes no arguments; what it raises must be picklable.
@@ -157,7 +158,7 @@ def once_per_machine(make: Callable[[], T], save: Callable[[T, Path], None], loa
 
     def make_and_save() -> str:
         made.append(make())
-        folder = temporary_folder()
+        folder = temporary_directory()
         save(made[0], folder)
         return str(folder)
 

@@ -31,7 +31,7 @@ from .saving.checkpoints import check_disk_space, checkpoint_to_resume, delete_c
 from .saving.frozen_weights import copy_whole_weights, shared_frozen_weights, shares_frozen_weights
 from .saving.interruption import explain_full_disk, restored_signals
 from .saving.rotation import finished_checkpoints
-from .saving.run_lock import hold_directory
+from .saving.run_lock import check_directories, hold_directory
 from .sharing import published_files, push_folder
 
 
@@ -116,7 +116,9 @@ def train(
 
     Raises:
         ValueError: if the checkpoint is of another model or other data, or the disk has no space for one checkpoint.
+        LostDirectory: if another run has taken `output_dir` because this one stood still.
     """
+    check_directories()  # reading the data may have taken hours
     if run_args.overwrite_output_dir and trainer.args.should_save:
         delete_checkpoints(trainer.args.output_dir)
     fingerprint = data_fingerprint(trainer.train_dataset)
@@ -144,6 +146,7 @@ def train(
         shared_frozen_weights(trainer, checkpoint),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
+        check_directories()
         # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
         trainer.save_model(_internal_call=True)
 
@@ -179,6 +182,7 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
     )
     trainer.state = state
     if trainer.args.should_save:
+        check_directories()
         with explain_full_disk(trainer.args):
             shared = shares_frozen_weights(source)
             if shared:
@@ -258,6 +262,7 @@ def finish_run(
         stage, model_args, data_args, recipe: As for [`write_model_card`].
     """
     args = trainer.args
+    check_directories()
     with explain_full_disk(args):
         trainer.save_state()
         if trainer.is_world_process_zero():

@@ -375,7 +375,7 @@ def measure_rows(
         counts = [processor.count_image_tokens(size) for size in known]
         ids, masks = zip(*[next(encoded) for _ in row["conversations"]], strict=True)
         sizes = [
-            measure_conversation(tokens, mask, image_token_id, counts if has_images(chat) else [])
+            measure_conversation(tokens, mask, image_token_id, counts if has_images(chat) else [], row["source"])
             for chat, tokens, mask in zip(row["conversations"], ids, masks, strict=True)
         ]
         shared = shared_length(ids, masks, image_token_id)

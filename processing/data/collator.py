@@ -239,7 +239,8 @@ class JnanaCollator:
         image_token_id = self.processor.image_token_id
         counts = [self._count_tokens(images.loaded[index]) for index in indices]
         try:
-            check_size(measure_conversation(ids, mask, image_token_id, counts), self.max_length, row["source"])
+            size = measure_conversation(ids, mask, image_token_id, counts, row["source"])
+            check_size(size, self.max_length, row["source"])
         except BadSampleError as error:
             self._handle(error, problems)
             return None

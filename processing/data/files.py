@@ -1,13 +1,9 @@
 """Files as a whole: written so that they are never incomplete, and told apart by stamps and digests."""
 
-import atexit
 import hashlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 
 
@@ -29,15 +25,6 @@ def file_stamp(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def temporary_folder() -> Path:
-    """A new directory inside the cache of `datasets`, which other processes of this machine can read; it is deleted
-    when this process exits."""
-    Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="jnana_", dir=datasets.config.HF_DATASETS_CACHE)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -50,7 +50,7 @@ class ConversationSize:
 
 
 def measure_conversation(
-    ids: list[int], mask: list[int], image_token_id: int, image_tokens: Sequence[int]
+    ids: list[int], mask: list[int], image_token_id: int, image_tokens: Sequence[int], source: str = "a row"
 ) -> ConversationSize:
     """
     The size that a conversation will have when each of its image tokens is repeated for its image.
@@ -60,11 +60,12 @@ def measure_conversation(
         mask (`list[int]`): 1 on answer tokens.
         image_token_id (`int`): the image token.
         image_tokens (`Sequence[int]`): image tokens of each image, in reading order.
+        source (`str`, *optional*): file and record, for the error.
 
     Raises:
         ValueError: if the numbers of image tokens and images differ.
     """
-    images = _image_positions(ids, image_token_id, image_tokens)
+    images = _image_positions(ids, image_token_id, image_tokens, source)
     added = [count - 1 for count in image_tokens]
     first = mask.index(1, 1) if 1 in mask[1:] else None
     if first is not None:
@@ -92,12 +93,14 @@ def expand_images(
     return ids, mask
 
 
-def _image_positions(ids: list[int], image_token_id: int, image_tokens: Sequence[int]) -> list[int]:
+def _image_positions(
+    ids: list[int], image_token_id: int, image_tokens: Sequence[int], source: str = "a row"
+) -> list[int]:
     positions = [position for position, token in enumerate(ids) if token == image_token_id]
     if len(positions) != len(image_tokens):
         raise ValueError(
-            f"a conversation about {len(image_tokens)} images has {len(positions)} image tokens; the chat template "
-            "must write one for each image"
+            f"{source}: a conversation about {len(image_tokens)} images has {len(positions)} image tokens; the chat "
+            "template must write one for each image. Mend it, or give another one, such as chat_template: jnana"
         )
     return positions
 

@@ -23,7 +23,7 @@ from .checks import (
     measure_rows,
     raise_for_problems,
 )
-from .files import temporary_folder, write_table
+from .files import write_table
 from .images import MAX_IMAGE_PIXELS
 from .mixture import (
     DataSource,
@@ -52,6 +52,7 @@ from .rows import (
     stream_features,
     unbatched,
 )
+from .temporary import temporary_directory
 
 
 logger = logging.getLogger(__name__)
@@ -60,15 +61,11 @@ logger = logging.getLogger(__name__)
 STREAM_BUFFER = 256
 
 
-def _call(function: Callable[[], "PreparedEpoch"]) -> "PreparedEpoch":
-    return function()
-
-
 def prepare(
     source: str | Path | Dataset | IterableDataset | Sequence[DataSource],
     processor: JnanaProcessor,
     options: PrepareOptions,
-    once: Callable[[Callable[[], "PreparedEpoch"]], "PreparedEpoch"] = _call,
+    once: Callable[[Callable[[], "PreparedEpoch"]], "PreparedEpoch"] | None = None,
 ) -> Dataset | IterableDataset:
     """
     Read, check, render, tokenise and pack a data source, or several.
@@ -83,7 +80,7 @@ def prepare(
         processor (`JnanaProcessor`): renders and tokenises; the collator must have the same.
         options (`PrepareOptions`): how.
         once (`Callable`, *optional*): calls a function without arguments and returns its result, which can be pickled.
-            With several processes, one that calls it in a single process of each machine.
+            With several processes, one that calls it in a single process of each machine, which then hands on files.
 
     Returns:
         `Dataset` or `IterableDataset`: rows of one conversation, or with `packing` packed rows
@@ -105,8 +102,8 @@ def prepare(
         if isinstance(rows, IterableDataset):
             rows = rows if len(sources) > 1 else shuffled(rows, options)
             return flatten_conversations(rows) if options.packing == "none" else _packed(rows, processor, options)
-    epoch = EpochPreparation(sources, processor, options, shared=once is not _call)
-    return epoch.items(once(epoch.run))
+    epoch = EpochPreparation(sources, processor, options, shared=once is not None)
+    return epoch.items(epoch.run() if once is None else once(epoch.run))
 
 
 @dataclass
@@ -161,7 +158,7 @@ class EpochPreparation:
         if not self.shared:
             return PreparedEpoch(prepared, index)
         try:
-            folder = temporary_folder()
+            folder = temporary_directory()
             write_table(index.with_format("arrow")[:], folder / "index.arrow")
             sent = [each.for_others(folder / f"{number}.arrow") for number, each in enumerate(prepared)]
         except OSError as error:

@@ -1,5 +1,6 @@
 """Text corpora for stage 0: reading, training a tokenizer, packing into blocks or rows."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jnana.modeling.packed_layout_jnana import PackedLayout
 from .packing import IGNORED, WINDOW, fill_rows, longest_first
 from .paths import names_local_path
 from .records import read_json_lines
-from .shards import check_whole, load_source, read_parquet
+from .shards import TAR_FEATURES, check_whole, load_source, read_parquet
 from .values import encodable, shown
 
 
@@ -42,11 +43,12 @@ def load_text(
 
     Args:
         source (`str` or `Path`): a `.txt` file (documents are separated by blank lines), a `.jsonl` or `.parquet`
-            file, a directory written by `save_to_disk`, or a Hub id.
+            file, a directory written by `save_to_disk`, a directory of shards, or a Hub id.
         streaming (`bool`, *optional*, defaults to `False`): read while training; a Hub corpus is then not downloaded
             as a whole.
         split (`str`, *optional*, defaults to `"train"`): the split of a Hub corpus.
-        text_column (`str`, *optional*, defaults to `"text"`): the column or key that holds the text.
+        text_column (`str`, *optional*, defaults to `"text"`): the column or key that holds the text; of WebDataset's
+            archives the ending of the files (`txt`), or a field of their JSON.
         max_rows (`int`, *optional*): read the first documents only.
         load_options: passed to `datasets.load_dataset`.
 
@@ -86,6 +88,9 @@ def load_text(
 
 def _text_only(corpus: Any, text_column: str, name: str) -> Any:
     """The one column of texts; each is checked, those of a stream when it is read."""
+    if corpus.features == TAR_FEATURES:
+        options = {"fn_kwargs": {"text_column": text_column}, "remove_columns": list(TAR_FEATURES)}
+        return corpus.map(_document_of, features=TEXT_FEATURES, **options)
     columns = corpus.column_names or list(next(iter(corpus)))
     if text_column not in columns:
         raise ValueError(f"{name}: no column {text_column!r}; it has {columns}. Set text_column.")
@@ -116,6 +121,28 @@ def _text(value: Any, name: str, index: int) -> str:
             "that holds texts only."
         )
     return encodable(value)
+
+
+def _document_of(sample: dict, text_column: str) -> dict:
+    """The text of a sample of an archive: its file with the ending `text_column`, or that field of its `.json` file.
+
+    Raises:
+        ValueError: if it has none, naming the archive and the sample.
+    """
+    texts = json.loads(sample["texts"])
+    name = f"{sample['__url__']}, sample {sample['__key__']}"
+    if text_column in texts:
+        return {"text": encodable(texts[text_column])}
+    try:
+        fields = json.loads(texts.get("json", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: its .json file is not valid JSON: {error}. Remove the sample.") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get(text_column), str):
+        raise ValueError(
+            f"{name}: no text {text_column!r}. Remove the sample, or set text_column to the ending of texts (txt), "
+            "or to a field of the JSON files that holds texts only."
+        )
+    return {"text": encodable(fields[text_column])}
 
 
 def _documents(path: str, text_column: str) -> Iterator[dict]:

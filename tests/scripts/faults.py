@@ -1,6 +1,7 @@
 """Failures for the interruption tests: each function arranges a signal or an error in the process that calls it."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState
+
+from jnana.training.saving.run_lock import LOCK
 
 
 SAVING = {
@@ -56,15 +59,40 @@ def kill_while_saving(what: str, step: int) -> None:
 
 
 def kill_at_random(seed: int) -> None:
-    """SIGKILL at a moment that the seed draws: at one of the file operations in output_dir, or by the clock."""
+    """
+    SIGKILL at a moment that the seed draws: just before one of the file operations in output_dir, or a few
+    milliseconds after one of all the interpreter's events, from the start on.
+
+    Both are counted, not timed: a busy machine does not move them behind the end of the run.
+    """
     draw = random.Random(seed)
     if seed % 2:
-        kill_at_file_operation(draw.randrange(1, 120))
+        kill_at_file_operation(draw.randrange(1, FILE_OPERATIONS))
     else:
-        seconds = draw.uniform(0.5, 5)
-        threading.Thread(
-            target=lambda: (time.sleep(seconds), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
-        ).start()
+        kill_after_events(draw.randrange(1, EVENTS), draw.uniform(0, 0.03))
+
+
+FILE_OPERATIONS = 250  # of a whole run there are 390 or more, of the start of a finished one 110
+EVENTS = 45_000  # of a whole run there are 49,000 or more, of the start of a finished one 29,000
+
+
+def kill_after_events(number: int, seconds: float) -> None:
+    """SIGKILL some time after the n-th event of which Python tells its audit hooks: imports, opened files, ..."""
+    seen, process = 0, os.getpid()
+
+    def strike() -> None:
+        time.sleep(seconds)
+        os.kill(process, signal.SIGKILL)
+
+    thread = threading.Thread(target=strike, daemon=True)
+
+    def watch(event: str, args: tuple) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number and os.getpid() == process:
+            thread.start()
+
+    sys.addaudithook(watch)
 
 
 def kill_at_file_operation(number: int) -> None:
@@ -106,10 +134,11 @@ def flip_bit(path: str, step: int) -> None:
 
 
 def write_zeros(path: str, step: int) -> None:
-    """The end of a file becomes zeros, as after a power cut; then SIGKILL."""
+    """A part of a file becomes zeros, as after a power cut, while its length and its end stay; then SIGKILL."""
 
     def zero(content: bytearray) -> None:
-        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        start, end = len(content) // 4, len(content) // 2
+        content[start:end] = bytes(end - start)
 
     add_callback(ChangeAt(path, zero, step))
 
@@ -126,6 +155,23 @@ def set_clock_back(step: int) -> None:
     """The clock is set back after each checkpoint; then SIGKILL."""
     kill("on_step_begin", step)
     add_callback(SetClockBack())
+
+
+class TakeDirectory(TrainerCallback):
+    """A run of another host takes output_dir as one step begins, as it may when this one stands still for a minute."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            lock = Path(args.output_dir) / LOCK
+            other = {"host": "another", "pid": 1, "started": "2026-01-01T00:00:00+00:00"}
+            lock.write_text(json.dumps({**json.loads(lock.read_text()), **other}))
+
+
+def take_directory(step: int) -> None:
+    add_callback(TakeDirectory(step))
 
 
 class WaitAt(TrainerCallback):

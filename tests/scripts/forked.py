@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.scripts.launching import LONGEST
+
 
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.scripts.preloaded", "tests.scripts.forked", "tests.scripts.faults", "tests.scripts.sharding"]
@@ -34,7 +36,7 @@ def run_forked(
     processes: int = 1,
     prepare: Callable[[], None] | None = None,
     environment: dict[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = LONGEST,
 ) -> list[Ended]:
     """
     Run `script.main(arguments)` in fresh processes and wait for all of them.

@@ -11,6 +11,7 @@ from jnana.training.saving.checkpoints import checkpoint_problem
 
 
 ROOT = Path(__file__).parents[2]
+LONGEST = 600.0  # seconds; ends what hangs, and is far above what a busy machine takes
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -36,7 +37,7 @@ def launch(script: str, arguments: list[str], processes: int = 1, **variables: s
     )
 
 
-def kill_at(process: subprocess.Popen, checkpoint: Path, timeout: int = 200) -> None:
+def kill_at(process: subprocess.Popen, checkpoint: Path, timeout: float = LONGEST) -> None:
     """SIGKILL to it and all that it started, as soon as a checkpoint is whole and can be resumed."""
     deadline = time.monotonic() + timeout
     while checkpoint_problem(checkpoint) is not None:
@@ -46,7 +47,7 @@ def kill_at(process: subprocess.Popen, checkpoint: Path, timeout: int = 200) -> 
     process.communicate()
 
 
-def finish(process: subprocess.Popen, timeout: int = 240) -> str:
+def finish(process: subprocess.Popen, timeout: float = LONGEST) -> str:
     """Its output; fails when it does."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output[-6000:]

@@ -3,19 +3,24 @@
     terminated_launch.py SIGNAL TO STEP NOTES script ...
 
 
-TO is `launcher` (what a scheduler that knows one process does) or `all` (Slurm, systemd: every process of the job).
-How each process ended is written to a file of the folder NOTES.
+TO is `launcher` (what a scheduler that knows one process does), `all` (Slurm, systemd: every process of the job) or
+`group` (the launcher's process group, as a terminal does).
+How each process ended is written to a file of the folder NOTES. With STAY in the environment the first process then
+stays in that step, so that only the launcher can end it.
 """
 
 import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from transformers import TrainerCallback
 
+from jnana.training.saving import interruption
 from tests.scripts.faults import add_callback
+from tests.scripts.launching import LONGEST
 
 
 class Scheduler(TrainerCallback):
@@ -28,17 +33,24 @@ class Scheduler(TrainerCallback):
         if state.global_step != self.step or not state.is_world_process_zero:
             return
         launcher = os.getppid()
+        if self.to == "group":
+            os.killpg(os.getpgid(launcher), self.number)
+            return
         workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
         assert len(workers) == args.world_size, workers
         for process in [launcher, *(map(int, workers) if self.to == "all" else ())]:
             os.kill(process, self.number)
+        end = time.monotonic() + LONGEST
+        while "STAY" in os.environ and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":
     name, to, step, notes, script, *arguments = sys.argv[1:]
     add_callback(Scheduler(name, to, int(step)))
+    interruption.LAUNCHER_DELAY = LONGEST  # however long the launcher takes to pass a Ctrl-C on
     try:
         importlib.import_module(f"jnana.{script}").main(arguments)
     except SystemExit as end:
-        (Path(notes) / os.environ["RANK"]).write_text(str(end.code))
+        (Path(notes) / os.environ.get("RANK", "0")).write_text(str(end.code))
         raise

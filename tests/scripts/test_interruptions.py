@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +30,13 @@ from tests.scripts.faults import (
     set_clock_back,
     strike,
     strike_group,
+    take_directory,
     terminate,
     wait,
     write_zeros,
 )
 from tests.scripts.forked import Ended, run_forked, succeed
-from tests.scripts.launching import ROOT, launch
+from tests.scripts.launching import LONGEST, ROOT, launch
 from tests.scripts.tiny_data import make_shards
 
 
@@ -135,11 +136,14 @@ KILLED, TERMINATED, FAILED = -signal.SIGKILL, 128 + signal.SIGTERM, 1
 CODES = {name: 128 + getattr(signal, name) for name in STOP_SIGNALS}
 # started by `accelerate launch`, which passes the signal on, after a moment and once more to those who have it already
 LAUNCHER, ALL = "to `accelerate launch` alone", "to `accelerate launch` and all its processes"
+GROUP = "to the process group of `accelerate launch` with one process"
 LAUNCHED = {
     ("SIGTERM", "launcher"): Case("SIGTERM", LAUNCHER, TWO, (), (TERMINATED,), 3),
     ("SIGTERM", "all"): Case("SIGTERM", ALL, TWO, (), (TERMINATED,), 3),
     ("SIGINT", "all"): Case("SIGINT", ALL, TWO, (), (CODES["SIGINT"],), 3),
     ("SIGHUP", "launcher"): Case("SIGHUP", LAUNCHER, TWO, (), (CODES["SIGHUP"],), 3),
+    ("SIGTERM", "group"): Case("SIGTERM", GROUP, ALIGN, (), (TERMINATED,), 3),
+    ("SIGINT", "group"): Case("SIGINT", GROUP, ALIGN, (), (CODES["SIGINT"],), 3),
     ("SIGUSR1", "launcher"): Case(
         "SIGUSR1", f"{LAUNCHER}, which was told to pass it on", TWO, (), (CODES["SIGUSR1"],), 3
     ),
@@ -147,6 +151,15 @@ LAUNCHED = {
 SEED, MOMENTS = 18, 8
 AT_RANDOM = (f"SIGKILL, {MOMENTS} times", f"at random moments (seed {SEED})")
 RANDOM = {kind: Case(*AT_RANDOM, kind, (), (KILLED,), None, ending="resumes each time") for kind in (LORA, ONE_KEPT)}
+CHANGED = Case(
+    "changed recipe",
+    "`learning_rate` and `seed`, after SIGKILL in step 6",
+    ALIGN,
+    (),
+    (FAILED,),
+    None,
+    ending="refused; its own recipe resumes from step 4",
+)
 SECOND_RUN = Case("two runs at once", "the second in step 4 of the first", ALIGN, (), (FAILED,), None, 0, "refused")
 CASES = [
     Case("SIGKILL", "before the first checkpoint", ALIGN, (partial(kill, "on_step_end", 1),), (KILLED,), None),
@@ -192,7 +205,16 @@ CASES = [
         (KILLED,),
         2,
     ),
+    CHANGED,
     SECOND_RUN,
+    Case(
+        "output directory taken over",
+        "by a run of another host, in step 4",
+        ALIGN,
+        (partial(take_directory, 3),),
+        (FAILED,),
+        2,
+    ),
     Case("SIGTERM", "between two micro-batches", ALIGN, (partial(terminate, "on_substep_end", 2),), (TERMINATED,), 3),
     Case("SIGTERM", "in the last step", ALIGN, (partial(terminate, "on_step_begin", 5),), (TERMINATED,), 6),
     Case(
@@ -321,6 +343,10 @@ def test_interrupted(case: Case, start, whole, tmp_path):
         for link in output.glob("checkpoint-*/*"):
             if link.is_symlink():
                 link.unlink()  # there is room again
+    if case.how == "output directory taken over":
+        assert "now belongs to process 1 on host 'another', started 2026-01-01" in ended.output
+        assert not (output / "checkpoint-4").exists()
+        (output / "run.lock").unlink()  # that run has ended
     said = succeed(start(case.kind, output))
     if case.resumed_from is None:
         assert "resuming from" not in said
@@ -334,7 +360,8 @@ def test_interrupted_under_accelerate_launch(name, to, start, whole, tmp_path, d
     case, output = LAUNCHED[name, to], tmp_path / "run"
     words = arguments(case.kind, output, data, vision, pretrained, aligned)
     terminated = [name, to, "2", str(tmp_path), case.kind.script]
-    variables = {"PET_SIGNALS_TO_HANDLE": ",".join(STOP_SIGNALS)} if name == "SIGUSR1" else {}
+    variables = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{LONGEST:.0f}"}  # a checkpoint takes long on a busy machine
+    variables |= {"PET_SIGNALS_TO_HANDLE": ",".join(STOP_SIGNALS)} if name == "SIGUSR1" else {}
     process = launch(
         "tests/scripts/terminated_launch.py",
         [*terminated, *words],
@@ -342,11 +369,12 @@ def test_interrupted_under_accelerate_launch(name, to, start, whole, tmp_path, d
         PYTHONPATH=str(ROOT),
         **variables,
     )
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 1, said[-4000:]  # the launcher's own
+    said, _ = process.communicate(timeout=LONGEST)
+    assert process.returncode == 1 or (process.returncode and to == "group"), said[-4000:]  # the launcher's own
     assert said.count(f"{name}: stopped after step 3") == 1, said[-4000:]
     assert "forcefully exiting" not in said
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(CODES[name])] * 2
+    ranks = range(case.kind.processes)
+    assert [(tmp_path / str(rank)).read_text() for rank in ranks] == [str(CODES[name]) for _ in ranks]
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert f"resuming from {output}/checkpoint-3 " in succeed(start(case.kind, output))
     assert_same(output, whole(case.kind), case.kind)
@@ -360,12 +388,29 @@ def test_killed_at_random_moments(kind: Kind, start, whole, tmp_path):
         ended = start(kind, output, partial(kill_at_random, SEED + moment))[0]
         assert ended.code in (KILLED, 0), ended.output[-4000:]  # the last moments may lie behind the end
         killed += ended.code == KILLED
-    assert killed >= 2  # how many of the moments lie before the end depends on the machine
+    assert killed >= MOMENTS // 2  # the other moments lie behind the end of a run that has little left to do
     succeed(start(kind, output))
     assert_same(output, whole(kind), kind)
+    print(f"{killed} of {MOMENTS} starts were killed")
     for checkpoint in output.glob("checkpoint-*"):
         assert checkpoint_problem(checkpoint) is None
     assert len(list(output.glob("*checkpoint-*"))) == (1 if kind is ONE_KEPT else 3)
+
+
+def test_a_changed_recipe(start, whole, tmp_path):
+    assert CHANGED.line() in DOCS.read_text()
+    output = tmp_path / "run"
+    assert start(ALIGN, output, partial(kill, "on_step_begin", 5))[0].code == KILLED
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "run.lock"}
+    changed = replace(ALIGN, changes=(*ALIGN.changes, ("learning_rate", "2e-3"), ("seed", 7)))
+    ended = start(changed, output)[0]
+    assert ended.code == FAILED
+    differences = "learning_rate 0.001, this run has 0.002", "seed 42, this run has 7"
+    for difference in (f"{output}/checkpoint-4 was trained with ", *differences):
+        assert difference in ended.output
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert f"resuming from {output}/checkpoint-4 " in succeed(start(ALIGN, output))
+    assert_same(output, whole(ALIGN), ALIGN)
 
 
 def test_two_runs_at_once(start, whole, tmp_path):
@@ -373,7 +418,7 @@ def test_two_runs_at_once(start, whole, tmp_path):
     output, waiting, first = tmp_path / "run", tmp_path / "waiting", []
     thread = threading.Thread(target=lambda: first.extend(start(ALIGN, output, partial(wait, 3))))
     thread.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONGEST
     while not waiting.exists():
         assert thread.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
@@ -391,9 +436,12 @@ def test_two_runs_at_once(start, whole, tmp_path):
 
 @pytest.mark.parametrize("handled", [None, "SIGTERM,SIGINT"])
 def test_a_closed_terminal_under_nohup(handled, start, tmp_path, data, vision, pretrained, aligned):
-    """The remedy of the docs lets the run go on. The control: the launcher kills processes that ignore SIGHUP."""
+    """The remedy of the docs lets the run go on. The control: the launcher kills processes that ignore SIGHUP, which
+    stay in their step until then."""
     words = arguments(TWO, tmp_path / "run", data, vision, pretrained, aligned)
-    variables = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | ({"PET_SIGNALS_TO_HANDLE": handled} if handled else {})
+    variables = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | (
+        {"PET_SIGNALS_TO_HANDLE": handled} if handled else {"STAY": "until the launcher ends it"}
+    )
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which new processes inherit
     try:
         process = launch(
@@ -405,7 +453,7 @@ def test_a_closed_terminal_under_nohup(handled, start, tmp_path, data, vision, p
         )
     finally:
         signal.signal(signal.SIGHUP, before)
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=LONGEST)
     assert (process.returncode == 0) is (handled is not None), said[-4000:]
     assert (tmp_path / "run" / "model.safetensors").is_file() is (handled is not None)
 

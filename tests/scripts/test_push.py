@@ -56,6 +56,15 @@ def test_align_pushes_at_its_end(data, vision, pretrained, tmp_path, uploads):
     }
 
 
+def test_a_checkpoint_that_shares_its_frozen_weights(aligned):
+    """All of its weights are uploaded, and nothing that only training reads."""
+    folder = aligned / "checkpoint-4"
+    names = {file.name for file in published_files(folder)}
+    files = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert len(files) == 2 and {*files, "model.safetensors.index.json", "config.json"} <= names
+    assert not names & {"optimizer.pt", "rng_state.pth", "trainer_state.json", "checkpoint_manifest.json"}
+
+
 def test_no_path_of_this_machine(pretrained, aligned, tuned, tmp_path):
     """No finished checkpoint of the chain names one; if it does, the check finds it."""
     for folder in (pretrained, aligned, tuned / "merged"):

@@ -183,6 +183,16 @@ def test_a_changed_recipe_is_refused_before_the_model_is_loaded(no_model, data, 
         run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align", **changes))
 
 
+def test_another_tower_with_a_feature_cache(no_model, data, vision, pretrained, aligned, tmp_path):
+    """The projector would go on with the features of the new tower, and be saved beside the old one."""
+    shutil.copytree(aligned, tmp_path / "align")
+    shutil.rmtree(tmp_path / "align" / "checkpoint-6")
+    shutil.copytree(vision, tmp_path / "other")
+    changes = {"vision_model": tmp_path / "other", "feature_cache": tmp_path / "cache"}
+    with pytest.raises(ValueError, match=f"was trained with vision_model '{vision}', this run has '.*other"):
+        run_align.main(align_options(data, vision, pretrained, output_dir=tmp_path / "align", **changes))
+
+
 def test_align_on_an_adapter(no_model, data, tuned, tmp_path):
     arguments = {"model_name_or_path": tuned, "train_data": data / "captions.json", "output_dir": tmp_path}
     with pytest.raises(ValueError, match="is an adapter; align from a full checkpoint"):

@@ -1,17 +1,22 @@
 """Work for the first process, and waits of the others, in real processes over gloo."""
 
+import atexit
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
+import signal
 import time
 from datetime import timedelta
 
+import datasets
 import pytest
 import torch.distributed as dist
 from accelerate import PartialState
 
 from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
+from jnana.processing.data.temporary import temporary_directory
 from jnana.training import distributed, text_models
 from jnana.training.data import prepare_text_data
 from jnana.training.distributed import (
@@ -28,7 +33,7 @@ from tests.tiny import CORPUS
 WAIT = 4  # seconds that the first process works
 
 
-def run_two(function, folder, timeout: int = 120) -> list[str]:
+def run_two(function, folder, timeout: int = 600, read: bool = True) -> list[str]:
     """Call `function(folder)` in two processes of a group that gives up after 2 seconds; what each returned."""
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=_child, args=(function, folder, rank)) for rank in range(2)]
@@ -38,7 +43,7 @@ def run_two(function, folder, timeout: int = 120) -> list[str]:
         child.join(timeout)
         if child.exitcode is None:
             child.kill()
-    return [(folder / f"{rank}.txt").read_text() for rank in range(2)]
+    return [(folder / f"{rank}.txt").read_text() for rank in range(2)] if read else []
 
 
 def _child(function, folder, rank: int) -> None:
@@ -155,6 +160,55 @@ def test_one_process_trains_the_tokenizer_and_packs(tmp_path):
     first, second = (said.split(" ", 1) for said in run_two(text_blocks, tmp_path))
     assert (first[0], second[0]) == ("1", "0")
     assert first[1] == second[1] and first[1].startswith("True ")
+
+
+def make_and_stay(cache, pipe) -> None:
+    """Makes a directory and says which, until it is killed."""
+    pipe.send(temporary_directory(cache))
+    pipe.recv()
+
+
+def test_the_directory_of_a_killed_process_is_deleted_by_the_next(tmp_path, caplog, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    processes, folders, at_exit = [], [], []
+    for _ in range(2):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=make_and_stay, args=(tmp_path, theirs)))
+        processes[-1].start()
+        folders.append(ours.recv())
+    older = tmp_path / "jnana_older"  # of a version that holds no lock: who needs it is unknown
+    older.mkdir()
+    processes[0].kill()
+    processes[0].join()
+    monkeypatch.setattr(atexit, "register", lambda *call, **options: at_exit.append((call, options)))
+    with caplog.at_level(logging.INFO):
+        own = temporary_directory(tmp_path)
+    processes[1].kill()
+    assert not folders[0].exists() and folders[1].is_dir() and older.is_dir() and own.is_dir()
+    assert f"deleting {folders[0]}, which a run that was killed has left" in caplog.text
+    (((delete, folder), options),) = at_exit
+    delete(folder, **options)
+    assert not own.exists()
+
+
+def killed_while_it_hands_on(folder) -> str:
+    def save(made, at) -> None:
+        (at / "a").write_text(made)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return once_per_machine(lambda: "half", save, lambda at: (at / "a").read_text())
+
+
+def test_a_killed_run_leaves_nothing_behind_the_next(tmp_path, monkeypatch):
+    """Stage 0 on two processes, whose first is killed while it hands its data on; then started again."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for name in ("killed", "again"):
+        (tmp_path / name).mkdir()
+    run_two(killed_while_it_hands_on, tmp_path / "killed", read=False)
+    (left,) = cache.glob("jnana_*")
+    assert run_two(made_once, tmp_path / "again") == ["by 0", "by 0"]
+    assert not left.exists() and len(list(cache.glob("jnana_*"))) == 1  # `os._exit` ended the second one
 
 
 def test_one_process_alone():

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "recipe_record.json"
 RECORD_FORMAT = 1
+SHARDS = "shards of a stream: "  # begins the fingerprint of a stream
 SAMPLED_ROWS = 256  # of the training data, for its fingerprint
 
 # Options that change neither the weights nor the order of the data. All others must stay as they were.
@@ -140,35 +141,42 @@ def check_same_recipe(checkpoint: str | None, options: dict[str, Any], run_args:
         raise ValueError(text)
 
 
-def check_same_data(checkpoint: str, fingerprint: str | None, run_args: RunArguments) -> None:
+def check_same_data(checkpoint: str, fingerprint: str, run_args: RunArguments) -> None:
     """Check that a run is resumed with the training data that it was started with.
 
     Args:
         checkpoint (`str`): The checkpoint to resume from.
-        fingerprint (`str`, *optional*): [`data_fingerprint`] of the training data.
+        fingerprint (`str`): [`data_fingerprint`] of the training data.
         run_args (`RunArguments`): `train_data` in its `allow_changed` permits other data.
 
     Raises:
         ValueError: naming the numbers of rows and the remedies.
     """
     saved = (read_record(checkpoint) or {}).get("data")
-    if saved is None or fingerprint is None or saved == fingerprint or "train_data" in allowed_changes(run_args):
+    if saved is None or saved == fingerprint or "train_data" in allowed_changes(run_args):
         return
+    if saved.startswith(SHARDS) and fingerprint.startswith(SHARDS):
+        before, now = saved.removeprefix(SHARDS), fingerprint.removeprefix(SHARDS)
+        raise ValueError(
+            f"{checkpoint} was trained on a stream of other shards of train_data: {before}, now {now}. "
+            f"{_remedy(['train_data'])}"
+        )
     before, now = (text.partition(":")[0] for text in (saved, fingerprint))
     what = f"{before} rows, now {now}" if before != now else f"{before} rows, some of which have changed"
     raise ValueError(f"{checkpoint} was trained on other rows of train_data: {what}. {_remedy(['train_data'])}")
 
 
-def data_fingerprint(rows: Dataset | IterableDataset) -> str | None:
+def data_fingerprint(rows: Dataset | IterableDataset) -> str:
     """A text that is equal for equal training data: the number of rows and a digest of rows at equal distances.
 
-    Images count by file name. A stream has none.
+    Images count by file name. Of a stream, whose rows nobody has read yet, the number of its shards is all there is:
+    it tells added files, but not changed ones.
 
     Args:
         rows (`Dataset` or `IterableDataset`): The training rows, after checks and packing.
     """
     if isinstance(rows, IterableDataset):
-        return None
+        return f"{SHARDS}{rows.num_shards}"
     digest = hashlib.sha256()
     for index in sorted({index * len(rows) // SAMPLED_ROWS for index in range(SAMPLED_ROWS)}):
         digest.update(json.dumps(_without_directories(rows[index]), sort_keys=True, default=_as_text).encode())

@@ -17,6 +17,7 @@ from jnana.training.monitoring import LossCurveCallback
 from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
 from .interruption import StopSignalCallback
 from .manifests import PassingProblem, write_manifest
+from .run_lock import check_directories
 
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,26 @@ class FinishedCheckpointCallback(TrainerCallback):
             distributed.barrier()  # each process writes its random state, and its shards
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
+            check_directories()  # also behind the writing, which may have stood still: nothing else is deleted
             write_manifest(folder, self.digests)
             rotate(folder, self.limit, state.best_model_checkpoint, with_optimizer=not args.save_only_model)
+
+
+class HeldDirectoryCallback(TrainerCallback):
+    """Ends a run that has lost its output directory to another one, before it saves a checkpoint there.
+
+    It must come after all callbacks that ask for a checkpoint. An evaluation, which may take hours, comes between that
+    and the saving.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            check_directories()
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        check_directories()
 
 
 def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bool = True) -> None:
@@ -100,11 +119,12 @@ def finished_checkpoints(trainer: Trainer) -> Iterator[None]:
     """Within the block the Trainer's checkpoints get manifests and are rotated here.
 
     Of the callbacks, those that write into a checkpoint come first, then the manifest, then pictures, then the exit
-    after a signal.
+    after a signal; last the one that ends a run which has lost its directory.
     """
     limit, finish = trainer.args.save_total_limit, FinishedCheckpointCallback()
     last = [trainer.pop_callback(LossCurveCallback), trainer.pop_callback(StopSignalCallback)]
-    for callback in (finish, *last):
+    held = HeldDirectoryCallback()
+    for callback in (finish, *last, held):
         if callback is not None:
             trainer.add_callback(callback)
     try:
@@ -112,3 +132,4 @@ def finished_checkpoints(trainer: Trainer) -> Iterator[None]:
     finally:
         trainer.args.save_total_limit = limit
         trainer.remove_callback(finish)
+        trainer.remove_callback(held)

@@ -4,6 +4,10 @@ A run that was killed leaves its lock. Where the process can be looked up (same 
 namespace) a lock without its process is stale at once. Elsewhere (another host, another container, a reboot) the lock
 is watched: a run touches its lock every ten seconds, so one that rests for a minute is stale. Modification times are
 only compared with each other, so clocks need not agree. Uses no `fcntl`, which Windows lacks.
+
+A run that was suspended, or whose file system stood still, for a minute may so lose its lock to another one. It finds
+out before it saves anything: [`check_directories`] is called before each checkpoint, before its manifest and before
+the final files, and ends the run that no longer has its lock.
 """
 
 import contextlib
@@ -27,11 +31,17 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 BEAT = 10.0  # seconds between two touches
 PATIENCE = 60.0  # seconds without a touch after which a lock of another host is stale
+GLANCES = 5  # at a lock that is missing: another run takes it away for a moment to see whether it is stale
+GLANCE = 0.2  # seconds between two of them
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _held: dict[Path, threading.Event] = {}  # the locks of this process, and the events that end their touches
+
+
+class LostDirectory(RuntimeError):
+    """Another run may write into the output directory of this one, which has to stop."""
 
 
 def hold_directory(output_dir: str) -> None:
@@ -60,6 +70,31 @@ def hold_directory(output_dir: str) -> None:
     stop = threading.Event()
     _held[lock] = stop
     threading.Thread(target=_touch, args=(lock, stop), daemon=True).start()
+
+
+def check_directories() -> None:
+    """Check that this process still has the locks that it took; without one it returns at once.
+
+    Raises:
+        LostDirectory: if another run has taken one, or it was deleted, naming that run and what is safe.
+    """
+    for lock in _held:
+        found = _glance(lock)
+        if found is None:
+            what = "is gone: another run took it, or it was deleted"
+        elif _is_own(_owner(found)):
+            continue
+        else:
+            other = _owner(found)
+            what = (
+                f"now belongs to process {other.get('pid')} on host {other.get('host')!r}, started "
+                f"{other.get('started')}, which took it because this run stood still for {PATIENCE:.0f} s or longer"
+            )
+        raise LostDirectory(
+            f"{lock} {what}. This run (process {os.getpid()} on host {platform.node()!r}) stops before it saves into "
+            "that directory again; what it has saved stays. When the other run has ended, start the same command "
+            "again, which goes on from the last complete checkpoint, or give another output_dir"
+        )
 
 
 def release_directories() -> None:
@@ -189,18 +224,24 @@ def _remove_stale(lock: Path, content: str) -> None:
     taken.unlink(missing_ok=True)
 
 
+def _glance(lock: Path) -> str | None:
+    """What a lock says; `None` only if it stays away, since another run that looks at it takes it for a moment."""
+    for _ in range(GLANCES):
+        content = _read(lock)
+        if content is not None:
+            return content
+        time.sleep(GLANCE)
+    return None
+
+
 def _touch(lock: Path, stop: threading.Event) -> None:
-    missing = 0
+    """Touch a lock until it is returned or lost; [`check_directories`] says so where the run can be ended."""
     while not stop.wait(BEAT):
         try:
-            content = _read(lock)
-            if content is None:  # another run looks at it this moment, or it was deleted
-                missing += 1
-            if missing > 2 or (content is not None and not _is_own(_owner(content))):
-                logger.error(f"{lock} was taken from this run while it slept; another run may write there: end one")
+            content = _glance(lock)
+            if content is None or not _is_own(_owner(content)):
+                logger.error(f"{lock} was taken from this run while it stood still; it stops before its next save")
                 return
-            if content is not None:
-                missing = 0
-                os.utime(lock)
+            os.utime(lock)
         except OSError:
             continue  # a disk that does not answer now may answer at the next touch

@@ -102,7 +102,7 @@ def test_without_a_place_for_files_the_rows_are_sent(coco, pictures, processor, 
     def refuse():
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["jnana.processing.data.prepare"], "temporary_folder", refuse)
+    monkeypatch.setattr(sys.modules["jnana.processing.data.prepare"], "temporary_directory", refuse)
     options = PrepareOptions(image_folder=pictures, on_bad_sample="skip", packing="rows", progress=False)
     rows = prepare(coco, processor, options, lambda function: pickle.loads(pickle.dumps(function())))
     assert "No space left on device), so each process holds its own copy" in caplog.text

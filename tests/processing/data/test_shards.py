@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -9,6 +13,7 @@ import pytest
 
 from jnana.processing.data import check_rows, load_image, load_rows
 from jnana.processing.data.rows import iterate_rows, rows_to_dataset
+from tests.scripts.hub import LocalHub
 
 
 RECORDS = [
@@ -85,6 +90,93 @@ def test_an_odd_sample_is_a_bad_sample(tmp_path, pictures, processor, streaming,
     for key, problem in zip([*ODD_SAMPLES, "without its image"], report.problems, strict=True):
         assert problem.startswith(f"{tmp_path}/a.tar, sample {key}: ")
     assert "the archive holds no image of this sample" in report.problems[-1]
+
+
+def odd_archive(path, pictures) -> None:
+    """One good sample, `b`, between two odd ones, with images of two endings."""
+    png, jpg = (pictures / "0.png").read_bytes(), (pictures / "2.jpg").read_bytes()
+    odd = {"conversations": [{"from": "human", "value": ["a"]}]}
+    with tarfile.open(path, "w") as archive:
+        for key, ending, image, content in (
+            ("a", "png", png, odd),
+            ("b", "JPG", jpg, RECORDS[0]),
+            ("c", "png", png, 5),
+        ):
+            add(archive, f"{key}.{ending}", image)
+            add(archive, f"{key}.json", json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_odd_samples_of_a_directory_of_archives(tmp_path, pictures, processor, streaming, monkeypatch):
+    """`datasets` takes the types of all samples from the first ones, and raises for the whole data set."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    odd_archive(folder / "train.tar", pictures)
+    rows = rows_to_dataset(iterate_rows(load_rows(folder, format="dataset", streaming=streaming)))
+    report = check_rows(rows, processor, on_bad_sample="skip", progress=False)
+    assert report.kept_indices == [1] and rows[1]["images"][0]["path"] == "b.JPG"
+    for key, problem in zip("ac", report.problems, strict=True):
+        assert f"train.tar, sample {key}: " in problem
+    with pytest.raises((datasets.exceptions.DatasetGenerationError, ValueError)):  # the control
+        datasets.load_dataset(str(folder), split="train")
+    with pytest.raises(ValueError, match="no split 'test'; it has train. Set train_split or eval_split"):
+        load_rows(folder, format="dataset", split="test")
+
+
+# Run with an empty cache and the address of a Hub, which the libraries read when they are imported.
+READ = """
+import json
+from jnana.processing.data import load_image, load_rows
+from jnana.processing.data.checks import check_row
+from jnana.processing.data.rows import iterate_rows
+
+said = []
+for streaming in (False, True):
+    for row in iterate_rows(load_rows("me/photos", format="dataset", streaming=streaming)):
+        try:
+            check_row(row)
+            said.append([streaming, row["source"], load_image(row["images"][0], source="a").width])
+        except ValueError as error:
+            said.append([streaming, str(error), 0])
+    try:
+        list(load_rows("me/photos", format="dataset", split="test", streaming=streaming))
+    except ValueError as error:
+        said.append([streaming, str(error), 0])
+print("said", json.dumps(said))
+"""
+
+
+def read_from(hub: str, cache, offline: bool) -> list:
+    environment = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": f"{offline:d}", "HF_HOME": str(cache)}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", READ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("said ")[1])
+
+
+def test_odd_and_cut_off_archives_of_the_hub(tmp_path, pictures):
+    """Archives of a Hub repository, downloaded first and while they are read; and once more without a network."""
+    odd_archive(tmp_path / "train.tar", pictures)
+    hub = LocalHub()
+    try:
+        hub.created.append({})
+        hub.files["train.tar"] = (tmp_path / "train.tar").read_bytes()
+        hub.files["test.tar"] = hub.files["train.tar"][: hub.files["train.tar"].index(b"c.json") + 100]
+        online = read_from(hub.url, tmp_path / "hub", offline=False)
+    finally:
+        hub.close()
+    assert hub.unknown == []
+    for offline in (False, True):
+        said = read_from(hub.url, tmp_path / "hub", offline=True) if offline else online
+        place = "/.*/" if offline else "hf://datasets/me/photos@\\w+/"
+        for streaming in (False, True):
+            odd, good, no_object, cut = [entry[1:] for entry in said if entry[0] is streaming]
+            assert re.match(rf"{place}train.tar, sample b", good[0]) and good[1] > 0
+            assert "train.tar, sample a" in odd[0] and "not a text" in odd[0]
+            assert "train.tar, sample c" in no_object[0] and "holds 5, not an object" in no_object[0]
+            assert "test.tar is not a whole webdataset file" in cut[0]
 
 
 def test_an_archive_that_changed_is_read_again(tmp_path, pictures, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from jnana.processing.data import load_text, pack_blocks, tokenizer_fingerprint, train_tokenizer
+from tests.processing.data.test_shards import add
 from tests.tiny import CORPUS
 
 
@@ -123,6 +125,20 @@ def test_what_was_cut_off_or_is_missing_is_named(tmp_path, streaming, monkeypatc
     (tmp_path / "folder" / "train.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="folder: .*split.* Set train_split or eval_split"):
         list(load_text(tmp_path / "folder", split="dev", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_in_archives(tmp_path, streaming, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    files = {"a.txt": "one", "a.json": '{"body": "two"}', "b.txt": "three", "b.json": '{"body": 4}'}
+    with tarfile.open(folder / "train.tar", "w") as archive:
+        for name, text in files.items():
+            add(archive, name, text.encode())
+    assert [row["text"] for row in load_text(folder, text_column="txt", streaming=streaming)] == ["one", "three"]
+    with pytest.raises(ValueError, match="train.tar, sample b: no text 'body'. Remove the sample, or set text_column"):
+        list(load_text(folder, text_column="body", streaming=streaming))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

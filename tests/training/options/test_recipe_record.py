@@ -7,7 +7,13 @@ import pytest
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from jnana.training.options.arguments import DataArguments, ModelArguments, RunArguments
+from jnana.training.options.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    PartArguments,
+    RunArguments,
+)
 from jnana.training.options.recipe_record import (
     FREE,
     PROCESSES,
@@ -150,7 +156,16 @@ def test_the_fingerprint_of_data_follows_its_text_and_not_its_directory(checkpoi
     first = data_fingerprint(rows())
     assert first == data_fingerprint(rows(folder="there")) and first.startswith("600:")
     assert first != data_fingerprint(rows("a dog")) and first != data_fingerprint(rows(count=599))
-    assert data_fingerprint(rows().to_iterable_dataset()) is None
+
+
+def test_of_a_stream_the_shards_are_compared(checkpoint, tmp_path):
+    """Nobody has read its rows; an added file shows in the number of shards."""
+    four, five = (data_fingerprint(rows().to_iterable_dataset(num_shards=n).repeat(None)) for n in (4, 5))
+    write_record(str(tmp_path / "out"), options_of(tmp_path, lr_scheduler_type="cosine"), four)
+    check_same_data(checkpoint, four, RunArguments())
+    with pytest.raises(ValueError, match=r"a stream of other shards of train_data: 4, now 5. .*changed train_data`"):
+        check_same_data(checkpoint, five, RunArguments())
+    check_same_data(checkpoint, five, RunArguments(allow_changed=["train_data"]))
 
 
 def test_other_data_is_refused_unless_allowed(checkpoint):
@@ -160,7 +175,20 @@ def test_other_data_is_refused_unless_allowed(checkpoint):
         check_same_data(checkpoint, "9:def", RunArguments())
     check_same_data(checkpoint, "9:def", RunArguments(allow_changed=["train_data"]))
     check_same_data(checkpoint, "9:abc", RunArguments())
-    check_same_data(checkpoint, None, RunArguments())
+
+
+MATTERS = """learning_rate weight_decay train_data image_folder packing seed gradient_accumulation_steps lora_dropout
+chat_template dtype quantization vision_model text_model model_name_or_path lora_r lora_target_modules optimizer optim
+projector_learning_rate per_device_train_batch_size max_length independent_turns""".split()
+
+
+def test_what_was_mixed_or_ignored_is_recorded(tmp_path):
+    """Each option with which a run was once resumed without a word, or ended inside torch."""
+    classes = (ModelArguments, DataArguments, LoraArguments, PartArguments, RunArguments)
+    given = [DataArguments(train_data="rows.json") if of is DataArguments else of() for of in classes]
+    recorded = recipe_options(*given, TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+    assert set(MATTERS) <= recorded.keys() and PROCESSES in recorded
+    assert "logging_steps" not in recorded  # the control
 
 
 def test_every_free_option_exists():

@@ -1,6 +1,7 @@
 """Checkpoints are deleted by step number, and never the last that is complete."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from jnana.training.monitoring import LossCurveCallback
+from jnana.training.saving import run_lock
 from jnana.training.saving.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
 from jnana.training.saving.manifests import MANIFEST, write_manifest
 from jnana.training.saving.rotation import FinishedCheckpointCallback, finished_checkpoints, rotate
+from jnana.training.saving.run_lock import LOCK, LostDirectory, hold_directory, release_directories
 from tests.training.saving.test_interruption import make_trainer
 from tests.training.saving.test_manifests import flip, write_checkpoint
 
@@ -110,9 +114,73 @@ def test_the_limit_is_withheld_and_the_manifest_is_last(tmp_path):
         trainer.train()
         names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert watch.limits == [None, None] and watch.manifests == [False, False]
-    assert names[-2:] == ["FinishedCheckpointCallback", "StopSignalCallback"]
+    assert names[-3:] == ["FinishedCheckpointCallback", "StopSignalCallback", "HeldDirectoryCallback"]
     assert steps(tmp_path) == [2] and trainer.args.save_total_limit == 1
     assert not any(isinstance(each, FinishedCheckpointCallback) for each in trainer.callback_handler.callbacks)
+
+
+def test_pictures_come_after_the_manifest(tmp_path):
+    """The record of an adapter's base and the code, and then the manifest, are written before the loss curve."""
+    watch = Watch()  # stands for what writes into a checkpoint
+    trainer = make_trainer(tmp_path, LossCurveCallback(), watch)
+    with finished_checkpoints(trainer):
+        names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    order = ["Watch", "FinishedCheckpointCallback", "LossCurveCallback", "StopSignalCallback", "HeldDirectoryCallback"]
+    assert [name for name in names if name in order] == order
+
+
+class LoseDirectory(TrainerCallback):
+    """Another host's run takes the lock, or somebody deletes it, as a step begins or while a checkpoint is written."""
+
+    def __init__(self, event: str, step: int, deleted: bool):
+        self.step, self.deleted = step, deleted
+        setattr(self, event, self.lose)
+
+    def lose(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            lock = Path(args.output_dir) / LOCK
+            own = json.loads(lock.read_text())
+            lock.unlink() if self.deleted else lock.write_text(json.dumps({**own, "host": "another"}))
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize(
+    ("event", "step", "left", "finished"),
+    [
+        ("on_step_begin", 3, [2], [2]),
+        ("on_evaluate", 4, [2], [2]),
+        ("on_save", 4, [2, 4], [2]),  # too late for its files, but it gets no manifest, and nothing is deleted
+    ],
+)
+def test_a_run_that_lost_its_directory_stops(tmp_path, monkeypatch, event, step, left, finished, deleted):
+    monkeypatch.setattr(run_lock, "GLANCE", 0.01)
+    changes = {"max_steps": 6, "save_steps": 2, "save_strategy": "steps", "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, LoseDirectory(event, step, deleted), **changes)
+    trainer.eval_dataset, trainer.args.eval_strategy, trainer.args.eval_steps = trainer.train_dataset, "steps", 2
+    hold_directory(str(tmp_path))
+    try:
+        message = "is gone: another run took it" if deleted else "now belongs to process .* on host 'another'"
+        with pytest.raises(LostDirectory, match=f"{LOCK} {message}"), finished_checkpoints(trainer):
+            trainer.train()
+    finally:
+        release_directories()
+    assert steps(tmp_path) == left
+    assert [step for step in left if (tmp_path / f"checkpoint-{step}" / MANIFEST).is_file()] == finished
+    assert (tmp_path / LOCK).exists() is not deleted  # the lock of the other run is not touched
+
+
+def test_a_run_that_looks_away_would_write_on(tmp_path, monkeypatch):
+    """The control."""
+    monkeypatch.setattr("jnana.training.saving.rotation.check_directories", lambda: None)
+    changes = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, LoseDirectory("on_step_begin", 3, False), **changes)
+    hold_directory(str(tmp_path))
+    try:
+        with finished_checkpoints(trainer):
+            trainer.train()
+    finally:
+        release_directories()
+    assert steps(tmp_path) == [4]
 
 
 def test_the_limit_is_restored_after_an_error(tmp_path):

@@ -11,7 +11,14 @@ import time
 import pytest
 
 from jnana.training.saving import run_lock
-from jnana.training.saving.run_lock import LOCK, hold_directory, release_directories, releases_directory
+from jnana.training.saving.run_lock import (
+    LOCK,
+    LostDirectory,
+    check_directories,
+    hold_directory,
+    release_directories,
+    releases_directory,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +130,48 @@ def test_a_run_touches_its_lock(tmp_path, monkeypatch):
     while (tmp_path / LOCK).stat().st_mtime == 1:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_lock_that_another_run_took(tmp_path):
+    """This process slept for a minute, and a run of another host found its lock untouched."""
+    check_directories()  # holds none
+    hold_directory(str(tmp_path))
+    check_directories()
+    leave(tmp_path, host="another", pid=7)
+    other = (tmp_path / LOCK).read_text()
+    with pytest.raises(LostDirectory, match="now belongs to process 7 on host 'another', started 2026-01-01.* stops"):
+        check_directories()
+    release_directories()
+    assert (tmp_path / LOCK).read_text() == other
+    check_directories()
+
+
+def test_a_lock_that_is_gone(tmp_path, monkeypatch):
+    """The other run has ended since. One that only looks puts the lock back, and nothing is lost."""
+    hold_directory(str(tmp_path))
+    content, glances = (tmp_path / LOCK).read_text(), []
+
+    def put_back(seconds):
+        glances.append(seconds)
+        if len(glances) == 3:
+            (tmp_path / LOCK).write_text(content)
+
+    monkeypatch.setattr(run_lock.time, "sleep", put_back)
+    (tmp_path / LOCK).unlink()
+    check_directories()
+    assert len(glances) == 3
+    (tmp_path / LOCK).unlink()
+    with pytest.raises(LostDirectory, match="is gone: another run took it, or it was deleted"):
+        check_directories()
+
+
+def test_a_run_that_lost_its_lock_says_so_and_touches_it_no_more(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.01)
+    leave(tmp_path, host="another")
+    os.utime(tmp_path / LOCK, (1, 1))
+    stop = threading.Event()
+    run_lock._touch(tmp_path / LOCK, stop)  # returns
+    assert "was taken from this run while it stood still" in caplog.text and (tmp_path / LOCK).stat().st_mtime == 1
 
 
 def test_without_hard_links(tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ clean:
 
 # The demo needs what training needs; everything else also needs what tests, style checks and the app use.
 $(VENV)/.installed: EXTRAS = [train]
-$(VENV)/.installed-dev: EXTRAS = [app,dev,clients,notebook]
+$(VENV)/.installed-dev: EXTRAS = [app,dev,clients,notebook,onnx]
 $(VENV)/.installed $(VENV)/.installed-dev: setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$(EXTRAS)"

@@ -3,11 +3,12 @@
     python run_export.py --model_name_or_path outputs/llava_chess/sft --to llava --output_dir outputs/llava_chess/llava
     python run_export.py --model_name_or_path outputs/jnana/sft --to gguf --output_dir outputs/jnana/gguf \\
         --distill true --train_data llava_instruct_150k.json --image_folder train2017
+    python run_export.py --model_name_or_path outputs/jnana/sft --to onnx --output_dir outputs/jnana/onnx
 
 `llava` writes a folder that transformers loads as LLaVA, without code of this package; `gguf` writes mmproj.gguf and
-text/ for llama.cpp. What the format has no place for is refused with the reason and the nearest way. `output_dir`
-appears only if the exported files answer as the model does (docs/exports.md). `python run_export.py --help` lists all
-options.
+text/ for llama.cpp; `onnx` three graphs for ONNX Runtime and transformers.js. What the format has no place for is
+refused with the reason and the nearest way. `output_dir` appears only if the exported files answer as the model does
+(docs/exports.md). `python run_export.py --help` lists all options.
 """
 
 import itertools
@@ -32,9 +33,10 @@ class ExportArguments:
         default=None, metadata={"help": "A Jnana checkpoint, an adapter directory, a LLaVA checkpoint, or a Hub id."}
     )
     output_dir: str | None = field(default=None, metadata={"help": "A new directory."})
-    to: Literal["llava", "gguf"] | None = field(default=None, metadata={"help": "The format to write."})
+    to: Literal["llava", "gguf", "onnx"] | None = field(default=None, metadata={"help": "The format to write."})
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Dtype of the weights; default: the checkpoint's."}
+        default=None,
+        metadata={"help": "Dtype of the weights; default: the checkpoint's for llava, float32 for the others."},
     )
     double_linear: bool = field(
         default=False,

@@ -15,6 +15,11 @@ What other programs do with a checkpoint, and the test that covers it. The tests
 [versions.md](versions.md), with a stock LLaVA of the same weights beside ours where the behaviour is stock's.
 `python docs/write_clients.py` writes this page from the tests.
 
+Preferences: [`examples/preferences/train_dpo.py`](../examples/preferences/train_dpo.py) trains an adapter of run_sft
+on with TRL's `DPOTrainer`, a frozen copy of it as the reference. The chosen and the rejected answer each pay for the
+image, for the policy and for the reference: in a step the tower encodes it, and the language model reads its tokens,
+four times a pair. Where there are images, TRL can't ask the reference once before training.
+
 | client | versions | test | note |
 |---|---|---|---|
 """

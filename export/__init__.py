@@ -17,6 +17,7 @@ from .comparison import Agreement, ExportFailedError, probe_chats
 from .distillation import Distillation, distil_projector
 from .llama_cpp import check_fits_llama_cpp
 from .llava import check_fits_llava
+from .onnx_graphs import check_fits_onnx
 from .run import ExportOptions, export_model
 
 
@@ -27,6 +28,7 @@ __all__ = [
     "ExportOptions",
     "check_fits_llama_cpp",
     "check_fits_llava",
+    "check_fits_onnx",
     "distil_projector",
     "export_model",
     "probe_chats",

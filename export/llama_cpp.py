@@ -148,7 +148,9 @@ def llama_cpp_template(chat_template: str, image_token: str) -> str:
     return SPLIT_AT_MARKER + body
 
 
-def write_text_folder(folder: Path, model: Any, processor: JnanaProcessor, source: str) -> None:
+def write_text_folder(
+    folder: Path, model: Any, processor: JnanaProcessor, source: str, dtype: torch.dtype = torch.float32
+) -> None:
     """
     Write the language model with its head as transformers' own class, with tokenizer and chat template.
 
@@ -157,6 +159,7 @@ def write_text_folder(folder: Path, model: Any, processor: JnanaProcessor, sourc
         model ([`JnanaForConditionalGeneration`]): Its modules are moved: not usable afterwards.
         processor ([`JnanaProcessor`]): Its tokenizer and template are written.
         source (`str`): Directory or Hub id of the model, for Phi-3's `tokenizer.model`.
+        dtype (`torch.dtype`): Of the weights.
 
     Raises:
         ValueError: If the tokenizer has more entries than the embedding, or Phi-3's file is missing.
@@ -177,7 +180,7 @@ def write_text_folder(folder: Path, model: Any, processor: JnanaProcessor, sourc
     setattr(text, text.base_model_prefix, model.model.language_model)
     text.set_output_embeddings(model.lm_head)
     text.generation_config = copy.deepcopy(model.generation_config)
-    text.eval().save_pretrained(folder)
+    text.eval().to(dtype).save_pretrained(folder)
     tokenizer.chat_template = llama_cpp_template(processor.chat_template, processor.image_token)
     tokenizer.save_pretrained(folder)
     if text_config.model_type == "phi3":

@@ -231,7 +231,11 @@ def stock_processor(config: JnanaConfig, processor: JnanaProcessor) -> Any:
         config ([`JnanaConfig`]): The model's.
         processor ([`JnanaProcessor`]): The model's.
     """
-    processor_class = STOCK[check_fits_llava(config)][2]
+    return processor_of(STOCK[check_fits_llava(config)][2], config, processor)
+
+
+def processor_of(processor_class: Any, config: JnanaConfig, processor: JnanaProcessor) -> Any:
+    """The stock processor of a given class; see [`stock_processor`]."""
     image_processor, tokenizer = processor.image_processor, copy.deepcopy(processor.tokenizer)
     if getattr(image_processor, "crop_size", None) is None:  # SigLIP's; LLaVA's processor counts tokens by it
         image_processor = copy.deepcopy(image_processor)

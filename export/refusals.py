@@ -6,6 +6,7 @@ from jnana.modeling import JnanaConfig
 
 
 NEAREST_AS_IT_IS = "serve the model as it is (transformers with trust_remote_code, vLLM's transformers backend)"
+NEAREST_IN_TRANSFORMERS = "serve it by transformers with trust_remote_code"  # vLLM's backend gives no image to layers
 
 # Why a projector type fits neither LLaVA's classes nor llama.cpp's graph, and what to do
 PROJECTOR_REASONS = {
@@ -26,7 +27,7 @@ def refuse(reason: str, nearest: str) -> NoReturn:
 
 def check_projector(config: JnanaConfig, target: str, distill: bool) -> None:
     """
-    Refuse what neither LLaVA's classes nor llama.cpp have a place for.
+    Refuse what neither LLaVA's classes nor llama.cpp nor transformers.js have a place for.
 
     Args:
         config ([`JnanaConfig`]): The model's.
@@ -37,7 +38,7 @@ def check_projector(config: JnanaConfig, target: str, distill: bool) -> None:
         refuse(
             f"with fusion: cross_attention the layers of the language model attend to images, and {target} knows "
             "images as tokens only",
-            f"train with fusion: tokens, or {NEAREST_AS_IT_IS}",
+            f"train with fusion: tokens, or {NEAREST_IN_TRANSFORMERS}",
         )
     if distill and config.projector_type != "resblock":
         refuse(

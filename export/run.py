@@ -31,6 +31,7 @@ from .llama_cpp import (
 )
 from .llava import build_stock, check_fits_llava, check_head, load_stock, stock_processor
 from .mmproj import MmprojEncoder, write_mmproj
+from .onnx_graphs import answering_by_graphs, check_fits_onnx, load_sessions, require_onnx, write_onnx_folder
 from .refusals import refuse
 
 
@@ -44,8 +45,9 @@ class ExportOptions:
     """What to write, and how to compare.
 
     Args:
-        to (`str`): `llava` or `gguf`.
-        dtype (`str`, *optional*): Dtype of the weights; default: the checkpoint's.
+        to (`str`): `llava`, `gguf` or `onnx`.
+        dtype (`str`, *optional*): Dtype of the weights; default: the checkpoint's for `llava`, float32 for the others.
+            `mmproj.gguf` and the graphs of `onnx` are in float32 always.
         double_linear (`bool`): Write a `linear` projector with the activation `gelu`, for programs that do not know
             `linear`.
         distill (`bool`): Fit an `mlp` projector to a `resblock` one.
@@ -53,7 +55,7 @@ class ExportOptions:
         max_new_tokens (`int`): Longest compared answer, in tokens.
     """
 
-    to: Literal["llava", "gguf"]
+    to: Literal["llava", "gguf", "onnx"]
     dtype: str | None = None
     double_linear: bool = False
     distill: bool = False
@@ -94,26 +96,30 @@ def export_model(
     config = load_config(path)
     if options.to == "llava":
         check_fits_llava(config, options.double_linear, options.distill)
-    else:
+    elif options.to == "gguf":
         require_gguf()
         check_fits_llama_cpp(config, options.distill)
+    else:
+        require_onnx()
+        check_fits_onnx(config, options.distill)
     chats = probe_chats() if chats is None else chats
     target.parent.mkdir(parents=True, exist_ok=True)
-    # the parts of a GGUF file are compared in the 32 bits that mmproj.gguf has
-    dtype = options.dtype or ("float32" if options.to == "gguf" else None)
+    dtype = options.dtype or (None if options.to == "llava" else "float32")
     # beside the target, so that the last step is a renaming
     scratch_folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     with scratch_folder as scratch, full_precision():
         model, processor = load_whole(path, Path(scratch) / "merged", dtype)
         if options.to == "llava":
             check_head(model)
+        else:  # weights rounded to 16 bits are compared in the 32 bits that mmproj.gguf has
+            model.float()
         before = ask(answering(model, processor, processor, options.max_new_tokens), chats)
         distillation = None
         if options.distill:
             act = "gelu_pytorch_tanh" if options.to == "gguf" else None
             distillation = distil_projector(model, processor, images, options.distill_steps, act)
         written = Path(scratch) / target.name
-        write = write_llava if options.to == "llava" else write_gguf
+        write = {"llava": write_llava, "gguf": write_gguf, "onnx": write_onnx}[options.to]
         after, exact = write(written, model, processor, options, chats, path)
         agreement = compare(before, after)
         logger.info(str(agreement))
@@ -173,9 +179,18 @@ def write_gguf(
     encoder = MmprojEncoder(folder / MMPROJ, config)
     check_features(encoder, projected_features(model, processor), config)
     explain_pixels(processor)
-    write_text_folder(folder / TEXT, model, processor, source)
-    text = AutoModelForCausalLM.from_pretrained(folder / TEXT, dtype="auto", use_safetensors=True).to(device).eval()
+    write_text_folder(folder / TEXT, model, processor, source, getattr(torch, options.dtype or "float32"))
+    text = AutoModelForCausalLM.from_pretrained(folder / TEXT, dtype="float32", use_safetensors=True).to(device).eval()
     return ask(answering_by_halves(text, encoder, processor, options.max_new_tokens), chats), is_exact(config)
+
+
+def write_onnx(
+    folder: Path, model: Any, processor: JnanaProcessor, options: ExportOptions, chats: Iterable, source: str
+) -> tuple[Any, bool]:
+    """Write the three graphs with their configs, and ask them through onnxruntime."""
+    write_onnx_folder(folder, model, processor)
+    answer = answering_by_graphs(load_sessions(folder), folder, processor, options.max_new_tokens)
+    return ask(answer, chats), True
 
 
 @torch.inference_mode()
@@ -225,5 +240,6 @@ def write_card(
     if options.to == "gguf":
         lines += ["", "```", f"python convert_hf_to_gguf.py {TEXT} --outfile text.gguf"]
         lines += [f"llama-server -m text.gguf --mmproj {MMPROJ} --jinja", "```"]
-    header = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---"]
+    library = "transformers.js" if options.to == "onnx" else "transformers"
+    header = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text", "---"]
     (folder / "README.md").write_text("\n".join([*header, "", *lines, ""]), encoding="utf-8")

@@ -501,8 +501,8 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
                 f"{str(path)!r} has model_type {config.model_type!r}, not one of {', '.join(LLAVA_MODEL_TYPES)}."
             )
         stock: Any = AutoProcessor.from_pretrained(path, **kwargs)
-        tokenizer = stock.tokenizer
-        tokenizer.padding_side = "left"
+        # the side is given here, because one set afterwards is not saved, and batches of a reloaded processor need it
+        tokenizer = AutoTokenizer.from_pretrained(path, **{"padding_side": "left", **kwargs})
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
         template = stock.chat_template
         if chat_template is not None:
@@ -592,6 +592,10 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
 
         Args:
             image_sizes (`list[list[int]]`, *optional*): (height, width) of each image in pixels.
+
+        Returns:
+            `MultiModalData`: `num_image_tokens` of each image, and `num_image_patches`, its rows of `pixel_values`:
+            one, also with tiles, whose views lie in the second dimension.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -599,7 +603,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         sizes = [tuple(size) for size in image_sizes]
         return MultiModalData(
             num_image_tokens=[self.count_image_tokens(size, **options) for size in sizes],
-            num_image_patches=[self.count_views(size) for size in sizes],
+            num_image_patches=[1] * len(sizes),
         )
 
     def __call__(

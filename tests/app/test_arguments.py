@@ -1,12 +1,9 @@
 """The app's arguments and environment variables."""
 
-import configparser
 import os
-import re
 import signal
 import socket
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,17 +153,3 @@ def test_a_signal_that_was_turned_off_stays_off():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def test_the_spaces_files_in_the_docs_are_of_this_version():
-    root = Path(app.__file__).parent
-    spaces = (root / "docs" / "app.md").read_text().split("## On Spaces")[1]
-    front, requirements = re.findall(r"```(?:yaml)?\n([^`]*)```", spaces)
-    setup = configparser.ConfigParser()
-    setup.read(root / "setup.cfg")
-    extras = setup["options.extras_require"]
-    needed = [setup["options"]["install_requires"], extras["train"], extras["photos"]]
-    assert requirements.split() == [line for block in needed for line in block.split()]
-    assert extras["photos"].strip() in extras["app"]
-    pinned = re.search(r"^gradio==(\S+)", (root / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned is not None and f"sdk_version: {pinned[1]}\n" in front and "app_file: app.py\n" in front

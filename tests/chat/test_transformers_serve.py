@@ -1,4 +1,5 @@
-"""A chat completion with a base64 image, from a real server process, equals the session's own answer."""
+"""A chat completion with a base64 image, from a real server process, equals the session's own answer; so does what
+`transformers chat` prints."""
 
 import base64
 import io
@@ -34,6 +35,19 @@ def complete(port: int, model: str, messages: list[dict]) -> str:
     )
     with urllib.request.urlopen(request, timeout=SECONDS) as reply:
         return json.load(reply)["choices"][0]["message"]["content"]
+
+
+def chat_of_transformers(port: int, model: str, question: str) -> str:
+    """What `transformers chat` prints as the answer to a question typed into it."""
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", model, f"http://127.0.0.1:{port}/v1"]
+    command += ["max_new_tokens=6", "do_sample=False"]
+    environment = {**os.environ, "COLUMNS": "400", "TERM": "dumb", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        command, input=f"{question}\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.strip() for line in done.stdout.split(f"<{model}>:")[1].splitlines()]
+    return next(line for line in lines if line)
 
 
 def wait_for(port: int, process: subprocess.Popen) -> None:
@@ -93,6 +107,10 @@ def test_a_chat_completion_with_an_image(tmp_path):
             *_, expected = ChatSession(model, processor).ask("what is this?", [image], max_new_tokens=6)
             assert answers[-1].strip() == expected
         assert answers[0] != answers[1]  # the control: the image was looked at
+        assert (
+            chat_of_transformers(port, folder, "why?")
+            == list(ChatSession(model, processor).ask("why?", max_new_tokens=6))[-1]
+        )
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -6,7 +6,7 @@ import torch
 
 from jnana.modeling import JnanaForConditionalGeneration
 from jnana.processing import JnanaProcessor, set_image_geometry
-from jnana.training.loading import set_special_tokens
+from jnana.training.loading import downsample_factor, set_special_tokens, tokens_per_view
 from tests.tiny import save_tiny_text, save_tiny_vision
 
 
@@ -28,7 +28,12 @@ def save_model(folder: Path, vision: str = "clip", text: str = "llama", geometry
     language = save_tiny_text(folder / "text", text, **{"initializer_range": SPREAD, **changes})
     strategy = fields.get("vision_feature_select_strategy", "default")
     processor = JnanaProcessor.from_vision_text_pretrained(
-        tower, language, vision_feature_select_strategy=strategy, chat_template="jnana"
+        tower,
+        language,
+        vision_feature_select_strategy=strategy,
+        chat_template="jnana",
+        downsample_factor=downsample_factor(fields),
+        tokens_per_view=tokens_per_view(fields),
     )
     if geometry is not None:
         processor.image_processor = set_image_geometry(processor.image_processor, geometry)

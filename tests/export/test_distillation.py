@@ -1,15 +1,21 @@
 """A `resblock` projector fitted by an `mlp`: how near it comes on images it has not seen, and what answers survive."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from jnana import load_rows, run_sft
+from jnana.evaluation import QuestionSet
 from jnana.export import Agreement, ExportFailedError, ExportOptions, distil_projector, export_model
+from jnana.export.comparison import ChatsOfQuestions, answering, ask
+from jnana.processing.data import load_image
 from jnana.training.loading import load_model
 from tests.export.models import save_model
+from tests.scripts.tiny_data import make_data
 
 
 def images(count: int = 60) -> list[Image.Image]:
@@ -66,6 +72,36 @@ def test_a_distilled_export(resblock, tmp_path, caplog, to):
     if to == "llava":
         config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
         assert config["model_type"] == "llava"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[str, Path]:
+    """A model with a `resblock` projector that has learnt the colours of small pictures, and its data."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = make_data(folder / "data")
+    path = save_model(folder, projector_type="resblock", vision_feature_layer=-2, text_initializer_range=0.02)
+    options = {"model_name_or_path": path, "train_data": data / "instruct.json", "image_folder": data / "images"}
+    options |= {"output_dir": folder / "sft", "lora_r": 0, "max_steps": 150, "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 16, "learning_rate": "3e-3"}
+    run_sft.main([f"--{name}={value}" for name, value in options.items()])
+    return str(folder / "sft"), data
+
+
+@pytest.mark.parametrize("to", ["llava", "gguf"])
+def test_a_trained_model_keeps_its_answers(trained, tmp_path, to):
+    """Whole answers, most of them right, of all questions that it was trained on; with no steps of the fit they go."""
+    path, data = trained
+    rows = load_rows(str(data / "instruct.json"), image_folder=str(data / "images"))
+    questions = QuestionSet(rows)
+    pictures = [load_image(image) for row in rows for image in row["images"]]
+    options = ExportOptions(to, distill=True, distill_steps=400, max_new_tokens=8)
+    agreement = export_model(path, tmp_path / "out", options, ChatsOfQuestions(questions), pictures)
+    assert agreement.answers == 32 and agreement.same_answers >= 31
+    model, processor = load_model(path)
+    found = ask(answering(model, processor, processor, 8), ChatsOfQuestions(questions))[1]
+    answers = [processor.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    right = [answer in question.references for answer, question in zip(answers, questions.questions, strict=True)]
+    assert len(set(answers)) >= 4 and sum(right) >= 28
 
 
 def test_a_bad_fit_is_not_written(resblock, tmp_path):

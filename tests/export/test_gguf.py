@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -112,6 +113,28 @@ def test_the_text_half(tmp_path):
     assert config["architectures"] == ["PhiForCausalLM"] and "auto_map" not in config
     assert str(tmp_path) not in json.dumps(config)
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "text").chat_template.count(MARKER) > 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits(tmp_path, dtype):
+    """`text/` in 16 bits, from a checkpoint of 32: it answers as the rounded weights do in 32."""
+    path = save(tmp_path, text="phi", text_intermediate_size=256, **TANH)
+    options = ExportOptions("gguf", dtype=dtype, max_new_tokens=8)
+    agreement = export_model(path, tmp_path / "out", options)
+    assert agreement.max_logit_difference < 1e-4 and agreement.same_answers == agreement.answers
+    config = json.loads((tmp_path / "out" / "text" / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == dtype
+    weights = load_file(tmp_path / "out" / "text" / "model.safetensors")
+    own = load_model(path)[0].model.language_model.state_dict()
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+    name = "layers.0.self_attn.q_proj.weight"
+    assert torch.equal(weights[f"model.{name}"], own[name].to(getattr(torch, dtype)))
+    graph = ClipGraph(tmp_path / "out" / "mmproj.gguf")
+    rounded = load_model(path, dtype=dtype)[0].float()
+    for pixels, ours in features_of(rounded, load_model(path)[1]):
+        np.testing.assert_allclose(graph(pixels), ours, rtol=0, atol=1e-3 * np.abs(ours).max())
+    exact = features_of(*load_model(path))  # the control: the features of the weights before they were rounded
+    assert max(np.abs(graph(pixels) - ours).max() / np.abs(ours).max() for pixels, ours in exact) > 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])

@@ -65,6 +65,13 @@ def test_families(tmp_path, family):
     assert tied == family.startswith("qwen")
 
 
+def test_sixteen_bits(tmp_path):
+    path = save(tmp_path)
+    agreement = export_model(path, tmp_path / "out", ExportOptions("llava", dtype="bfloat16", max_new_tokens=8))
+    assert agreement.max_logit_difference == 0 and agreement.same_answers == agreement.answers
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
 def test_the_answers_that_are_compared_differ(tmp_path):
     """A comparison of equal answers shows nothing if a model answers everything alike."""
     model, processor = load_model(save(tmp_path))

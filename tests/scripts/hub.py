@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-REPOSITORY = "/api/(?:models|datasets)/[^/]+/[^/]+"
+REPOSITORY = "/api/(?:models|datasets|spaces)/[^/]+/[^/]+"
 
 
 class LocalHub:
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/repos/create":
             self.hub.created.append(json.loads(body))
-            kind = "datasets/" if self.hub.created[-1].get("type") == "dataset" else ""
+            kind = {"dataset": "datasets/", "space": "spaces/"}.get(self.hub.created[-1].get("type"), "")
             self.answer({"url": f"{self.hub.url}/{kind}me/{self.hub.created[-1]['name']}"})
         elif path == "/api/validate-yaml":  # the card's header
             self.answer({"errors": [], "warnings": []})

@@ -107,8 +107,8 @@ def hub():
     hub.close()
 
 
-def run_with_hub(hub: LocalHub, folder: Path, *command: str) -> None:
-    """Run Python against `hub`, with an empty cache in `folder`; it must succeed and send known requests only."""
+def run_with_hub(hub: LocalHub, folder: Path, *command: str) -> str:
+    """What Python prints against `hub`, with an empty cache in `folder`; it must end well and send known requests."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
     environment |= {"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)
@@ -118,6 +118,7 @@ def run_with_hub(hub: LocalHub, folder: Path, *command: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + str(hub.unknown)
     assert hub.unknown == []
+    return done.stdout
 
 
 def test_pushed_over_http_and_read_back(hub, tuned, data, tmp_path):

@@ -74,8 +74,9 @@ def load(arguments: argparse.Namespace) -> Assistant:
     try:  # checks come before the model is loaded
         limits = read_limits(arguments)
         transcriber = find_speech(arguments.speech_model, limits)
-    except ValueError as error:
-        raise SystemExit(f"{error}") from None
+        check_decoder()
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"The app can't start: {error}") from None
     if not arguments.examples_folder.is_dir():
         raise SystemExit(f"--examples_folder {arguments.examples_folder} is not a directory.")
     assistant = load_assistant(arguments, limits, transcriber=transcriber, speech_note=NO_SPEECH)
@@ -93,10 +94,6 @@ def main(argv: list[str]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     login = find_login(arguments.login)
     host_names = find_host_names(arguments.host, arguments.host_names)
-    try:
-        check_decoder()
-    except RuntimeError as error:
-        raise SystemExit(f"The app can't start: {error}") from None
     api_key = find_api_key(arguments.api_key)
     if arguments.api and login and not api_key:
         raise SystemExit("The page has a login, and the API would answer anybody. Give a key too: JNANA_API_KEY.")

@@ -83,6 +83,7 @@ class Chat:
         answered (`list[Question]`): The questions that have answers.
         pending (`Question` or `None`): The question that waits for the model or is being answered.
         withdrawn (`Question` or `None`): A question that the page has not put back into its composer yet.
+        cleared (`list[Question]`): The questions that Clear has taken away, until another one is asked.
         received (`dict[str, ChatImage]`): The images in the composer, by their files.
         heard (`dict[str, str]`): Transcripts of the recordings in the composer, by their files.
         refused (`set[str]`): Files that the composer must drop.
@@ -99,6 +100,7 @@ class Chat:
     answered: list[Question] = field(default_factory=list)
     pending: Question | None = None
     withdrawn: Question | None = None
+    cleared: list[Question] = field(default_factory=list)
     received: dict[str, ChatImage] = field(default_factory=dict)
     heard: dict[str, str] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
@@ -160,7 +162,7 @@ class Chat:
     def touch(self) -> None:
         """Count as used, and keep the files of the chat from Gradio's deletion of old files."""
         self.used = time.monotonic()
-        for question in self.shown:
+        for question in (*self.shown, *self.cleared):
             for file in (*question.files, *(image.thumbnail for image in question.images)):
                 with contextlib.suppress(OSError):
                     os.utime(file)
@@ -215,9 +217,13 @@ class Chats:
         return chat, lost
 
     def clear(self, chat: Chat) -> Chat:
-        """Close a chat and put an empty one in its place (`Chat`)."""
+        """
+        Close a chat and put an empty one in its place (`Chat`), which can bring its questions back. A recording that
+        is still in the composer is heard for the new one.
+        """
+        kept = {"cleared": chat.answered or chat.cleared, "heard": chat.heard, "refused": chat.refused}
         with self._lock:
-            fresh = self._chats[chat.name] = Chat(self._new_session(), chat.name)
+            fresh = self._chats[chat.name] = Chat(self._new_session(), chat.name, **kept)
         fresh.touch()
         self._close(chat)
         return fresh

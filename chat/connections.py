@@ -19,6 +19,7 @@ except ImportError:  # Windows has no such limit
 
 
 IDLE_SECONDS = 15.0  # without a complete request header
+LOOK_SECONDS = 5.0  # between two looks for idle connections
 RESERVED = 200  # descriptors for files, the model and the speech worker
 FULL = b"The server has too many connections. Try again later."
 ANSWER = (
@@ -57,9 +58,8 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if not answering and self.idle >= IDLE_SECONDS:
             transport.close()
             return
-        pause = IDLE_SECONDS / 3
-        self.idle = 0.0 if answering else self.idle + pause
-        self.watch = asyncio.get_running_loop().call_later(pause, self._look, transport)
+        self.idle = 0.0 if answering else self.idle + LOOK_SECONDS
+        self.watch = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -19,9 +19,9 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE / "examples"
 QUESTIONS = ("What do you see in this picture?", "How many pieces are there?", "Which piece is at the top?")
 WELCOME = "## Ask about a picture\nAttach, paste, drop or photograph one, and type or say your question."
-# Which images and recordings are in the composer, as texts that change with them alone: Gradio has no event for files
-FILES = """({files}) => [false, true].map((sound) =>
-  files.map((file) => file.path).filter((path) => new RegExp(String.raw`SOUND`, 'i').test(path) === sound).join())"""
+# Which images and which recordings the composer of which chat holds, as texts, because Gradio has no event for files
+FILES = rf"""({{files}}, key) => [false, true].map((sound) => files.map((file) => file.path).filter((path) =>
+  new RegExp(String.raw`{SOUND.pattern}`, 'i').test(path) === sound).map((path) => key.split('.')[0] + path).join())"""
 OPEN_KEY = "() => { try { return [sessionStorage.getItem('jnana-chat') || '']; } catch { return ['']; } }"
 KEEP_KEY = "(key) => { try { sessionStorage.setItem('jnana-chat', key); } catch {} }"  # unless the browser blocks it
 
@@ -42,9 +42,8 @@ def find_examples(folder: Path) -> list[tuple[str, str]]:
     images = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))[:6]
     examples = []
     for number, image in enumerate(images):
-        note = image.with_suffix(".txt")
-        question = note.read_text(encoding="utf-8").strip() if note.is_file() else QUESTIONS[number % len(QUESTIONS)]
-        examples.append((str(image), question))
+        note, question = image.with_suffix(".txt"), QUESTIONS[number % len(QUESTIONS)]
+        examples.append((str(image), note.read_text(encoding="utf-8").strip() if note.is_file() else question))
     return examples
 
 
@@ -60,6 +59,7 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
         download = gr.Button("Download", size="sm")
         messages = _build_chat(page, download)
         status = gr.Markdown("", elem_id="status")
+        restore = gr.Button("Undo clear", size="sm", elem_id="restore")
         with gr.Row(elem_id="ask"):
             camera = gr.Button("", elem_id="camera")
             composer = gr.MultimodalTextbox(
@@ -91,6 +91,8 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
             on(answered.then, page.show, [], everything)
         for event, handler in ((composer.stop, page.stop), (messages.undo, page.undo), (messages.clear, page.clear)):
             on(event, handler, [], everything)
+        on(restore.click, page.undo, [], everything)
+        messages.clear(None, None, None, js="() => document.body.classList.add('cleared')")
         on(blocks.load, page.open, [], everything, js=OPEN_KEY)
         key.change(None, [key], None, js=KEEP_KEY)
         # Outside the queue, because a queue full of questions would refuse images too
@@ -98,7 +100,7 @@ def build_interface(assistant: Assistant, examples_folder: Path = EXAMPLES) -> g
         heard = on(recordings.change, page.listen, [composer], [status], queue=True, concurrency_id="speech")
         for read in (received, heard):
             on(read.then, page.tidy, [composer], [composer])
-        composer.change(None, [composer], [pictures, recordings], js=FILES.replace("SOUND", SOUND.pattern))
+        gr.on([composer.change, key.change], None, [composer, key], [pictures, recordings], js=FILES)
         camera.click(None, None, None, js="() => jnana.camera()")
         download.click(None, [messages], None, js="(messages) => jnana.download(messages)")
     blocks.queue(max_size=2 * limits.queue_length, default_concurrency_limit=1, api_open=False)

@@ -2,6 +2,7 @@
 (() => {
   const find = (selector) => document.querySelector(selector);
   const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
+  const plain = (text) => text.replaceAll('\u2060', '');  // with which the server keeps HTML and foreign images text
   let arriving = 0, line = Promise.resolve();
 
   function give(files) {  // one after the other, because the server limits the size of one request
@@ -36,6 +37,10 @@
   on('dragover', (event) => event.preventDefault());
   on('drop', (event) => take(event, event.dataTransfer.files));
   on('change', (event) => event.target.matches('#composer input[type=file]') && take(event, event.target.files));
+  on('copy', (event, text = `${getSelection()}`) => plain(text) === text
+    || instead(event, () => event.clipboardData.setData('text/plain', plain(text))));
+  const clipboard = navigator.clipboard, write = clipboard?.writeText;
+  if (write) clipboard.writeText = (text) => write.call(clipboard, plain(text));
   on('click', (event) => event.target.closest('#composer .submit-button') && wait(event));
   on('keypress', (event) => event.key === 'Enter' && !event.shiftKey && event.target.closest('#composer') && wait(event));
 
@@ -62,7 +67,7 @@
     dialog.showModal();
   }
   function download(messages) {
-    const said = (part) => part.type === 'text' ? part.text.replaceAll('\u2060', '') : '[picture]';
+    const said = (part) => part.type === 'text' ? plain(part.text) : '[picture]';
     const text = messages.map(({role, content}) => `**${role === 'user' ? 'You' : 'Answer'}:** ${content.map(said).join('\n')}\n`);
     const file = new Blob([text.join('\n')], {type: 'text/markdown'});
     make('a', {href: URL.createObjectURL(file), download: 'conversation.md'}).click();

@@ -99,8 +99,6 @@ class Page:
 
         return stream if inspect.isgeneratorfunction(handler) else once
 
-    # ------------------------------------------------------------------ the composer
-
     def receive(self, chat: Chat, value: dict) -> str:
         """Decode the images in the composer while the visitor types; drop those that can't be used, in words."""
         pictures, taken = [file for file in value["files"] if not SOUND.search(file)], []
@@ -141,8 +139,6 @@ class Page:
             return gr.skip()
         return {"text": f"{value['text']} {said}".strip(), "files": kept}
 
-    # ------------------------------------------------------------------ questions
-
     def take(self, chat: Chat, value: dict):
         """Queue the question in the composer."""
         files, text = value["files"], check_question(value["text"], self.assistant.limits)
@@ -178,11 +174,14 @@ class Page:
         return self._queue(chat, Question(text, old.images, old.files, owners[event.index], returns=False))
 
     def undo(self, chat: Chat):
-        """Take the last question and its answer out of the chat, and the question back into the composer."""
+        """Take the last question back into the composer, its answer out of the chat; of an empty chat undo Clear."""
         with chat.lock:
-            if chat.pending or not chat.answered:
+            if chat.pending or not (chat.answered or chat.cleared):
                 raise Refused(STILL_ANSWERING if chat.pending else NOTHING_YET)
-            *chat.answered, chat.withdrawn = chat.answered
+            if chat.answered:
+                *chat.answered, chat.withdrawn = chat.answered
+            else:
+                chat.answered, chat.cleared = chat.cleared, []
             chat.status = ""
         return self.show(chat)
 
@@ -210,8 +209,6 @@ class Page:
         """The page as it is, after an answer too, whose last lines may have crossed a click."""
         back = chat.take_back()
         return self.view(chat, back and {"text": back.text, "files": [f for f in back.files if Path(f).is_file()]})
-
-    # ------------------------------------------------------------------ answers
 
     def answer(self, chat: Chat, system: str, temperature: float, top_p: float, new_tokens: int):
         """Wait for the model with the queued question, and stream the answer."""
@@ -258,15 +255,13 @@ class Page:
             self.assistant.keep_recent(chat)
             chat.record(question)
 
-    # ------------------------------------------------------------------ helpers
-
     def _queue(self, chat: Chat, question: Question, composer: dict | None = None):
         with chat.lock:
             if chat.pending:
                 raise Refused(STILL_ANSWERING)
             if len(self.assistant.turn) > self.assistant.limits.queue_length:
                 raise Refused(FULL)
-            chat.pending, chat.received, chat.heard, chat.refused = question, {}, {}, set()
+            chat.pending, chat.cleared, chat.received, chat.heard, chat.refused = question, [], {}, {}, set()
             chat.status = "waiting for the model ..."
         return self.view(chat, composer)
 

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
 )
 
@@ -52,6 +53,7 @@ AutoConfig.register("jnana", JnanaConfig, exist_ok=True)
 AutoModel.register(JnanaConfig, JnanaModel, exist_ok=True)
 AutoModelForImageTextToText.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
+AutoModelForPreTraining.register(JnanaConfig, JnanaForConditionalGeneration, exist_ok=True)
 # Auto classes without a model of this kind: loading raises an error that names the right ones.
 AutoModelForCausalLM.register(JnanaConfig, JnanaWrongAutoClass, exist_ok=True)
 AutoModelForSequenceClassification.register(JnanaConfig, JnanaWrongAutoClass, exist_ok=True)

@@ -66,6 +66,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_jnana.JnanaModel",
     "AutoModelForImageTextToText": "modeling_jnana.JnanaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_jnana.JnanaForConditionalGeneration",
+    "AutoModelForPreTraining": "modeling_jnana.JnanaForConditionalGeneration",
     # These raise an error that names the classes above.
     "AutoModelForCausalLM": "modeling_jnana.JnanaWrongAutoClass",
     "AutoModelForSequenceClassification": "modeling_jnana.JnanaWrongAutoClass",

@@ -449,11 +449,13 @@ class JnanaModel(JnanaPreTrainedModel, JnanaImageMixin, JnanaCrossAttentionMixin
                 kwargs["packed_layout"] = layout  # type: ignore[typeddict-unknown-key]
             kwargs["use_cache"] = False  # type: ignore[typeddict-unknown-key]
         _check_float16_attention(self.language_model.config, inputs_embeds)
+        # The paged cache of continuous batching goes past the language model to its attention, where it has this name.
+        cache_name = CACHE_NAME if cache is None or isinstance(cache, Cache) else "cache"
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{CACHE_NAME: cache},
+            **{cache_name: cache},
             **kwargs,
         )
         filled = getattr(outputs, CACHE_NAME)

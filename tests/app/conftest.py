@@ -100,6 +100,7 @@ def running(checkpoint, tmp_path_factory):
         str(checkpoint),
     ]
     command += ["--name", "chess", "--speech_model", speech_model, "--upload_megabytes", "2", "--visitors", "3"]
+    command += ["--queue_length", "1"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:

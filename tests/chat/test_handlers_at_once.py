@@ -14,6 +14,7 @@ gradio = pytest.importorskip("gradio", reason="the app extra (gradio) is not ins
 from jnana.chat import assistant as assistant_module  # noqa: E402
 from jnana.chat.page import GENERAL_ERROR, is_out_of_memory  # noqa: E402
 from tests.chat.test_interface import (  # noqa: E402
+    StandInTranscriber,
     answered,
     assistant,  # noqa: F401  (fixtures)
     chat,  # noqa: F401
@@ -25,6 +26,9 @@ from tests.chat.test_interface import (  # noqa: E402
 )
 
 
+SECONDS = 240  # limit of each wait, on a busy machine
+
+
 @pytest.fixture
 def slow(monkeypatch):
     """Images are read after `slow.go` is set; `slow.begun` is set when one waits for it."""
@@ -34,7 +38,7 @@ def slow(monkeypatch):
 
     def read(*arguments):
         Slow.begun.set()
-        assert Slow.go.wait(30)
+        assert Slow.go.wait(SECONDS)
         return at_once(*arguments)
 
     at_once = assistant_module.read_image
@@ -45,11 +49,12 @@ def slow(monkeypatch):
 def in_background(handler, *arguments):
     """Run a handler in a thread; the returned function waits for its result."""
     shown = []
-    thread = threading.Thread(target=lambda: shown.append(handler(*arguments)))
+    thread = threading.Thread(target=lambda: shown.append(handler(*arguments)), daemon=True)
     thread.start()
 
     def finished():
-        thread.join(30)
+        thread.join(SECONDS)
+        assert not thread.is_alive()
         return shown[0]
 
     return finished
@@ -57,7 +62,7 @@ def in_background(handler, *arguments):
 
 def test_a_question_waits_for_its_picture(page, chat, png, slow):  # noqa: F811
     shown = in_background(page.receive, chat, typed("", png))
-    assert slow.begun.wait(30)
+    assert slow.begun.wait(SECONDS)
     taken = in_background(page.take, chat, typed("what is this?", png))
     slow.go.set()
     assert len(taken()[1]) == 3
@@ -67,10 +72,22 @@ def test_a_question_waits_for_its_picture(page, chat, png, slow):  # noqa: F811
 
 def test_a_picture_that_comes_after_clear_stays_away(page, chat, png, slow):  # noqa: F811
     shown = in_background(page.receive, chat, typed("", png))
-    assert slow.begun.wait(30)
+    assert slow.begun.wait(SECONDS)
     fresh = page.assistant.chats.find(page.clear(chat)[0])[0]
     slow.go.set()
     assert shown() == "" and fresh.received == {} and fresh.shown == []
+
+
+def test_a_recording_heard_after_clear_is_in_the_new_chats_composer(page, chat, assistant, monkeypatch):  # noqa: F811
+    """It stayed in the composer, and no question could be sent with it."""
+    sound = typed("Tell me:", "how many.wav")
+    monkeypatch.setattr(assistant, "transcriber", StandInTranscriber())
+    stream = page.listen(chat, sound)
+    next(stream)
+    fresh = assistant.chats.find(page.clear(chat)[0])[0]
+    assert unchanged(page.tidy(fresh, sound))  # not yet
+    list(stream)
+    assert page.tidy(fresh, sound) == typed("Tell me: how many")
 
 
 def test_stop_while_it_reads(page, chat):  # noqa: F811
@@ -100,7 +117,7 @@ def test_an_answer_that_fails_after_clear_brings_nothing_back(page, chat, assist
 
     def late(**_):
         reached.set()
-        assert go.wait(30)
+        assert go.wait(SECONDS)
         raise ZeroDivisionError
 
     monkeypatch.setattr(assistant.model, "generate", late)
@@ -108,7 +125,7 @@ def test_an_answer_that_fails_after_clear_brings_nothing_back(page, chat, assist
     stream = page.answer(chat, "", 0.0, 1.0, 8)
     next(stream)
     shown = in_background(list, stream)
-    assert reached.wait(30)
+    assert reached.wait(SECONDS)
     fresh = assistant.chats.find(page.clear(chat)[0])[0]
     page.take(fresh, typed("the new question"))
     go.set()

@@ -1,7 +1,7 @@
-"""A chat completion with a base64 image, from a real server process, equals the session's own answer; so does what
-`transformers chat` prints."""
+"""A chat completion with a base64 image, from a real server process, equals the session's own answer."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -15,39 +15,39 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import is_serve_available
 
 from jnana.chat import ChatSession
 from jnana.processing import JnanaProcessor
 from tests.modeling.pairs import join
-from tests.tiny import save_tiny_text, save_tiny_vision
+from tests.tiny import save_tiny_llava, save_tiny_text, save_tiny_vision
 
 
 pytestmark = pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
 ROOT = Path(__file__).parents[2]
 SECONDS = 240  # to start, on a busy machine
+TRANSFORMERS = [sys.executable, "-m", "transformers.cli.transformers"]
 
 
-def complete(port: int, model: str, messages: list[dict]) -> str:
-    body = {"model": model, "messages": messages, "max_tokens": 6, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://localhost:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=SECONDS) as reply:
-        return json.load(reply)["choices"][0]["message"]["content"]
+@contextlib.contextmanager
+def serving(folder: Path):
+    """`transformers serve FOLDER --trust-remote-code` in a process that does not import this package; its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--trust-remote-code", "--port", str(port), "--device", "cpu", "--host", "127.0.0.1"]
+    process = subprocess.Popen([*TRANSFORMERS, "serve", str(folder), *options], cwd=folder.parent, env=environment())
+    try:
+        wait_for(port, process)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
-def chat_of_transformers(port: int, model: str, question: str) -> str:
-    """What `transformers chat` prints as the answer to a question typed into it."""
-    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", model, f"http://127.0.0.1:{port}/v1"]
-    command += ["max_new_tokens=6", "do_sample=False"]
-    environment = {**os.environ, "COLUMNS": "400", "TERM": "dumb", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        command, input=f"{question}\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.strip() for line in done.stdout.split(f"<{model}>:")[1].splitlines()]
-    return next(line for line in lines if line)
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
 
 
 def wait_for(port: int, process: subprocess.Popen) -> None:
@@ -61,56 +61,73 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
     raise AssertionError("the server did not start")
 
 
-def test_a_chat_completion_with_an_image(tmp_path):
-    vision, text = save_tiny_vision(tmp_path / "v"), save_tiny_text(tmp_path / "t")
-    processor = JnanaProcessor.from_vision_text_pretrained(vision, text)
-    model = join(tmp_path / "pair", image_token_id=processor.image_token_id)
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    # only plain words: what the server sends travels as text
-    texts = [processor.tokenizer.decode([number]) for number in range(320)]
+def complete(port: int, folder: Path, image: Image.Image) -> str:
+    """The answer to a question about an image."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "what is this?"}]
+    body = {"model": str(folder), "messages": [{"role": "user", "content": parts}], "max_tokens": 6, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=SECONDS) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"].strip()
+
+
+def plain_words(model, tokenizer) -> None:
+    """Let a model generate plain words only: what the server sends travels as text."""
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    texts = [tokenizer.decode([number]) for number in range(320)]
     model.generation_config.suppress_tokens = [
         number for number, text in enumerate(texts) if not (text.isascii() and text.strip().isalpha())
     ]
-    folder = str(tmp_path / "checkpoint")
+
+
+def picture(colour: str) -> Image.Image:
+    image = Image.new("RGB", (30, 24), colour)
+    image.paste("white", (0, 0, 10, 10))
+    return image
+
+
+def test_a_chat_completion_with_an_image_and_a_chat_in_the_terminal(tmp_path):
+    vision, text = save_tiny_vision(tmp_path / "v"), save_tiny_text(tmp_path / "t")
+    processor = JnanaProcessor.from_vision_text_pretrained(vision, text)
+    model = join(tmp_path / "pair", image_token_id=processor.image_token_id)
+    plain_words(model, processor.tokenizer)
+    folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        folder,
-        "--trust-remote-code",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        "--host",
-        "127.0.0.1",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
-    try:
-        wait_for(port, process)
-        answers = []
-        for colour in ("red", "yellow"):
-            image = Image.new("RGB", (30, 24), colour)
-            image.paste("white", (0, 0, 10, 10))
-            file = io.BytesIO()
-            image.save(file, "PNG")
-            address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-            parts = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "what is this?"}]
-            answers.append(complete(port, folder, [{"role": "user", "content": parts}]))
-            *_, expected = ChatSession(model, processor).ask("what is this?", [image], max_new_tokens=6)
-            assert answers[-1].strip() == expected
-        assert answers[0] != answers[1]  # the control: the image was looked at
-        assert (
-            chat_of_transformers(port, folder, "why?")
-            == list(ChatSession(model, processor).ask("why?", max_new_tokens=6))[-1]
+    with serving(folder) as port:
+        answers = [complete(port, folder, picture(colour)) for colour in ("red", "yellow")]
+        command = [*TRANSFORMERS, "chat", str(folder), f"http://localhost:{port}/v1"]
+        talked = subprocess.run(
+            [*command, "max_new_tokens=6", "do_sample=false"],
+            input="what is this?\nn\n!exit\n",  # `n`: not to go on with an answer that reached its length
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            cwd=tmp_path,
+            env=environment() | {"HF_HUB_OFFLINE": "0"},  # with which its client would not reach this machine either
         )
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    for answer, colour in zip(answers, ("red", "yellow"), strict=True):
+        *_, expected = ChatSession(model, processor).ask("what is this?", [picture(colour)], max_new_tokens=6)
+        assert answer == expected
+    assert answers[0] != answers[1]  # the control: the image was looked at
+    *_, expected = ChatSession(model, processor).ask("what is this?", max_new_tokens=6)
+    assert expected in talked.stdout, talked.stdout + talked.stderr[-2000:]
+
+
+def test_stock_llava_is_served_alike(tmp_path):
+    """The control of the test above: the same command, requests and comparison."""
+    folder = save_tiny_llava(tmp_path / "stock", "llava")
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    plain_words(model, processor.tokenizer)
+    model.save_pretrained(folder)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this?"}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    with serving(folder) as port:
+        answer = complete(port, folder, picture("red"))
+    inputs = processor(images=picture("red"), text=prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == processor.decode(tokens, skip_special_tokens=True).strip()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,6 +28,43 @@ def test_the_auto_classes_load_the_same_weights(stock, ours):
             assert type(auto.from_pretrained(side.folder)) is type(side.model)
     states = [AutoModel.from_pretrained(side.folder)(**side.inputs()).last_hidden_state for side in (stock, ours)]
     torch.testing.assert_close(*states)
+
+
+@pytest.mark.client("every Auto class that takes LLaVA", note="a class of a new release is tried too")
+def test_every_auto_class_that_takes_stock_llava_takes_ours(stock, ours):
+    taken = []
+    for name in sorted(set(dir(transformers))):
+        if not re.fullmatch(r"AutoModel(For\w+|With\w+)?", name):
+            continue
+        auto = getattr(transformers, name)
+        try:
+            made = auto.from_config(stock.model.config)
+        except (ValueError, ImportError):  # it has no such class
+            with pytest.raises((ValueError, ImportError)):
+                auto.from_config(ours.model.config)
+            continue
+        taken.append(name)
+        mine = auto.from_config(ours.model.config)
+        assert type(mine).__name__.replace("Jnana", "Llava") == type(made).__name__, name
+        assert name in ours.model.config.auto_map or name == "AutoModel", name
+    assert {"AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"} < set(taken)
+
+
+@pytest.mark.client("embeddings: mean pooling", note="over the tokens of the answer, of AutoModel's hidden states")
+def test_the_mean_of_an_answers_hidden_states_is_an_embedding(stock, ours):
+    vectors = []
+    for side in (stock, ours):
+        model = AutoModel.from_pretrained(side.folder)
+        inputs, prompt = side.inputs(), side.inputs()["input_ids"].shape[1]
+        answer = side.processor.tokenizer(" a white king", return_tensors="pt")["input_ids"][:, :3]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            vectors.append(model(**inputs).last_hidden_state[:, prompt:].mean(1))
+            inputs["pixel_values"] = -inputs["pixel_values"]
+            other = model(**inputs).last_hidden_state[:, prompt:].mean(1)
+        assert not torch.allclose(vectors[-1], other, atol=1e-3)  # the control: it is of the image too
+    torch.testing.assert_close(*vectors)
 
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])

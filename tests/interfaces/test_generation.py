@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from transformers import AutoModelForImageTextToText, QuantoConfig, TorchAoConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, QuantoConfig, TorchAoConfig
+from transformers.generation import ContinuousBatchingConfig
+
+from tests.interfaces.conftest import picture
 
 
 @pytest.fixture
@@ -66,9 +69,13 @@ def test_an_assistant_and_chunks_of_the_prompt_are_refused_together(ours):
         ours.answer(assistant_model=copy.deepcopy(ours.model), prefill_chunk_size=3)
 
 
-@pytest.mark.client("generate: prompt lookup", note="")
-def test_prompt_lookup(ours, expected):
+@pytest.mark.client("generate: prompt lookup", note="works where stock LLaVA raises")
+def test_prompt_lookup(stock, ours, expected):
     assert ours.answer(prompt_lookup_num_tokens=2) == expected
+    try:
+        assert stock.answer(prompt_lookup_num_tokens=2) == expected
+    except ValueError as error:  # transformers gives the images again with later steps
+        assert "do not match" in str(error)
 
 
 @pytest.mark.client("generate: custom_generate directory", note="needs trust_remote_code")
@@ -157,11 +164,91 @@ def test_quantised_at_loading(stock, ours, method):
 
 
 @pytest.mark.client("vLLM-like forward: inputs_embeds", note="vLLM itself is not tested")
-def test_no_tower_call_while_decoding(ours):
-    calls = []
-    ours.model.model.vision_tower.register_forward_hook(lambda *arguments: calls.append(1))
-    ours.answer()
-    assert calls == [1]
-    embeds = ours.model.get_input_embeddings()(torch.tensor([[5]]))
-    ours.model(inputs_embeds=embeds)
-    assert calls == [1]
+def test_no_tower_call_while_decoding(stock, ours):
+    for side in (stock, ours):
+        calls = []
+        side.model.model.vision_tower.register_forward_hook(lambda *arguments, calls=calls: calls.append(1))
+        side.answer()
+        assert calls == [1]
+        embeds = side.model.get_input_embeddings()(torch.tensor([[5]]))
+        side.model(inputs_embeds=embeds)
+        assert calls == [1]
+        side.model(**side.inputs())
+        assert calls == [1, 1]  # the control
+
+
+def with_images(number: int, text: str = "what?") -> list[dict]:
+    """A chat with several images."""
+    images = [{"type": "image", "image": picture(seed)} for seed in range(number)]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def encoded(side, chats: list, **settings) -> dict:
+    return side.processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **settings
+    )
+
+
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.mark.client("generate: beam search, several images", note="")
+def test_beam_search_with_several_images(stock, ours):
+    answers = []
+    for side in (stock, ours):
+        inputs = encoded(side, [with_images(2)])
+        # ours never generates an image token, which stock may
+        settings = {**GREEDY, "num_beams": 3, "suppress_tokens": [side.processor.image_token_id]}
+        answers.append(side.model.generate(**inputs, **settings).tolist())
+        inputs["pixel_values"] = inputs["pixel_values"].flip(0)  # the control: in another order
+        assert side.model.generate(**inputs, **settings).tolist() != answers[-1]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.client("generate: left padding", note="rows of two, one and no images")
+def test_left_padding_with_different_numbers_of_images(stock, ours):
+    found = []
+    for side in (stock, ours):
+        chats = [with_images(number) for number in (2, 1, 0)]
+        padded = encoded(side, chats, processor_kwargs={"padding": True, "padding_side": "left"})
+        assert padded["attention_mask"][2, 0] == 0
+        settings = {**GREEDY, "suppress_tokens": [side.processor.image_token_id]}
+        tokens = side.model.generate(**padded, **settings)[:, -6:]
+        single = [side.model.generate(**encoded(side, [chat]), **settings)[0, -6:] for chat in chats]
+        assert torch.equal(tokens, torch.stack(single))
+        found.append(tokens.tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.client("generate: inputs_embeds", note="with the image vectors in their places")
+def test_from_embeddings(stock, ours, expected):
+    for side in (stock, ours):
+        inputs = side.inputs()
+        places = inputs["input_ids"] == side.processor.image_token_id
+        with torch.no_grad():
+            embeds = side.model.get_input_embeddings()(inputs["input_ids"])
+            vectors = torch.cat(list(side.model.model.get_image_features(inputs["pixel_values"]).pooler_output))
+            joined = embeds.masked_scatter(places.unsqueeze(-1), vectors)
+        settings = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 8, "do_sample": False}
+        assert side.model.generate(inputs_embeds=joined, **settings)[0].tolist() == expected
+        assert side.model.generate(inputs_embeds=embeds, **settings)[0].tolist() != expected  # the control
+
+
+@pytest.mark.client("generate_batch: continuous batching", note="text alone: transformers' own takes token ids only")
+def test_continuous_batching_of_texts(stock, ours):
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=1)
+    batching = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, page_size=32, use_cuda_graph=False)
+    found = []
+    for side in (stock, ours):
+        side.model.generation_config.suppress_tokens = None  # ours suppresses image tokens, stock does not
+        outputs = side.model.generate_batch(
+            prompts, generation_config=settings, continuous_batching_config=batching, warmup=False
+        )
+        found.append([output.generated_tokens for output in outputs.values()])
+        single = [
+            side.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+            for prompt in prompts
+        ]
+        assert found[-1] == [tokens[0, len(prompt) :].tolist() for tokens, prompt in zip(single, prompts, strict=True)]
+    assert found[0] == found[1] and found[0][0] != found[0][1]

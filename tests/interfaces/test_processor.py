@@ -1,8 +1,11 @@
 """The processor as other libraries call it."""
 
 import base64
+import functools
+import http.server
 import inspect
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -63,9 +66,27 @@ def test_the_call_is_annotated_with_the_types_of_transformers():
     assert parameters["kwargs"].annotation == Unpack[ProcessingKwargs]
 
 
+@pytest.fixture
+def served():
+    """Serves a directory on a port of this machine; returns its address."""
+    servers = []
+
+    def serve(folder) -> str:
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+
+
 @pytest.mark.client("processor: images of every form", note="path, URL, base64, numpy, tensor, nested")
-@pytest.mark.parametrize("form", ["numpy", "channels_first", "tensor", "path", "base64", "data", "list", "nested"])
-def test_images_of_every_form(stock, ours, form, tmp_path):
+@pytest.mark.parametrize(
+    "form", ["numpy", "channels_first", "tensor", "path", "base64", "data", "list", "nested", "url"]
+)
+def test_images_of_every_form(stock, ours, form, tmp_path, served):
     image, buffer = picture(), io.BytesIO()
     image.save(tmp_path / "image.png")
     image.save(buffer, "PNG")
@@ -79,6 +100,7 @@ def test_images_of_every_form(stock, ours, form, tmp_path):
         "data": f"data:image/png;base64,{text}",
         "list": [image],
         "nested": [[image]],
+        "url": f"{served(tmp_path)}/image.png",
     }[form]
     for side in (stock, ours):
         values = side.processor(given, "<image> a cat", return_tensors="pt")["pixel_values"]
@@ -95,6 +117,19 @@ def test_token_types_and_decoded_answers(stock, ours):
     # Releases before 5.22 take too many images, with the stock processor.
     with pytest.raises(ValueError, match="The text has 1 '<image>', but the number of images passed is 2"):
         ours.processor([picture(), picture()], ["<image> a cat"])
+
+
+@pytest.mark.client("processor: batches", note="a list of images a text")
+def test_batches_of_images_and_texts(stock, ours):
+    images = [[picture(0), picture(1)], [picture(2)]]
+    texts = ["<image> and <image> are two", "<image> is one"]
+    settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    found = [side.processor(images, texts, **settings) for side in (stock, ours)]
+    for name in ("input_ids", "attention_mask", "pixel_values"):
+        torch.testing.assert_close(found[1][name], found[0][name])
+    assert found[1]["pixel_values"].shape[0] == 3
+    other = ours.processor([images[0][::-1], images[1]], texts, **settings)
+    assert not torch.equal(other["pixel_values"], found[1]["pixel_values"])  # the control: in another order
 
 
 def test_the_auto_map_is_stable(ours, tmp_path):

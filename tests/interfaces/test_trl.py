@@ -143,7 +143,8 @@ def letters(completions, **kwargs) -> list[float]:
 
 @pytest.mark.client("TRL: GRPOTrainer", note="the images of the prompt are kept for the loss")
 def test_grpo(stock, ours, tmp_path):
-    """Answers are sampled, so the two sides are compared in the loss of the same answers only."""
+    """Equal logits and the same random numbers give the same sampled answers, rewards and losses."""
+    found = []
     for side in (stock, ours):
         sizes = {"num_generations": 2, "max_completion_length": 4, "learning_rate": 1e-2}
         args = settings(trl.GRPOConfig, tmp_path / type(side.model).__name__, **sizes, logging_steps=1)
@@ -154,11 +155,18 @@ def test_grpo(stock, ours, tmp_path):
         logged = [entry for entry in trainer.state.log_history if "reward" in entry]
         assert len(logged) == 2 and all(entry["completions/mean_length"] > 0 for entry in logged)
         assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+        found.append(logged[0])
+    for name in ("reward", "reward_std", "loss", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-6), name
+    assert found[0]["reward_std"] > 0 and found[0]["grad_norm"] > 0  # the control: it is not nothing that is equal
 
 
 @pytest.mark.client("TRL: RewardTrainer", note="refused: a classification head does not exist")
-def test_reward_modelling_is_refused(ours, tmp_path):
+def test_reward_modelling_is_refused(stock, ours, tmp_path):
+    """Stock LLaVA has no classification head either; ours says which class to use."""
     data = rows({"chosen": [question() + answer("yes")] * 4, "rejected": [question() + answer("no")] * 4})
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        trl.RewardTrainer(str(stock.folder), args=settings(trl.RewardConfig, tmp_path), train_dataset=data)
     with pytest.raises(ValueError, match="it has no classification head"):
         trl.RewardTrainer(str(ours.folder), args=settings(trl.RewardConfig, tmp_path), train_dataset=data)
 

@@ -194,6 +194,7 @@ def test_a_fresh_interpreter_loads_saves_and_loads_again(tmp_path):
             "AutoModel",
             "AutoModelForImageTextToText",
             "AutoModelForMultimodalLM",
+            "AutoModelForPreTraining",
             "AutoModelForCausalLM",
             "AutoModelForSequenceClassification",
         }

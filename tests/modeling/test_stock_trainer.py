@@ -5,6 +5,7 @@ Each test runs both classes, LLaVA as the control, on the same batches.
 
 import pytest
 import torch
+from accelerate.utils import is_compiled_module
 from transformers import EarlyStoppingCallback, LlavaForConditionalGeneration, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
@@ -108,3 +109,91 @@ def test_the_best_model_is_found_by_its_loss(model_class, folder, tmp_path):
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) == 3 and trainer.state.best_metric == min(losses[1:]) < losses[0]
+
+
+def logged_losses(trainer: Trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+EVERY_STEP = {"logging_steps": 1, "learning_rate": 1e-2, "max_steps": 3}
+
+
+def test_prediction_loss_only(folder, tmp_path):
+    losses = []
+    for of in CLASSES:
+        trainer = make_trainer(load(of, folder), tmp_path, prediction_loss_only=True)
+        predicted = trainer.predict(rows(trainer.model))
+        assert predicted.predictions is None and predicted.label_ids is None
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert losses[-1] == predicted.metrics["test_loss"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_noise_on_the_embeddings(folder, tmp_path):
+    """`neftune_noise_alpha`: the same noise gives the same losses, and others than no noise."""
+    noisy, plain = (
+        [logged_losses(make_trainer(load(of, folder), tmp_path, **EVERY_STEP, **noise)) for of in CLASSES]
+        for noise in ({"neftune_noise_alpha": 50.0}, {})
+    )
+    assert noisy[0] == pytest.approx(noisy[1], rel=1e-4) and plain[0] == pytest.approx(plain[1], rel=1e-4)
+    assert noisy[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_the_batch_size_that_fits_is_found(model_class, folder, tmp_path):
+    """`auto_find_batch_size`, on a machine whose memory holds two rows."""
+    model, sizes = load(model_class, folder), []
+
+    def use_memory(module, arguments, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(use_memory, with_kwargs=True)
+    trainer = make_trainer(model, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4)
+    trainer.train()
+    assert sizes[0] == 4 and sizes[-2:] == [2, 2] and trainer.state.global_step == 2
+
+
+def test_a_compiled_model(folder, tmp_path):
+    """`torch_compile`; the backend that runs the traced graph as it is spares the test a C++ compiler."""
+    one, compiled = {**EVERY_STEP, "max_steps": 1}, {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainers = [make_trainer(load(of, folder), tmp_path, **one, **compiled) for of in CLASSES]
+    losses = [logged_losses(trainer) for trainer in trainers]
+    assert all(is_compiled_module(trainer.model_wrapped) for trainer in trainers)
+    plain = make_trainer(load(CLASSES[0], folder), tmp_path, **one)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(
+        logged_losses(plain), rel=1e-4
+    )
+    assert not is_compiled_module(plain.model_wrapped)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_metrics_get_inputs_and_losses(model_class, folder, tmp_path):
+    """`include_for_metrics`, with the collator that the Trainer itself chooses."""
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["inputs"], seen["losses"] = prediction.inputs, prediction.losses
+        return {"rows": len(prediction.inputs)}
+
+    model = load(model_class, folder)
+    if model_class is LlavaForConditionalGeneration:  # as above
+        model.config.keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
+    trainer = make_trainer(model, tmp_path, compute_metrics=compute_metrics, include_for_metrics=["inputs", "loss"])
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == ROWS and seen["losses"].mean() == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert (seen["inputs"] == torch.stack([row["input_ids"] for row in rows(model)]).numpy()).all()
+
+
+def test_label_smoothing_of_the_stock_trainer_compares_unshifted_labels(folder, tmp_path):
+    """Why a recipe may not set `label_smoothing_factor`: even next to no smoothing gives another loss."""
+    still = {**EVERY_STEP, "learning_rate": 0.0}
+    losses = [
+        logged_losses(make_trainer(load(of, folder), tmp_path, label_smoothing_factor=1e-6, **still))[0]
+        for of in CLASSES
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    right = logged_losses(make_trainer(load(CLASSES[0], folder), tmp_path, **still))[0]
+    assert losses[0] != pytest.approx(right, rel=1e-4), "transformers shifts the labels now: allow smoothing"

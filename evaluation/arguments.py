@@ -1,7 +1,7 @@
 """The arguments of run_evaluate.py, and the checks that need neither model nor data."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,8 @@ from .benchmarks import BENCHMARKS
 
 
 # Options that a benchmark does not read, unless it says so (`Benchmark.takes`).
-NOT_OF_ALL = ("eval_data", "prompt", "text_column", "streaming", "annotations_file", "ocr_file", "eval_split")
+NOT_OF_ALL = ("eval_data", "eval_format", "eval_split", "independent_turns", "prompt", "text_column", "streaming")
+NOT_OF_ALL += ("annotations_file", "ocr_file")
 
 
 @dataclass
@@ -95,7 +96,8 @@ class EvaluationArguments:
             return dict.fromkeys(names)
         folders = _mapping("image_folder", self.image_folder, names)
         if sorted(folders) != sorted(names):
-            raise ValueError(f"image_folder names {sorted(folders)}, eval_data {sorted(names)}; use the same names")
+            data = "eval_data" if self.benchmark is None else "benchmark"
+            raise ValueError(f"image_folder names {sorted(folders)}, {data} {sorted(names)}; use the same names")
         return {name: folders[name] for name in names}
 
     def check(self) -> None:
@@ -104,11 +106,11 @@ class EvaluationArguments:
         Raises:
             ValueError: naming the field, its value and the remedy.
         """
+        self._check_benchmark()
         data = "eval_data" if self.benchmark is None else "questions_file"
         for name in ("model_name_or_path", data, "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; give it in the recipe or as --{name}")
-        self._check_benchmark()
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("num_workers", 0), ("max_examples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -140,8 +142,9 @@ class EvaluationArguments:
         if self.benchmark not in BENCHMARKS:
             raise ValueError(f"benchmark is {self.benchmark!r}; it must be one of {', '.join(BENCHMARKS)}")
         benchmark = BENCHMARKS[self.benchmark]
+        defaults = {option.name: option.default for option in fields(self)}
         for name in NOT_OF_ALL:
-            if getattr(self, name) and name not in benchmark.takes:
+            if getattr(self, name) != defaults[name] and name not in benchmark.takes:
                 raise ValueError(f"{name} is set, but benchmark {self.benchmark} does not read it; remove {name}")
         for name in benchmark.needs:
             if not getattr(self, name):

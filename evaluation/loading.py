@@ -54,10 +54,11 @@ def benchmark_files(args: EvaluationArguments) -> BenchmarkFiles:
         args (`EvaluationArguments`): Checked arguments with a `benchmark`.
     """
     questions = Path(str(args.questions_file))
+    folder = args.image_folders[str(args.benchmark)]
     return BenchmarkFiles(
         questions=questions,
         annotations=None if args.annotations_file is None else Path(args.annotations_file),
         ocr=None if args.ocr_file is None else Path(args.ocr_file),
-        images=questions if args.image_folder is None else Path(args.image_folder),
+        images=questions if folder is None else Path(folder),
         split=args.eval_split or BENCHMARKS[str(args.benchmark)].split,
     )

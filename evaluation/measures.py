@@ -63,6 +63,10 @@ class Measure:
         """
         raise NotImplementedError
 
+    def estimate(self, records: Sequence[Record]) -> float | None:
+        """The value alone, without the cost of an interval; as [`score`]."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share(Measure):
@@ -81,6 +85,10 @@ class Share(Measure):
             return None, None
         share = math.fsum(values) / len(values)
         return share, wilson_interval(share, len(values))
+
+    def estimate(self, records: Sequence[Record]) -> float | None:
+        values = self.values(records)
+        return math.fsum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,10 @@ class Statistic(Measure):
         low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
         return float(self.value(table.sum(axis=0))), (float(low), float(high))
 
+    def estimate(self, records: Sequence[Record]) -> float | None:
+        table = np.asarray(self.table(records), dtype=np.float64)
+        return float(self.value(table.sum(axis=0))) if len(table) else None
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -121,6 +133,10 @@ class Scoring:
         headline (`tuple[str, ...]`, *optional*): Names of the measures in the terminal's table and in the model card;
             default: all.
         credit (`Callable`, *optional*): Record -> share of the full mark, shown where it lies between 0 and 1.
+        constants (`int`): How many of the answers accepted for most questions are tried as the constant answer
+            (`DEFINITIONS["majority"]`).
+        tie_break (`str`, *optional*): Name of the measure that decides between constant answers which the first one
+            values alike.
     """
 
     measures: tuple[Measure, ...]
@@ -128,10 +144,13 @@ class Scoring:
     right_means: str
     headline: tuple[str, ...] = ()
     credit: Callable[[Record], float] | None = None
+    constants: int = 10
+    tie_break: str | None = None
 
     @property
-    def main(self) -> Measure:
-        return self.measures[0]
+    def deciding(self) -> list[Measure]:
+        """The measures that choose the constant answer: the first one, then that of `tie_break`."""
+        return [self.measures[0], *(measure for measure in self.measures if measure.name == self.tie_break)]
 
     @property
     def shown(self) -> list[Measure]:

@@ -1,7 +1,7 @@
 """Summarises answers: scores with intervals, overall and by question type, beside two baselines.
 
 The first baseline is the same model *blind*: it sees grey images, so that only the wording of the question helps. The
-second is one constant answer for each question type.
+second is the best constant answer for each question type.
 """
 
 from collections import Counter
@@ -16,9 +16,10 @@ UNCATEGORISED = "(no type)"
 DEFINITIONS = {
     "blind": "the same model and questions, every image replaced by a grey one (128, 128, 128) of the same size",
     "majority": (
-        "a constant answer to every question of a type: the answer that is correct (exact match) for most questions "
-        "of that type in this test set; an upper bound for constant answers, as it is chosen with the references. "
-        "Questions without a type form one type; ties go to the alphabetically first answer"
+        "a constant answer to every question of a type: of the ten answers that are accepted for most questions of "
+        "that type in this test set, the one with the highest score (the first measure; for POPE ties go to the "
+        "higher F1). It is chosen with the references, which a model does not have. Captions: that of most images. "
+        "Questions without a type form one type; remaining ties go to the alphabetically first answer"
     ),
     "interval": (
         "Wilson's 95 % interval for a share of n independent questions; too wide rather than too narrow for scores "
@@ -29,23 +30,34 @@ DEFINITIONS = {
 }
 
 
-def majority_answers(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For each question type the answer that is correct for most of its questions (see `DEFINITIONS["majority"]`).
+def majority_answers(records: Sequence[dict[str, Any]], scoring: Scoring = GENERAL) -> dict[str, str]:
+    """For each question type the constant answer with the highest score (see `DEFINITIONS["majority"]`).
 
     Args:
         records (`list[dict]`): With `category` and `references`, as `answer_questions` returns them.
+        scoring (`Scoring`): The measures.
 
     Returns:
         `dict[str, str]`: Question type (`UNCATEGORISED` for none) -> answer.
     """
-    votes: dict[str, Counter] = {}
+    members: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        accepted = {reference.strip() for reference in record["references"]}
-        votes.setdefault(category_of(record), Counter()).update(accepted)
-    return {
-        category: min(counts, key=lambda answer: (-counts[answer], answer))
-        for category, counts in sorted(votes.items())
-    }
+        members.setdefault(category_of(record), []).append(record)
+    return {category: _best_constant(part, scoring) for category, part in sorted(members.items())}
+
+
+def _best_constant(records: Sequence[dict[str, Any]], scoring: Scoring) -> str:
+    votes = Counter(answer for record in records for answer in {text.strip() for text in record["references"]})
+    tried = sorted(votes, key=lambda answer: (-votes[answer], answer))[: scoring.constants]
+    if len(tried) == 1:
+        return tried[0]
+
+    def scores(answer: str) -> list[float]:
+        constant = [{**record, "prediction": answer} for record in records]
+        return [measure.estimate(constant) or 0.0 for measure in scoring.deciding]
+
+    ranks = {answer: [-score for score in scores(answer)] for answer in tried}
+    return min(tried, key=lambda answer: (ranks[answer], answer))
 
 
 def summarise(
@@ -72,7 +84,7 @@ def summarise(
         ValueError: if no question was answered, or the blind run holds other questions.
     """
     answered = answered_records(records)
-    guesses = majority_answers(answered)
+    guesses = majority_answers(answered, scoring)
     constant = [{**record, "prediction": guesses[category_of(record)]} for record in answered]
     blind = None
     if blind_records is not None:

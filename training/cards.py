@@ -123,7 +123,8 @@ class EvaluationResult:
         metric (`str`): `vqa_accuracy`, `exact_match` ...
         value (`float`): A share, 0 to 1; of some benchmarks another score (`percent`).
         interval (`tuple[float, float]`): Ends of the 95 % interval of the value.
-        num_questions (`int`): Questions that the value is of.
+        num_questions (`int`): Answered questions of the test set or its part. A metric may count fewer of them (POPE's
+            precision: those answered with yes) or images (MME's accuracy+).
         blind (`float`, *optional*): The same of the model without the images.
         majority (`float`, *optional*): The same of a constant answer.
         percent (`bool`): Whether the card's table shows the value in percent.

@@ -59,12 +59,20 @@ def read_object(path: Path, option: str, expected: str) -> dict[str, Any]:
         expected (`str`): The official file that the argument takes.
 
     Raises:
-        FileNotFoundError, ValueError: if it is missing, is not JSON (line and column), or holds no object.
+        FileNotFoundError, ValueError: if it is missing, is a directory, is not JSON (line and column), or holds no
+            object.
     """
+    check_no_directory(path, option, expected)
     content = parse_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_kind(content)}, not an object; {option} takes {expected}")
     return content
+
+
+def check_no_directory(path: Path, option: str, expected: str) -> None:
+    """Raise a ValueError that says what the option takes, if it was given a directory."""
+    if path.is_dir():
+        raise ValueError(f"{option} {str(path)!r} is a directory; {option} takes the file {expected}")
 
 
 def read_list(path: Path, name: str, option: str, expected: str) -> list[Any]:

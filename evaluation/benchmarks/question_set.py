@@ -63,7 +63,7 @@ class BenchmarkQuestions(QuestionSet):
             "name": self.name,
             "title": self.benchmark.title,
             "prompt": self.benchmark.prompt,
-            "prompt_of": "LLaVA-1.5",
+            "prompt_of": self.benchmark.prompt_of,
             **{option: None if path is None else str(path) for option, path in files.items()},
         }
 

@@ -13,6 +13,7 @@ from .files import (
     BenchmarkFiles,
     Item,
     check_answered,
+    check_no_directory,
     check_unique,
     coco_image,
     list_in,
@@ -27,6 +28,7 @@ PEOPLE = 10  # who answered each question of VQAv2 and TextVQA
 LETTERS = "ABCDE"
 YES_NO = ("yes", "no")
 MME_REMINDER = "Please answer yes or no."
+MME_TASKS = "give the directory that holds existence/, count/, ... (MME_Benchmark), or the one above it"
 OCR_PROMPT = re.compile(
     r"(?P<question>.+)\n(?P<ocr>Reference OCR token:.*\n)?Answer the question using a single word or phrase\."
 )
@@ -119,13 +121,14 @@ def read_textvqa(files: BenchmarkFiles) -> list[Item]:
         if answers:
             _check_ten(answers, source)
         image_id = value_of(record, "image_id", str, source)
+        question = value_of(record, "question", str, source)
         items.append(
             Item(
                 source=f"{files.questions.name}, question {question_id}",
                 question_id=question_id,
                 image=files.images / f"{image_id}.jpg",
                 # LLaVA's question file has a capital letter where the official one has none
-                fields={"question": value_of(record, "question", str, source).capitalize(), "ocr": ""},
+                fields={"question": question[:1].upper() + question[1:], "ocr": ""},
                 references=answers,
                 details={"image_id": image_id},
             )
@@ -137,6 +140,7 @@ def read_textvqa(files: BenchmarkFiles) -> list[Item]:
 def read_textvqa_ocr(files: BenchmarkFiles) -> list[Item]:
     """TextVQA with the OCR tokens that LLaVA-1.5 was given: also `llava_textvqa_val_v051_ocr.jsonl`."""
     assert files.ocr is not None  # checked with the arguments
+    check_no_directory(files.ocr, "ocr_file", "llava_textvqa_val_v051_ocr.jsonl")
     prompts = {}
     for number, record in enumerate(read_json_lines(files.ocr), start=1):
         source = f"{files.ocr}, line {number}"
@@ -166,9 +170,16 @@ def read_textvqa_ocr(files: BenchmarkFiles) -> list[Item]:
 def read_pope(files: BenchmarkFiles) -> list[Item]:
     """POPE: `coco_pope_random.json`, `..._popular.json`, `..._adversarial.json`: one of them, or their directory."""
     paths = _files_in(files.questions, "*_pope_*.json*", "coco_pope_random.json, coco_pope_popular.json, ...")
-    items = []
+    items: list[Item] = []
+    file_of: dict[str, Path] = {}
     for path in paths:
         split = path.stem.partition("_pope_")[2] or path.stem
+        if split in file_of:
+            raise ValueError(
+                f"{files.questions} holds two files of split {split!r}, {file_of[split].name} and {path.name}; give a "
+                "directory of one image source, such as output/coco"
+            )
+        file_of[split] = path
         records = list(read_json_lines(path))
         for index, record in enumerate(records, start=1):
             source = f"{path}, line {index}"
@@ -239,16 +250,18 @@ def _scienceqa_image(files: BenchmarkFiles, image: Path) -> Path:
 def read_mme(files: BenchmarkFiles) -> list[Item]:
     """MME, or a set of its form: a directory for each task, with a text file for each image: `question<TAB>Yes`.
 
-    The files of an image lie side by side, or in `questions_answers_YN/` and `images/`.
+    The files of an image lie side by side, or in `questions_answers_YN/` and `images/`. The unpacked release has the
+    tasks in `MME_Benchmark/`, beside its `eval_tool/`.
     """
     if not files.questions.is_dir():
-        raise ValueError(
-            f"questions_file {str(files.questions)!r} is not a directory; give MME_Benchmark_release_version"
-        )
+        raise ValueError(f"questions_file {str(files.questions)!r} is not a directory; {MME_TASKS}")
     items = []
-    for task in sorted(path for path in files.questions.iterdir() if path.is_dir()):
+    images = _mme_tasks(files.images)
+    for task in sorted(path for path in _mme_tasks(files.questions).iterdir() if path.is_dir()):
+        if task.name == "eval_tool":
+            continue
         for path in sorted([*task.glob("*.txt"), *task.glob("questions_answers_YN/*.txt")]):
-            image = _mme_image(files.images / task.name, path.stem)
+            image = _mme_image(images / task.name, path.stem)
             for question, answer in _mme_questions(path):
                 items.append(
                     Item(
@@ -263,10 +276,14 @@ def read_mme(files: BenchmarkFiles) -> list[Item]:
                     )
                 )
     if not items:
-        raise ValueError(
-            f"{files.questions} has no directory with question files (*.txt); give MME_Benchmark_release_version"
-        )
+        raise ValueError(f"{files.questions} has no directory with question files (*.txt); {MME_TASKS}")
     return items
+
+
+def _mme_tasks(folder: Path) -> Path:
+    """The directory of the tasks: in the unpacked release `MME_Benchmark/` below the given one."""
+    below = folder / "MME_Benchmark"
+    return below if below.is_dir() else folder
 
 
 def _mme_questions(path: Path) -> list[tuple[str, str]]:

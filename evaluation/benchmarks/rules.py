@@ -12,7 +12,7 @@ import numpy as np
 
 from ..measures import Record, Scoring, Share, Statistic, each
 from ..metrics.captions import bleu_4, bleu_counts, cider_d, rouge_l, tokenize_caption
-from ..metrics.scoring import agreement, normalize_answer, strip_punctuation
+from ..metrics.scoring import agreement, normalize_answer
 from .readers import LETTERS
 
 
@@ -20,17 +20,19 @@ from .readers import LETTERS
 
 
 def vqav2_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQAv2's accuracy of one answer, by its evaluation script.
+    """VQAv2's accuracy of one answer, by its evaluation script, of the answer as LLaVA-1.5 sent it to the server.
 
-    The prediction is normalised. Of the answers of the ten people only the punctuation is, and nothing where all ten
-    are equal.
+    The script normalises prediction and answers alike, but neither where all ten people gave the same answer. LLaVA
+    sent its answers in the form of [`normalize_evalai`], so they have that form in either case.
 
     Args:
         prediction (`str`): The model's answer.
         answers (`Sequence[str]`): The answers of all people, as the annotations hold them.
     """
-    answer = normalize_answer(prediction)
-    given = list(answers) if len(set(answers)) == 1 else [strip_punctuation(text) for text in answers]
+    answer = normalize_evalai(prediction)
+    given = [text.replace("\n", " ").replace("\t", " ").strip() for text in answers]
+    if len(set(given)) > 1:
+        answer, given = normalize_answer(answer), [normalize_answer(text) for text in given]
     return agreement([text == answer for text in given])
 
 
@@ -74,7 +76,8 @@ def _people_scoring(accuracy: Callable[[str, Sequence[str]], float], normalisati
 
 VQAV2 = _people_scoring(
     vqav2_accuracy,
-    "the prediction normalised, of the answers the punctuation alone, and nothing of ten equal ones (VQAv2's script)",
+    "the prediction normalised by EvalAI's rule, as LLaVA-1.5 sent it; then prediction and answers by VQAv2's script, "
+    "which leaves them as they are where all ten answers are equal",
 )
 TEXTVQA = _people_scoring(
     textvqa_accuracy,
@@ -186,19 +189,18 @@ POPE = Scoring(
     ),
     is_right=lambda record: pope_answer(record["prediction"]) == record["references"][0],
     right_means="the answer, read as yes or no by POPE's rule, is the true one",
+    tie_break="f1",  # with as many questions to be answered with no as with yes, both have the same accuracy
 )
 
 
 # ---------------------------------------------------------------------- ScienceQA
 
 
-LETTER_PATTERNS = (rf"^([{LETTERS}])\. ", rf"The answer is ([{LETTERS}])\.", rf"The answer is ([{LETTERS}])")
-
-
 def chosen_letter(text: str, choices: int) -> str | None:
     """The letter that an answer to a multiple-choice question names, by the rule of LLaVA's eval_science_qa.py.
 
-    A letter alone, a letter with a period in front of more text (`B. because ...`), or `The answer is B`.
+    A letter alone; a letter, a period, a space and more text (`B. because`); or `The answer is B` with a character
+    behind it, once in the whole answer. `B.` names none.
 
     Args:
         text (`str`): The model's answer.
@@ -207,13 +209,13 @@ def chosen_letter(text: str, choices: int) -> str | None:
     Returns:
         `str` or `None`: `None` without such a letter. Nothing is guessed: the answer is wrong.
     """
-    text = text.replace("\n", ". ")
-    if text.strip() in set(LETTERS):
-        letter = text.strip()
+    text = text.strip()
+    if text[:1] in set(LETTERS) and (len(text) == 1 or text[1:3] == ". "):
+        letter = text[0]
     else:
-        found = next(filter(None, (re.search(pattern, text) for pattern in LETTER_PATTERNS)), None)
-        letter = None if found is None else found.group(1)
-    return letter if letter is not None and LETTERS.index(letter) < choices else None
+        named = re.findall(r"The answer is ([A-Z]).", text)
+        letter = named[0] if len(named) == 1 else None
+    return letter if letter in set(LETTERS[:choices]) else None
 
 
 def _letter_right(record: Record) -> bool:
@@ -226,8 +228,8 @@ SCIENCEQA = Scoring(
             name="accuracy",
             label="accuracy",
             definition=(
-                "share of answers that name the right letter: alone, in front of a period, or after `The answer is`; "
-                "an answer without a letter is wrong"
+                "share of answers that name the right letter: alone; with a period, a space and more text (`B.` alone "
+                "is wrong); or in `The answer is B.`, once; an answer without a letter is wrong"
             ),
             values=each(_letter_right),
         ),
@@ -370,4 +372,5 @@ CAPTIONS = Scoring(
     ),
     is_right=lambda record: tokenize_caption(record["prediction"]) in map(tokenize_caption, record["references"]),
     right_means="the words of one of the captions of the image",
+    constants=1,  # to score each takes long, and hardly any caption has two images
 )

@@ -42,6 +42,7 @@ class Benchmark:
         needs (`tuple[str, ...]`): Those without which it cannot be read.
         split (`str`, *optional*): `eval_split` where it is not given.
         by_split (`bool`): Whether question types are splits that papers report apart, so that the card has each.
+        prompt_of (`str`): Where the prompt comes from, for results.json.
     """
 
     title: str
@@ -53,10 +54,12 @@ class Benchmark:
     needs: tuple[str, ...] = ("image_folder",)
     split: str | None = None
     by_split: bool = False
+    prompt_of: str = "LLaVA-1.5"
 
 
 # LLaVA-1.5's prompts (Liu et al., Improved Baselines with Visual Instruction Tuning, 2023). It was not evaluated on
-# COCO captions: the prompt is the one that it was trained with on the captions of TextCaps.
+# COCO captions: the prompt is the first line of the one that it was trained with on TextCaps, where a line of OCR
+# tokens follows. lmms-eval asks COCO captions with this line, too.
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 SHORT_ANSWER_OCR = "{question}\n{ocr}Answer the question using a single word or phrase."
 LETTER = "{context}{question}\n{choices}\nAnswer with the option's letter from the given choices directly."
@@ -80,5 +83,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         "ScienceQA-IMG", read_scienceqa, LETTER, SCIENCEQA, write_scienceqa, takes=("eval_split",), split="test"
     ),
     "mme": Benchmark("MME", read_mme, SHORT_ANSWER, MME, write_mme, needs=()),
-    "coco_captions": Benchmark("COCO captions", read_coco_captions, CAPTION, CAPTIONS, write_coco_captions),
+    "coco_captions": Benchmark(
+        "COCO captions",
+        read_coco_captions,
+        CAPTION,
+        CAPTIONS,
+        write_coco_captions,
+        prompt_of="LLaVA-1.5's training on TextCaps, without its line of OCR tokens",
+    ),
 }

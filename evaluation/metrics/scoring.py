@@ -71,20 +71,15 @@ def normalize_answer(text: str) -> str:
     Returns:
         `str`: E.g. `"The two dogs."` -> `"2 dogs"`, `"1,000"` -> `"1000"`, `"black-white"` -> `"black white"`.
     """
-    cleaned = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
-    words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def strip_punctuation(text: str) -> str:
-    """Steps 2 and 3 of [`normalize_answer`] alone, which the official script applies to references."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
     without_space = COMMA_BETWEEN_DIGITS.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:
         delete = without_space or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if delete else " ")
-    return PERIOD.sub("", cleaned)
+    cleaned = PERIOD.sub("", cleaned)
+    words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
@@ -97,9 +92,8 @@ def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
     - n <= 3: leaving one out would leave fewer than the three matches that a score of 1 needs, so the score is
       `m / n`, which is also what the official rule gives for n = 4. With one reference it is 1 if equal, 0 if not.
 
-    The official script does not normalise references on which all ten people agree, and never their articles and
-    number words, because its data files already have that form. This function normalises every reference like the
-    prediction, so it works with any data set.
+    The official script normalises neither the references nor the prediction where all ten people gave the same
+    answer. This function always normalises both, so it works with any data set.
 
     Args:
         prediction (`str`): The model's answer.

@@ -83,6 +83,10 @@ def test_textvqa_with_and_without_ocr_tokens(tmp_path):
     assert asked(without) == ["What is the brand of this camera?" + SHORT, "Whose shop is it?" + SHORT]
     assert asked(given) == [record["text"] for record in TEXTVQA_OCR]  # as LLaVA asked it, letter by letter
     assert asked(without)[0] != asked(given)[0]
+    capitals = changed(TEXTVQA_DATA, "what does UPS mean?", "data", 0, "question")
+    files = MAKERS["textvqa"](tmp_path)
+    write_json(files.questions, capitals)
+    assert asked(BenchmarkQuestions("textvqa", files))[0] == "What does UPS mean?" + SHORT  # the first letter alone
     assert [question.references for question in given.questions] == [
         record["answers"] for record in TEXTVQA_DATA["data"]
     ]
@@ -123,6 +127,28 @@ def test_mme(tmp_path):
     assert [question.category for question in questions.questions] == ["code_reasoning"] * 2 + ["existence"] * 4
     assert [question.references for question in questions.questions] == [["yes"], ["no"]] * 3
     assert len(questions.rows) == 3  # two questions about each image
+
+
+def test_mme_in_the_directories_of_the_release(tmp_path):
+    """MME_Benchmark_release_version/ holds MME_Benchmark/ with the tasks, and eval_tool/ with files of its own."""
+    files = MAKERS["mme"](tmp_path)
+    direct = BenchmarkQuestions("mme", files)
+    tasks = files.questions.rename(tmp_path / "MME_Benchmark")
+    release = tmp_path / "MME_Benchmark_release_version"
+    release.mkdir()
+    tasks.rename(release / "MME_Benchmark")
+    answers = release / "eval_tool" / "Your_Results"
+    answers.mkdir(parents=True)
+    for file in (answers / "existence.txt", release / "eval_tool" / "readme.txt"):
+        file.write_text("no questions")
+    questions = BenchmarkQuestions("mme", files)
+    assert asked(questions) == asked(direct) and len(questions.rows) == len(direct.rows) == 3
+    assert "/MME_Benchmark/code_reasoning/images/0020.png" in questions.rows[0]["images"][0]["path"]
+    (release / "eval_tool").rename(release / "MME_Benchmark" / "eval_tool")  # beside the tasks
+    assert asked(BenchmarkQuestions("mme", files)) == asked(direct)
+    (release / "MME_Benchmark" / "eval_tool").rename(release / "MME_Benchmark" / "tool")  # the control
+    with pytest.raises(ValueError, match="readme.txt, line 1: a question, a tab and Yes or No are needed"):
+        BenchmarkQuestions("mme", files)
 
 
 def test_coco_captions(tmp_path):
@@ -301,8 +327,41 @@ def test_broken_files_that_are_no_json(tmp_path):
         text.write_text(broken)
         with pytest.raises(ValueError, match=message):
             BenchmarkQuestions("mme", files)
-    with pytest.raises(ValueError, match="is not a directory; give MME_Benchmark_release_version"):
+    with pytest.raises(ValueError, match="is not a directory; give the directory that holds existence/, count/, "):
         BenchmarkQuestions("mme", dataclasses.replace(files, questions=text))
+    empty = files.questions / "code_reasoning" / "images"
+    with pytest.raises(
+        ValueError, match=r"no directory with question files \(\*.txt\); give the directory that holds"
+    ):
+        BenchmarkQuestions("mme", dataclasses.replace(files, questions=empty))
+
+
+def test_two_files_of_one_split_are_not_merged(tmp_path):
+    files = MAKERS["pope"](tmp_path)
+    other = files.questions / "coco_pope_random.json"
+    other.with_name("aokvqa_pope_random.json").write_text(other.read_text())
+    with pytest.raises(
+        ValueError, match="two files of split 'random', aokvqa_pope_random.json and coco_pope_random.json; give a dir"
+    ):
+        BenchmarkQuestions("pope", files)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("vqav2", "questions", r"questions_file '.*' is a directory; questions_file takes the file v2_OpenEnded_msco"),
+        ("vqav2", "annotations", r"annotations_file '.*' is a directory; annotations_file takes the file v2_mscoco_"),
+        ("gqa", "questions", "is a directory; questions_file takes the file testdev_balanced_questions.json"),
+        ("textvqa", "questions", "is a directory; questions_file takes the file TextVQA_0.5.1_val.json"),
+        ("textvqa_ocr", "ocr", "is a directory; ocr_file takes the file llava_textvqa_val_v051_ocr.jsonl"),
+        ("scienceqa", "questions", "is a directory; questions_file takes the file ScienceQA's problems.json"),
+        ("coco_captions", "questions", "is a directory; questions_file takes the file captions_val2014.json"),
+    ],
+)
+def test_a_directory_in_the_place_of_a_file(name, place, message, tmp_path):
+    files = MAKERS[name](tmp_path)
+    with pytest.raises(ValueError, match=message):
+        BenchmarkQuestions(name, dataclasses.replace(files, **{place: tmp_path}))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

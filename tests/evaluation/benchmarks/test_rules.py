@@ -45,11 +45,21 @@ def records(*rows, **common):
         ("No.", ["yes"] * 10, 0.0),
         ("red", ["red"] * 2 + ["blue"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10),  # leaving out each of the ten in turn
         ("Two", ["2"] * 3 + ["3"] * 7, (3 * 2 / 3 + 7) / 10),
-        # of the answers only the punctuation is removed: an article or a capital letter is never equal
-        ("the dog", ["the dog"] * 5 + ["dog"] * 5, 1.0),
-        ("dog", ["the dog"] * 10, 0.0),
+        # where the ten differ, articles, number words and capital letters are normalised on both sides
+        ("none", ["none"] * 6 + ["nothing"] * 4, 1.0),
+        ("none", ["none"] * 9 + ["0"], 1.0),
+        ("the dog", ["the dog"] * 9 + ["dog"], 1.0),
+        ("the dog", ["the dog"] * 5 + ["cat"] * 5, 1.0),
+        ("left one", ["left one"] * 4 + ["left"] * 6, 1.0),
+        ("Nike", ["Nike"] * 8 + ["nike"] * 2, 1.0),
         ("dark red", ["dark-red"] * 9 + ["red"], 1.0),
-        ("dark-red", ["dark-red"] * 10, 0.0),  # ten equal answers are left as they are, the prediction is not
+        ("cat", ["the dog"] * 5 + ["dog"] * 5, 0.0),
+        # ten equal answers, but for outer space, are left as they are; the prediction is as LLaVA-1.5 sent it
+        ("dog", ["dog"] * 9 + ["dog\n"], 1.0),
+        ("dog", ["the dog"] * 10, 0.0),
+        ("none", ["none"] * 10, 0.0),
+        ("dark-red", ["dark-red"] * 10, 0.0),
+        ("Ann's", ["ann 's"] * 10, 1.0),
     ],
 )
 def test_vqav2_accuracy_of_one_answer(prediction, answers, expected):
@@ -72,14 +82,43 @@ def test_evalai_normalisation(text, expected):
 LMMS_EVAL = importlib.util.find_spec("lmms_eval")
 
 
-@pytest.mark.skipif(LMMS_EVAL is None, reason="lmms-eval is not installed")
-def test_evalai_normalisation_beside_the_program_itself():
-    """lmms-eval has EvalAI's answer processor; put its directory on PYTHONPATH to run this."""
+@pytest.fixture
+def official():
+    """EvalAI's answer processor, of lmms-eval; put its directory on PYTHONPATH to run the tests that take this."""
+    if LMMS_EVAL is None:
+        pytest.skip("lmms-eval is not installed")
     file = Path(LMMS_EVAL.submodule_search_locations[0], "tasks", "_task_utils", "vqa_eval_metric.py")
     spec = importlib.util.spec_from_file_location("vqa_eval_metric", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    official, chance = module.EvalAIAnswerProcessor(), random.Random(1)
+    return module.EvalAIAnswerProcessor()
+
+
+def test_vqav2_accuracy_beside_the_steps_of_its_script(official):
+    """The script's steps on answers of ten people, with the processor's functions; the sent answer as LLaVA's."""
+    chance = random.Random(2)
+
+    def form(text):
+        return official.process_digit_article(official.process_punctuation(text))
+
+    words = "none nothing 0 two 2 Two the a dog Dog dog. cat dark-red red, man's what? isnt 1,000 1000".split()
+    phrases = [" ".join(chance.choices(words, k=chance.randint(1, 2))) for _ in range(40)]
+    equal = agreed = 0
+    for _ in range(3000):
+        answers = chance.choices(chance.sample(phrases, k=chance.randint(1, 4)), k=10)
+        prediction = chance.choice([*answers, chance.choice(phrases)])
+        sent, people = official(prediction), [text.strip() for text in answers]
+        if len(set(people)) > 1:
+            sent, people = form(sent), list(map(form, people))
+        others = [people[:left] + people[left + 1 :] for left in range(10)]
+        expected = sum(min(1, ten.count(sent) / 3) for ten in others) / 10
+        assert vqav2_accuracy(prediction, answers) == pytest.approx(expected), (prediction, answers)
+        equal, agreed = equal + (len(set(answers)) == 1), agreed + (expected > 0)
+    assert 100 < equal < 2900 and 100 < agreed < 2900  # both branches, right and wrong answers
+
+
+def test_evalai_normalisation_beside_the_program_itself(official):
+    chance = random.Random(1)
     words = [*official.CONTRACTIONS, *official.CONTRACTIONS.values(), *official.NUMBER_MAP, "\n", "\t"]
     words += "a An the dog 1,000 3.5 5. U.S. T-shirt what?! (red) e.g. 10:30 $3 man's it's 7/8 a_b x@y ; / - '".split()
     marks = [" ", "", "-", "/", " , ", ",", ". ", "."]
@@ -106,9 +145,24 @@ def test_vqa_scores_of_a_set():
         assert summary["overall"]["vqa_accuracy"] == pytest.approx((1 + 0.6 + 0) / 3)
         assert summary["overall"]["vqa_accuracy_interval"] == pytest.approx(wilson_interval(1.6 / 3, 3))
         assert summary["categories"]["other"]["vqa_accuracy"] == 0.0
-        # constant answers: yes, 2 (the alphabet decides between 2 and 3: 0.6), red
-        assert summary["overall"]["majority"]["vqa_accuracy"] == pytest.approx((1 + 0.6 + 1) / 3)
+        # constant answers: yes, 3 (2, as often accepted and before it in the alphabet, scores 0.6), red
+        assert summary["majority_answers"] == {"yes/no": "yes", "number": "3", "other": "red"}
+        assert summary["overall"]["majority"]["vqa_accuracy"] == 1.0
         assert [scoring.is_right(record) for record in answered] == [True, True, False]
+
+
+def test_the_constant_answer_is_the_one_that_scores_most():
+    """`no` is accepted for three questions, by one person of ten each; `yes` for two, by all."""
+    answered = records(
+        *[("x", ["no", *(f"answer{number}{person}" for person in range(9))], "t") for number in range(3)],
+        *[("x", ["yes"] * 10, "t")] * 2,
+    )
+    summary = summarise(answered, None, VQAV2)
+    assert summary["majority_answers"] == {"t": "yes"}
+    assert summary["overall"]["majority"]["vqa_accuracy"] == pytest.approx(2 / 5)
+    assert sum(vqav2_accuracy("no", record["references"]) for record in answered) == pytest.approx(3 * 0.3)
+    # the control: scored by exact match, the answer that is accepted most often
+    assert summarise(answered)["majority_answers"] == {"t": "no"}
 
 
 # ---------------------------------------------------------------------- GQA
@@ -181,6 +235,30 @@ def test_pope_measures_by_split():
     assert overall["f1_interval"] == summarise(answered, None, POPE)["overall"]["f1_interval"]  # the seed is fixed
 
 
+def test_popes_constant_answer_is_yes_where_both_are_as_accurate():
+    balanced = records(*[("No", ["no"], "random"), ("No", ["yes"], "random")] * 3)
+    summary = summarise(balanced, None, POPE)
+    assert summary["majority_answers"] == {"random": "yes"}  # not `no`, whose F1 is 0
+    constant = summary["overall"]["majority"]
+    assert (constant["accuracy"], constant["f1"]) == (0.5, pytest.approx(2 / 3))
+    # the control: F1 decides between equally accurate answers only
+    more_no = [*balanced, *records(("No", ["no"], "random"))]
+    assert summarise(more_no, None, POPE)["majority_answers"] == {"random": "no"}
+
+
+@pytest.mark.parametrize("scoring", [VQAV2, GQA, POPE, SCIENCEQA, MME, CAPTIONS])
+def test_estimates_are_the_scores_without_intervals(scoring):
+    parts = {"open": True, "choices": 2, "image_id": "a"}
+    answered = records(
+        *[("yes", ["yes"] * 10, "existence", parts), ("B", ["no"] * 10, "existence", parts)],
+        *[("no", ["yes"] * 10, "count", {**parts, "image_id": "b"})],
+    )
+    for measure in scoring.measures:
+        assert measure.estimate(answered) == measure.score(answered)[0], measure.name
+        if measure.estimate(answered[:0]) is not None:
+            raise AssertionError(f"{measure.name} has a value without a question")
+
+
 def test_the_bootstrap_interval_narrows_with_the_number_of_questions():
     outcomes = (("Yes", ["yes"], "a"), ("Yes", ["no"], "a"), ("No", ["yes"], "a"), ("No", ["no"], "a"))
 
@@ -200,10 +278,14 @@ def test_the_bootstrap_interval_narrows_with_the_number_of_questions():
         ("B", 3, "B"),
         (" B ", 3, "B"),
         ("B. because it is", 3, "B"),
-        ("B\nbecause", 3, "B"),  # a line break counts as a period and a space
+        ("B.", 3, None),  # without more text, a letter and a period name none
+        ("B. ", 3, None),
+        ("B\nbecause", 3, None),
         ("The answer is B.", 3, "B"),
-        ("I think. The answer is C", 3, "C"),
-        ("The answer is A, no. The answer is B.", 3, "B"),  # with a period first
+        ("The answer is B, because", 3, "B"),
+        ("I think. The answer is C", 3, None),  # a character must follow
+        ("The answer is A, no. The answer is B.", 3, None),  # two letters
+        ("The answer is D.", 3, None),
         ("D", 3, None),  # beyond the choices
         ("b", 3, None),
         ("B)", 3, None),

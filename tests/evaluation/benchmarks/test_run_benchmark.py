@@ -86,7 +86,9 @@ def test_given_answers_score_as_computed_by_hand(name, checkpoint, answering, tm
     assert low <= summary["overall"][main] <= high
     assert summary["overall"]["blind"][main] < summary["overall"][main]
     assert summary["benchmark"]["prompt"] == BENCHMARKS[name].prompt
-    assert summary["benchmark"]["prompt_of"] == "LLaVA-1.5"
+    captions = name == "coco_captions"  # which LLaVA-1.5 was not evaluated on
+    source = "LLaVA-1.5's training on TextCaps, without its line of OCR tokens" if captions else "LLaVA-1.5"
+    assert summary["benchmark"]["prompt_of"] == source
     printed = capsys.readouterr().out
     assert summary["measures"][0]["label"] in printed and repr(BENCHMARKS[name].prompt) in printed
     assert "LLaVA" not in name and (tmp_path / "out" / "report.html").stat().st_size > 0
@@ -229,16 +231,35 @@ def test_the_model_itself_answers_a_benchmark(checkpoint, tmp_path):
     assert again["overall"]["vqa_accuracy"] == pytest.approx(2 / 3)
 
 
+def test_a_mapping_of_image_folders(checkpoint, answering, tmp_path):
+    """`image_folder` may map the benchmark's name to its directory, as with other test sets."""
+    answering(ANSWERS["vqav2"][0])
+    options = options_of("vqav2", tmp_path / "files")
+    where = options.index("--image_folder") + 1
+    options[where] = json.dumps({"vqav2": options[where]})
+    assert run(checkpoint, tmp_path / "out", options)["vqav2"]["overall"]["n"] == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"benchmark": "vqa"}, "benchmark is 'vqa'; it must be one of vqav2, gqa, textvqa, textvqa_ocr, pope"),
-        ({"benchmark": None}, "eval_data is not set"),
+        ({"benchmark": None}, "questions_file is set without benchmark; set benchmark to one of vqav2, gqa"),
+        (
+            {"benchmark": None, "questions_file": None, "annotations_file": None},
+            "eval_data is not set; give it in the recipe or as --eval_data",
+        ),
         ({"questions_file": None}, "questions_file is not set; give it in the recipe or as --questions_file"),
         ({"questions_file": "nowhere.json"}, "questions_file 'nowhere.json' does not exist; give the official file"),
         ({"annotations_file": "nowhere.json"}, "annotations_file 'nowhere.json' does not exist"),
         ({"image_folder": None}, r"image_folder is not set; benchmark vqav2 needs it \(docs/benchmarks.md\)"),
         ({"image_folder": "nowhere"}, "image_folder 'nowhere' is not a directory"),
+        (
+            {"image_folder": '{"test": "x"}'},
+            r"image_folder names \['test'\], benchmark \['vqav2'\]; use the same",
+        ),
+        ({"eval_format": "llava_instruct"}, "eval_format is set, but benchmark vqav2 does not read it; remove eval_f"),
+        ({"independent_turns": "false"}, "independent_turns is set, but benchmark vqav2 does not read it; remove ind"),
         (
             {"benchmark": "textvqa_ocr", "annotations_file": None},
             "ocr_file is not set; benchmark textvqa_ocr",

@@ -118,7 +118,7 @@ def train(
         ValueError: if the checkpoint is of another model or other data, or the disk has no space for one checkpoint.
         LostDirectory: if another run has taken `output_dir` because this one stood still.
     """
-    check_directories()  # reading the data may have taken hours
+    run_on_main_process(check_directories)  # reading the data may have taken hours
     if run_args.overwrite_output_dir and trainer.args.should_save:
         delete_checkpoints(trainer.args.output_dir)
     fingerprint = data_fingerprint(trainer.train_dataset)
@@ -146,7 +146,7 @@ def train(
         shared_frozen_weights(trainer, checkpoint),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
-        check_directories()
+        run_on_main_process(check_directories)
         # Without `_internal_call` the Trainer would push, and push everything that lies in output_dir.
         trainer.save_model(_internal_call=True)
 
@@ -181,8 +181,8 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
         "num_train_epochs` unless the learning rate is constant)"
     )
     trainer.state = state
+    run_on_main_process(check_directories)
     if trainer.args.should_save:
-        check_directories()
         with explain_full_disk(trainer.args):
             shared = shares_frozen_weights(source)
             if shared:
@@ -262,7 +262,7 @@ def finish_run(
         stage, model_args, data_args, recipe: As for [`write_model_card`].
     """
     args = trainer.args
-    check_directories()
+    run_on_main_process(check_directories)
     with explain_full_disk(args):
         trainer.save_state()
         if trainer.is_world_process_zero():

@@ -88,7 +88,7 @@ def _load_named(source: str, split: str, streaming: bool, **load_options: Any) -
     try:
         archives = _archives_of(source, split, **load_options)
         if archives is not None:
-            return _load_archives(archives, source, streaming, load_options)
+            return _load_archives(*archives, source, streaming, load_options)
         return datasets.load_dataset(source, split=split, streaming=streaming, **load_options)
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
@@ -98,9 +98,10 @@ def _load_named(source: str, split: str, streaming: bool, **load_options: Any) -
         raise ValueError(f"{source}: {error} Set train_split or eval_split to one of them.") from error
 
 
-def _archives_of(source: str, split: str, **load_options: Any) -> list[str] | None:
+def _archives_of(source: str, split: str, **load_options: Any) -> tuple[list[str], list[str]] | None:
     """
-    The archives of a split if a data set has WebDataset's form: paths, or addresses that begin with `HUB`.
+    The archives of a split, and those of all splits, if a data set has WebDataset's form: paths, or addresses that
+    begin with `HUB`. `None` for any other data set, and for compressed archives, which `datasets` reads.
 
     Without a network, those of a Hub data set that were downloaded before.
 
@@ -115,29 +116,38 @@ def _archives_of(source: str, split: str, **load_options: Any) -> list[str] | No
     if not isinstance(builder, WebDataset):
         return None
     files = {str(name): found for name, found in builder.config.data_files.items()}
-    if not split.isidentifier():  # a part of a split, which `datasets` cuts
+    if not split.isidentifier() or split == "all":  # a part of a split or all of them: `datasets` cuts and joins them
         return None
     if split not in files:
         raise ValueError(f"no split {split!r}; it has {', '.join(files)}.")
-    archives = [str(file) for file in files[split]]
-    known = all(file.startswith(HUB) or os.path.isfile(file) for file in archives)
-    return archives if known else None
+    archives = [str(file) for found in files.values() for file in found]
+    if not all(file.endswith(".tar") and (file.startswith(HUB) or os.path.isfile(file)) for file in archives):
+        return None
+    return [str(file) for file in files[split]], archives
 
 
-def _load_archives(archives: list[str], source: str, streaming: bool, load_options: dict[str, Any]) -> Any:
-    """The samples of a data set's archives: of the Hub while they are downloaded, or after that."""
+def _load_archives(
+    archives: list[str], of_all_splits: list[str], source: str, streaming: bool, load_options: dict[str, Any]
+) -> Any:
+    """The samples of a split's archives: of the Hub while they are downloaded, or after that.
+
+    All splits are downloaded, as by `datasets`: without a network it opens a data set only with all its files.
+    """
     files = archives
     if archives[0].startswith(HUB):
         if streaming:
             return _load_tar_files(archives, streaming, token=load_options.get("token"))
-        names = [
-            address.split("@", 1)[1].split("/", 1)[1] for address in archives
-        ]  # hf://datasets/me/name@commit/a.tar
-        folder = _snapshot(source, load_options, allow_patterns=[glob.escape(name) for name in names])
-        files = [os.path.join(folder, name) for name in names]
+        wanted = [glob.escape(_path_in_repository(address)) for address in of_all_splits]
+        folder = _snapshot(source, load_options, allow_patterns=wanted)
+        files = [os.path.join(folder, _path_in_repository(address)) for address in archives]
     for file, name in zip(files, archives, strict=True):
         check_whole(file, "webdataset", name)
     return _load_tar_files(files, streaming, archives)
+
+
+def _path_in_repository(address: str) -> str:
+    """The path of a file named as `hf://datasets/me/name@commit/folder/a.tar`: `folder/a.tar`."""
+    return address.split("@", 1)[1].split("/", 1)[1]
 
 
 def _snapshot(source: str, load_options: dict[str, Any], **options: Any) -> str:

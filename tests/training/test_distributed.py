@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from accelerate import PartialState
 
-from jnana.processing.data import tokenizer_fingerprint, train_tokenizer
+from jnana.processing.data import temporary, tokenizer_fingerprint, train_tokenizer
 from jnana.processing.data.temporary import temporary_directory
 from jnana.training import distributed, text_models
 from jnana.training.data import prepare_text_data
@@ -144,6 +144,19 @@ def test_the_first_process_first(tmp_path):
 
 def test_an_error_in_the_first_process_leaves_nobody_waiting(tmp_path):
     assert run_two(first_failing, tmp_path) == ["ValueError: row 7 has no answer"] * 2
+
+
+def test_directories_of_other_hosts_and_file_systems_without_locks(tmp_path, monkeypatch):
+    """Their locks may look free from here, and a lock that can't be had deletes nothing."""
+    for name in ("jnana_another-host_0_x", temporary.HANDED_ON + "x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / temporary.OWNED).touch()
+    monkeypatch.setattr(temporary.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(OSError("no locks")))
+    assert temporary_directory(tmp_path).is_dir()
+    assert len(list(tmp_path.glob("jnana_*"))) == 3
+    monkeypatch.undo()
+    assert temporary_directory(tmp_path).is_dir()
+    assert not (tmp_path / (temporary.HANDED_ON + "x")).exists() and (tmp_path / "jnana_another-host_0_x").is_dir()
 
 
 def test_once_per_machine_and_longer_than_the_training_group_waits(tmp_path):

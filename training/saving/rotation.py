@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 
+from jnana.training.distributed import run_on_main_process
 from jnana.training.monitoring import LossCurveCallback
 
 from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
@@ -47,8 +48,8 @@ class FinishedCheckpointCallback(TrainerCallback):
         if distributed.is_initialized():
             distributed.barrier()  # each process writes its random state, and its shards
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        run_on_main_process(check_directories)  # the writing may have stood still: then nothing is deleted
         if args.should_save and folder.is_dir():
-            check_directories()  # also behind the writing, which may have stood still: nothing else is deleted
             write_manifest(folder, self.digests)
             rotate(folder, self.limit, state.best_model_checkpoint, with_optimizer=not args.save_only_model)
 
@@ -57,17 +58,17 @@ class HeldDirectoryCallback(TrainerCallback):
     """Ends a run that has lost its output directory to another one, before it saves a checkpoint there.
 
     It must come after all callbacks that ask for a checkpoint. An evaluation, which may take hours, comes between that
-    and the saving.
+    and the saving. Every process raises the error: one that goes on would wait for the others.
     """
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
-            check_directories()
+            run_on_main_process(check_directories)
 
     on_epoch_end = on_step_end
 
     def on_evaluate(self, args, state, control, **kwargs):
-        check_directories()
+        run_on_main_process(check_directories)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bool = True) -> None:

@@ -37,7 +37,9 @@ GLANCE = 0.2  # seconds between two of them
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_held: dict[Path, threading.Event] = {}  # the locks of this process, and the events that end their touches
+# The locks of this process: what it wrote into them, and the events that end their touches. What was written tells
+# an own lock, because the start of a process, as psutil computes it, moves with the clock on some systems.
+_held: dict[Path, tuple[str, threading.Event]] = {}
 
 
 class LostDirectory(RuntimeError):
@@ -54,7 +56,9 @@ def hold_directory(output_dir: str) -> None:
     if lock in _held:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
-    while not _create(lock):
+    own = {**_identity(os.getpid()), "started": datetime.now().astimezone().isoformat(timespec="seconds")}
+    text = json.dumps(own)
+    while not _create(lock, text):
         content = _read(lock)
         if content is None:  # it was released meanwhile
             continue
@@ -68,8 +72,8 @@ def hold_directory(output_dir: str) -> None:
         logger.info(f"{lock} was left by process {owner.get('pid')} on host {owner.get('host')!r}, which has ended")
         _remove_stale(lock, content)
     stop = threading.Event()
-    _held[lock] = stop
-    threading.Thread(target=_touch, args=(lock, stop), daemon=True).start()
+    _held[lock] = text, stop
+    threading.Thread(target=_touch, args=(lock, text, stop), daemon=True).start()
 
 
 def check_directories() -> None:
@@ -78,11 +82,15 @@ def check_directories() -> None:
     Raises:
         LostDirectory: if another run has taken one, or it was deleted, naming that run and what is safe.
     """
-    for lock in _held:
-        found = _glance(lock)
+    for lock, (text, _) in _held.items():
+        try:
+            found = _glance(lock)
+        except OSError as error:  # a disk that does not answer says nothing of other runs; saving will tell
+            logger.warning(f"{lock} can't be read now: {error}")
+            continue
         if found is None:
             what = "is gone: another run took it, or it was deleted"
-        elif _is_own(_owner(found)):
+        elif found == text:
             continue
         else:
             other = _owner(found)
@@ -100,9 +108,9 @@ def check_directories() -> None:
 def release_directories() -> None:
     """Return the locks that this process holds."""
     for lock in list(_held):
-        _held.pop(lock).set()
-        content = _read(lock)
-        if content is not None and _is_own(_owner(content)):
+        text, stop = _held.pop(lock)
+        stop.set()
+        if _read(lock) == text:
             lock.unlink(missing_ok=True)
 
 
@@ -119,11 +127,10 @@ def releases_directory(main: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _create(lock: Path) -> bool:
+def _create(lock: Path, text: str) -> bool:
     """Write the lock of this process, unless there is one. A half-written lock is never seen."""
-    own = {**_identity(os.getpid()), "started": datetime.now().astimezone().isoformat(timespec="seconds")}
     temporary = lock.with_name(f"{LOCK}.{platform.node()}.{os.getpid()}")
-    temporary.write_text(json.dumps(own), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     try:
         os.link(temporary, lock)
     except FileExistsError:
@@ -131,7 +138,7 @@ def _create(lock: Path) -> bool:
     except OSError:  # a file system without hard links
         try:
             with lock.open("x", encoding="utf-8") as stream:
-                stream.write(json.dumps(own))
+                stream.write(text)
         except FileExistsError:
             return False
     finally:
@@ -234,12 +241,11 @@ def _glance(lock: Path) -> str | None:
     return None
 
 
-def _touch(lock: Path, stop: threading.Event) -> None:
+def _touch(lock: Path, text: str, stop: threading.Event) -> None:
     """Touch a lock until it is returned or lost; [`check_directories`] says so where the run can be ended."""
     while not stop.wait(BEAT):
         try:
-            content = _glance(lock)
-            if content is None or not _is_own(_owner(content)):
+            if _glance(lock) != text:
                 logger.error(f"{lock} was taken from this run while it stood still; it stops before its next save")
                 return
             os.utime(lock)

@@ -11,7 +11,7 @@ import tarfile
 import datasets
 import pytest
 
-from jnana.processing.data import check_rows, load_image, load_rows
+from jnana.processing.data import check_rows, load_image, load_rows, shards
 from jnana.processing.data.rows import iterate_rows, rows_to_dataset
 from tests.scripts.hub import LocalHub
 
@@ -127,7 +127,7 @@ def test_odd_samples_of_a_directory_of_archives(tmp_path, pictures, processor, s
 # Run with an empty cache and the address of a Hub, which the libraries read when they are imported.
 READ = """
 import json
-from jnana.processing.data import load_image, load_rows
+from jnana.processing.data import load_image, load_rows, shards
 from jnana.processing.data.checks import check_row
 from jnana.processing.data.rows import iterate_rows
 
@@ -177,6 +177,30 @@ def test_odd_and_cut_off_archives_of_the_hub(tmp_path, pictures):
             assert "train.tar, sample a" in odd[0] and "not a text" in odd[0]
             assert "train.tar, sample c" in no_object[0] and "holds 5, not an object" in no_object[0]
             assert "test.tar is not a whole webdataset file" in cut[0]
+
+
+def test_the_archives_of_all_splits_are_downloaded(monkeypatch):
+    """Without a network `datasets` opens a data set only with all files that its README declares."""
+    wanted = []
+    monkeypatch.setattr(shards, "_snapshot", lambda *_, allow_patterns: wanted.extend(allow_patterns) or "/snapshot")
+    monkeypatch.setattr(shards, "check_whole", lambda *_: None)
+    monkeypatch.setattr(shards, "_load_tar_files", lambda files, *_: files)
+    addresses = [f"hf://datasets/me/photos@main/{name}" for name in ("train/0.tar", "test/[0].tar")]
+    assert shards._load_archives(addresses[:1], addresses, "me/photos", False, {}) == ["/snapshot/train/0.tar"]
+    assert wanted == ["train/0.tar", "test/[[]0].tar"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_compressed_archives_are_left_to_datasets(tmp_path, pictures, streaming, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with tarfile.open(folder / "train.tar.gz", "w:gz") as archive:
+        add(archive, "0.png", sorted(pictures.glob("*.png"))[0].read_bytes())
+        add(archive, "0.txt", b"red")
+    (row,) = iterate_rows(load_rows(folder, format="dataset", streaming=streaming))
+    assert row["conversations"][0][-1]["content"][0]["text"] == "red"
+    assert len(list(load_rows(folder, format="dataset", split="all"))) == 1
 
 
 def test_an_archive_that_changed_is_read_again(tmp_path, pictures, monkeypatch):

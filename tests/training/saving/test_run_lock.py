@@ -146,6 +146,23 @@ def test_a_lock_that_another_run_took(tmp_path):
     check_directories()
 
 
+def test_a_run_knows_its_lock_when_the_clock_is_set(tmp_path, monkeypatch):
+    """psutil's start of a process moves with the clock on macOS; the lock is told by what was written into it."""
+    hold_directory(str(tmp_path))
+    started = run_lock._identity(os.getpid())
+    monkeypatch.setattr(run_lock, "_identity", lambda pid: {**started, "mark": "another"})
+    check_directories()
+    release_directories()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_disk_that_does_not_answer_takes_no_lock(tmp_path, monkeypatch, caplog):
+    hold_directory(str(tmp_path))
+    monkeypatch.setattr(run_lock, "_glance", lambda lock: (_ for _ in ()).throw(OSError("stale file handle")))
+    check_directories()
+    assert "can't be read now: stale file handle" in caplog.text
+
+
 def test_a_lock_that_is_gone(tmp_path, monkeypatch):
     """The other run has ended since. One that only looks puts the lock back, and nothing is lost."""
     hold_directory(str(tmp_path))
@@ -170,7 +187,7 @@ def test_a_run_that_lost_its_lock_says_so_and_touches_it_no_more(tmp_path, caplo
     leave(tmp_path, host="another")
     os.utime(tmp_path / LOCK, (1, 1))
     stop = threading.Event()
-    run_lock._touch(tmp_path / LOCK, stop)  # returns
+    run_lock._touch(tmp_path / LOCK, "what this run wrote", stop)  # returns
     assert "was taken from this run while it stood still" in caplog.text and (tmp_path / LOCK).stat().st_mtime == 1
 
 

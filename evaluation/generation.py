@@ -8,8 +8,8 @@ that answers of another model, or of a test set that was regenerated under the s
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 
 from jnana.chat.session import end_token_ids
 from jnana.modeling import CACHE_NAME, available_device
@@ -72,8 +73,9 @@ def answer_questions(
     """Answer every question of a test set greedily.
 
     The longest questions come first, so that a batch holds questions of similar length and a batch too large for the
-    memory fails at once. (Where images are cut into tiles, their headers are read for it.) Under `accelerate launch`
-    each process answers its share on its own copy of the model, and every process returns all answers.
+    memory is among the first ones. (Where images are cut into tiles, their headers are read for it.) Under
+    `accelerate launch` each process answers its share on its own copy of the model, and every process returns all
+    answers.
 
     Args:
         model (`PreTrainedModel`): Any image-text-to-text model with `generate`. Its train or eval mode is restored
@@ -129,13 +131,14 @@ def answer_questions(
     hidden = not (progress_bar and state.is_main_process)
     bar = tqdm(total=len(waiting), desc="blind" if blind else "answers", disable=hidden)
     new, shared = [], 0
-    with _appending(predictions_file, state) as write, bar:
+    with closing(answers), _appending(predictions_file, state) as write, bar:
         for batch in answers:
             records = [_record(questions.questions[i], keys[i], blind, answer) for i, answer in batch.items()]
             write(records)
             new += records
             shared += sum(answer.shared for answer in batch.values())
-            bar.update(len(records) * state.num_processes)  # the others go on alike
+            # about as many as the other processes have answered
+            bar.update(min(len(records) * state.num_processes, len(waiting) - bar.n))
             for answer in batch.values():
                 if answer.error is not None:
                     logger.warning(f"not answered: {answer.error}", main_process_only=False)
@@ -167,7 +170,7 @@ def generate_answers(
     max_image_pixels: int | None = None,
     part: tuple[int, int] = (0, 1),
     decoding: dict[str, Any] | None = None,
-) -> Iterator[dict[int, Answer]]:
+) -> Generator[dict[int, Answer], None, None]:
     """Ask some questions of a test set, batch by batch.
 
     Args:
@@ -180,7 +183,8 @@ def generate_answers(
         decoding (`dict`, *optional*): Arguments of `generate`; greedy by default.
 
     Returns:
-        `Iterator[dict[int, Answer]]`: The questions of a batch and their answers, batch by batch.
+        `Generator[dict[int, Answer]]`: The questions of a batch and their answers, batch by batch. The model is in
+        eval mode until it ends or is closed.
 
     Raises:
         ValueError: if `batch_size` or `max_new_tokens` is below 1.
@@ -192,16 +196,14 @@ def generate_answers(
     options = {"do_sample": False, "num_beams": 1, **(decoding or {}), "max_new_tokens": max_new_tokens}
     limit = None
     if share_prefix:
-        problem = "beams have caches of their own" if options["num_beams"] > 1 else sharing_problem(model, processor)
+        problem = sharing_problem(model, processor, options)
         if problem is None:
             limit = length_limit(model.config.text_config)
         else:
             share_prefix = False
             logger.info(f"each question is asked whole, because {problem}")
     process, num_processes = part
-    # no process is left without questions where there are enough for all
-    planned = min(batch_size, max(-(-len(indices) // num_processes), 1))
-    batches = plan_batches(questions, indices, processor, planned, share_prefix)[process::num_processes]
+    batches = plan_batches(questions, indices, processor, batch_size, share_prefix, num_processes)
     collator = PromptCollator(
         questions,
         processor,
@@ -211,11 +213,14 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         limit=limit,
     )
-    loader = DataLoader(batches, batch_size=None, collate_fn=collator, num_workers=num_workers if batches else 0)
+    own = batches[process::num_processes]
+    loader = DataLoader(own, batch_size=None, collate_fn=collator, num_workers=num_workers if own else 0)
     return _answer_batches(model, processor, loader, options)
 
 
-def _answer_batches(model, processor, loader: DataLoader, options: dict[str, Any]) -> Iterator[dict[int, Answer]]:
+def _answer_batches(
+    model, processor, loader: DataLoader, options: dict[str, Any]
+) -> Generator[dict[int, Answer], None, None]:
     with _evaluating(model):
         for batch in loader:
             yield _answer_batch(model, processor, batch, options)
@@ -237,12 +242,17 @@ def process_state() -> PartialState:
 def _answer_batch(model, processor, batch: PromptBatch, options: dict[str, Any]) -> dict[int, Answer]:
     """The answers to one batch."""
     answers = {index: Answer(error=error) for index, error in batch.errors}
-    prefix = None if batch.prefix is None else read_prefix(model, batch.prefix.to(model.device, dtype=model.dtype))
+    prefix = None if batch.prefix is None else read_prefix(model, _on_device(batch.prefix, model))
+    behind_prefix = sum(prompts.rows is not None for prompts in batch.prompts)
     ends = torch.tensor(end_token_ids(model, processor.tokenizer), device=model.device)
     for prompts in batch.prompts:
-        inputs = prompts.inputs.to(model.device, dtype=model.dtype)
+        # the cache of the call before is let go with its inputs
+        inputs = _on_device(prompts.inputs, model)
         if prompts.rows is not None:
             inputs[CACHE_NAME] = cache_of_rows(prefix, prompts.rows)
+            behind_prefix -= 1
+            if behind_prefix == 0:
+                prefix = None  # not kept beside its last copy
         outputs = model.generate(**inputs, **options, pad_token_id=processor.tokenizer.pad_token_id)
         # => (num_questions, new tokens)
         outputs = outputs[:, inputs["input_ids"].shape[1] :]
@@ -253,6 +263,11 @@ def _answer_batch(model, processor, batch: PromptBatch, options: dict[str, Any])
             complete = count < outputs.shape[1]
             answers[index] = Answer(text, complete, count + complete, shared=prompts.rows is not None)
     return answers
+
+
+def _on_device(inputs: BatchFeature, model) -> BatchFeature:
+    """A copy where the model is; `to` alone changes its own object."""
+    return BatchFeature(dict(inputs)).to(model.device, dtype=model.dtype)
 
 
 def _check_same_questions(keys: list[str], state: PartialState) -> None:

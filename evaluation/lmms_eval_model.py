@@ -11,6 +11,7 @@ of similar length, the images of several questions read once. It is imported by 
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from jnana.modeling import available_device
-from jnana.processing.data import load_image
+from jnana.processing.data import image_size, load_image
+from jnana.processing.data.rows import bad_sample
 from jnana.training.loading import load_model
 
 from .generation import generate_answers
@@ -105,12 +107,13 @@ class JnanaLmms(lmms):
             BadSampleError: If an image can't be read. Raised before the first question is asked.
         """
         arguments = [request.args for request in requests]
-        questions = RequestedQuestions(arguments, self.task_dict)
+        hidden = self.rank != 0
+        questions = RequestedQuestions(arguments, self.task_dict, self.share_prefix, progress_bar=not hidden)
         alike: dict[str, list[int]] = {}
         for number, given in enumerate(arguments):
             alike.setdefault(json.dumps(given[2], sort_keys=True, default=str), []).append(number)
         results: dict[int, GenerationResult] = {}
-        bar = tqdm(total=len(requests), desc="jnana", disable=self.rank != 0)
+        bar = tqdm(total=len(requests), desc="jnana", disable=hidden)
         for numbers in alike.values():
             settings = arguments[numbers[0]][2]
             max_new_tokens, decoding = read_settings(settings)
@@ -124,14 +127,15 @@ class JnanaLmms(lmms):
                 share_prefix=self.share_prefix,
                 decoding=decoding,
             )
-            for batch in answers:
-                for number, answer in batch.items():
-                    if answer.error is not None:
-                        raise ValueError(answer.error)
-                    text = cut_off(answer.text or "", settings.get("until"))
-                    results[number] = GenerationResult(text, TokenCounts(output_tokens=answer.num_tokens))
-                    self.cache_hook.add_partial("generate_until", (arguments[number][0], settings), text)
-                bar.update(len(batch))
+            with closing(answers):
+                for batch in answers:
+                    for number, answer in batch.items():
+                        if answer.error is not None:
+                            raise ValueError(answer.error)
+                        text = cut_off(answer.text or "", settings.get("until"))
+                        results[number] = GenerationResult(text, TokenCounts(output_tokens=answer.num_tokens))
+                        self.cache_hook.add_partial("generate_until", (arguments[number][0], settings), text)
+                    bar.update(len(batch))
         bar.close()
         return [results[number] for number in range(len(requests))]
 
@@ -144,42 +148,72 @@ class JnanaLmms(lmms):
 
 class RequestedQuestions(QuestionSet):
     """
-    The chats of requests as questions. A document is read again when its images are needed, so that only their text
-    and digests stay in memory.
+    The chats of requests as questions. Every document is read at once, and again when its images are needed, so that
+    only text, sizes and digests stay in memory.
 
     Args:
         arguments (`Sequence[tuple]`): The `args` of each request, as in [`~JnanaLmms.generate_until`].
         task_dict (`dict`): Task -> split -> documents.
+        share_prefix (`bool`): Compute the digests that tell which questions are about the same images.
+        progress_bar (`bool`): Show how many documents are read.
+
+    Raises:
+        ValueError: If a document holds a video or a recording.
+        BadSampleError: If an image can't be read.
     """
 
-    def __init__(self, arguments: Sequence[tuple], task_dict: dict[str, Any]):
+    def __init__(
+        self,
+        arguments: Sequence[tuple],
+        task_dict: dict[str, Any],
+        share_prefix: bool = True,
+        progress_bar: bool = False,
+    ):
         self._arguments, self._task_dict = arguments, task_dict
-        self.questions = [self._question(number) for number in range(len(arguments))]
+        self._sizes: list[list[tuple[int, int]]] = []
+        self.questions: list[Question] = []
+        for number in tqdm(range(len(arguments)), desc="jnana reads", disable=not progress_bar):
+            source, chat = self._document(number)
+            messages = [{"role": message["role"], "content": _parts(message, source)} for message in chat]
+            question = Question(source, number, messages, references=[], category=None)
+            images = _read_images(chat, source)
+            if share_prefix:
+                question.image_key = " ".join(map(_digest, images))
+            self._sizes.append([image_size(image) for image in images])
+            self.questions.append(question)
 
     def _document(self, number: int) -> tuple[str, list[dict[str, Any]]]:
         """Its name for messages, and its chat as the task makes it."""
         _, doc_to_messages, _, doc_id, task, split = self._arguments[number]
         return f"{task}, {split} {doc_id}", doc_to_messages(self._task_dict[task][split][doc_id])
 
-    def _question(self, number: int) -> Question:
-        source, chat = self._document(number)
-        messages = [{"role": message["role"], "content": _parts(message, source)} for message in chat]
-        question = Question(source, number, messages, references=[], category=None)
-        images = self.images(question)
-        digests = [hashlib.sha256(image.tobytes() + repr(image.size).encode()).hexdigest() for image in images]
-        question.image_key = " ".join(digests)
-        return question
-
-    def _references(self, question: Question) -> list[Any]:
-        parts = [part for message in self._document(question.row)[1] for part in message["content"]]
-        return [part["url"] for part in parts if part["type"] == "image"]
-
     def images(self, question: Question, blind: bool = False, **limits: Any) -> list[Image.Image]:
         """As `QuestionSet.images`, but an image that the task has decoded stays as it is, as for other models."""
-        return [
-            image.convert("RGB") if isinstance(image, Image.Image) else load_image(image, source=question.source)
-            for image in self._references(question)
-        ]
+        source, chat = self._document(question.row)
+        return _read_images(chat, source)
+
+    def image_sizes(self, question: Question) -> list[tuple[int, int]]:
+        return self._sizes[question.row]
+
+
+def _read_images(chat: list[dict[str, Any]], source: str) -> list[Image.Image]:
+    """The images of a chat in mode RGB."""
+    given = [part["url"] for message in chat for part in message["content"] if part["type"] == "image"]
+    images = []
+    for image in given:
+        if not isinstance(image, Image.Image):
+            images.append(load_image(image, source=source))
+            continue
+        try:
+            images.append(image.convert("RGB"))  # decodes it, if the task has only opened it
+        except (OSError, SyntaxError, ValueError) as error:
+            name = f"an image of {image.width}x{image.height}"
+            raise bad_sample(source, f"{name} can't be decoded: {error}.", "Replace it in the data set.") from error
+    return images
+
+
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes() + repr(image.size).encode()).hexdigest()
 
 
 def _parts(message: dict[str, Any], source: str) -> list[dict[str, Any]]:

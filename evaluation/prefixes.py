@@ -23,32 +23,49 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.generation import GenerationMode
 
 from jnana.modeling import CACHE_NAME
 from jnana.modeling.image_slots_jnana import STATES_NAME
 from jnana.processing import JnanaProcessor
 
 
-def sharing_problem(model: torch.nn.Module, processor: Any) -> str | None:
+def sharing_problem(model: torch.nn.Module, processor: Any, options: dict[str, Any] | None = None) -> str | None:
     """Why a model's questions can't share the cache of their prefix.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): Any model.
         processor (`ProcessorMixin`): Its processor.
+        options (`dict`, *optional*): Arguments of `generate`, which override the generation config.
 
     Returns:
         `str` or `None`: The reason, for a log.
     """
     if not isinstance(processor, JnanaProcessor):
-        return f"{type(processor).__name__} can't tokenise a chat without opening its images"
+        return f"the processor is a {type(processor).__name__}, not a JnanaProcessor; load it with `load_model`"
     if model.config.model_type != "jnana":
         return f"the positions of a {model.config.model_type} model are not known to allow it"
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{model.active_peft_config.peft_type.value} puts vectors of its own in front of the prompt"
-    settings = model.generation_config
-    for name, needed in (("use_cache", (True, None)), ("cache_implementation", (None, "dynamic"))):
-        if getattr(settings, name) not in needed:
-            return f"generation_config.{name} is {getattr(settings, name)!r}"
+    image_end = model.config.image_end_token_id
+    if image_end is not None and image_end == processor.tokenizer.pad_token_id:
+        return "image_end_token_id is the padding token, which stands between the prefix and a shorter question"
+    options = dict(options or {})
+    assistant = options.pop("assistant_model", None)
+    settings = copy.deepcopy(model.generation_config)
+    for name, value in options.items():
+        setattr(settings, name, value)
+    mode = settings.get_generation_mode(assistant)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"{mode.value.replace('_', ' ')} does not go on from a cache as greedy search and sampling do"
+    # n-grams are looked for in all columns, and padding parts those across the end of the prefix
+    for name, allowed in (
+        ("use_cache", (True, None)),
+        ("cache_implementation", (None,)),
+        ("no_repeat_ngram_size", (0, None)),
+    ):
+        if getattr(settings, name) not in allowed:
+            return f"{name} is {getattr(settings, name)!r} in the generation settings"
     return None
 
 

@@ -1,10 +1,10 @@
 """Which questions are asked together, and their prompts as model inputs.
 
 Questions about the same images form a group, whose prompts share their first tokens (see `prefixes.py`). A batch holds
-whole groups, or questions that are asked alone; it is one item of the dataloader.
+whole groups, or questions that are asked alone; it is one item of the dataloader. A large group is cut into several.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from .questions import Question, QuestionSet
 
 
 CHARACTERS_A_TOKEN = 4  # of English text, roughly
+CALLS_A_PREFIX = 4  # `generate` calls of a process behind one prefix, if it answers that many questions
+QUESTIONS_A_PREFIX = 16  # no fewer of them for the sake of small batches
 
 
 def prompt_length(questions: QuestionSet, question: Question, processor: Any) -> int:
@@ -38,7 +40,12 @@ def prompt_length(questions: QuestionSet, question: Question, processor: Any) ->
 
 
 def plan_batches(
-    questions: QuestionSet, indices: Sequence[int], processor: Any, batch_size: int, share_prefix: bool
+    questions: QuestionSet,
+    indices: Sequence[int],
+    processor: Any,
+    batch_size: int,
+    share_prefix: bool,
+    num_processes: int = 1,
 ) -> list[list[list[int]]]:
     """Put questions of similar length into batches, those about the same images together.
 
@@ -46,14 +53,19 @@ def plan_batches(
         questions (`QuestionSet`): The test set.
         indices (`Sequence[int]`): The questions to ask.
         processor (`ProcessorMixin`): As in [`prompt_length`].
-        batch_size (`int`): Questions of a batch. More than that about the same images are one batch all the same:
-            they are asked in several `generate` calls.
+        batch_size (`int`): Questions of a `generate` call, and of a batch. A larger group is one batch all the same,
+            asked in several calls, up to four of them or 16 questions. Still larger ones are cut into equal pieces.
         share_prefix (`bool`): Group questions about the same images. Otherwise each is a group of its own.
+        num_processes (`int`): Processes that share the batches. No batch has more than the part of a process of all
+            questions.
 
     Returns:
         `list[list[list[int]]]`: Batches of groups of questions, the longest first. The questions of a group are
         ordered too.
     """
+    part = max(-(-len(indices) // num_processes), 1)
+    most = max(CALLS_A_PREFIX * batch_size, QUESTIONS_A_PREFIX)
+    batch_size = min(batch_size, part)
     lengths = {index: prompt_length(questions, questions.questions[index], processor) for index in indices}
     groups: dict[Any, list[int]] = {}
     for index in sorted(indices, key=lambda index: -lengths[index]):
@@ -61,8 +73,9 @@ def plan_batches(
         groups.setdefault(key or index, []).append(index)
 
     batches: list[list[list[int]]] = []
-    several = [group for group in groups.values() if len(group) > 1]
-    alone = [group for group in groups.values() if len(group) == 1]
+    pieces = [piece for group in groups.values() for piece in _cut(group, most, part)]
+    several = [group for group in pieces if len(group) > 1]
+    alone = [group for group in pieces if len(group) == 1]
     for kind in (several, alone):
         room = 0
         for group in kind:
@@ -72,6 +85,15 @@ def plan_batches(
             batches[-1].append(group)
             room -= len(group)
     return sorted(batches, key=lambda batch: -lengths[batch[0][0]])
+
+
+def _cut(group: list[int], most: int, part: int) -> Iterator[list[int]]:
+    """Pieces of a group, of about equal size and of at most so many questions. A group that fills the `part` of
+    several processes is cut into as many pieces for each of them."""
+    shares = -(-len(group) // part)
+    count = shares * -(-len(group) // (shares * most))
+    for piece in range(count):
+        yield group[piece * len(group) // count : (piece + 1) * len(group) // count]
 
 
 @dataclass
@@ -180,12 +202,12 @@ class PromptCollator:
         asked = [self.questions.questions[index] for index in indices]
         try:
             images = self._images(indices[0])
-            for question in asked:
-                self.questions.messages_with_images(question, images)  # checks their number
+            # a template may look for the image of an image part; checks their number too
+            chats = [self.questions.messages_with_images(question, images) for question in asked]
         except BadSampleError:
             return None  # reported for each question
         sizes = [image_size(image) for image in images]
-        ids = [self.processor.encode_chat(question.messages, image_sizes=sizes) for question in asked]
+        ids = [self.processor.encode_chat(chat, image_sizes=sizes) for chat in chats]
         length = shared_prefix_length(ids, self.processor.image_token_id)
         return _Group(indices, ids, length, images) if length else None
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -164,6 +165,28 @@ def test_a_bad_picture_costs_one_question_only(loaded, test_set, damage):
     assert records[1]["prediction"] is None
     assert "record 1" in records[1]["error"]
     assert [text for text in predictions(records) if text is not None] == [*expected[:1], *expected[2:]]
+
+
+def test_a_full_disk_leaves_the_mode_of_the_model(loaded, test_set, tmp_path, monkeypatch):
+    model, processor = loaded
+    rows = load_rows(str(test_set))
+
+    fsync = os.fsync
+
+    def full(file):
+        if model.training:
+            return fsync(file)
+        raise OSError("no space left on device")  # when the first answers are written
+
+    monkeypatch.setattr(os, "fsync", full)
+    model.train()
+    try:
+        with pytest.raises(OSError, match="no space") as caught:
+            answer_questions(model, processor, rows, predictions_file=tmp_path / "predictions.jsonl", **OPTIONS)
+        # although the error keeps the frame that answered
+        assert caught.value.__traceback__ is not None and model.training
+    finally:
+        model.eval()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(loaded, test_set, tmp_path, count_generate):

@@ -12,6 +12,7 @@ real package, and packages that it imports. It pins versions that don't fit besi
 import configparser
 import importlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -19,8 +20,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from jnana.processing.data import BadSampleError
 from tests.evaluation import lmms_eval_light
 from tests.tiles import picture, save_pictures
 from tests.tiny import save_tiny_llava
@@ -114,6 +117,67 @@ def test_answers_are_those_of_stock_llava(adapter, folder, batch_size):
     # the control: another image under one question
     asked[0]["images"], asked[4]["images"] = asked[4]["images"], asked[0]["images"]
     assert answers_of(model, requests_of(adapter, len(asked))) != found
+
+
+def test_an_error_leaves_the_mode_of_the_model(adapter, folder):
+    model = load(adapter, folder, batch_size="2")
+    model.task_dict["board"] = {"test": documents()}
+    model.model.train()
+
+    def full(*given):
+        raise OSError("no space left on device")
+
+    model.cache_hook.add_partial = full
+    with pytest.raises(OSError, match="no space") as caught:
+        model.generate_until(requests_of(adapter, 6))
+    assert caught.value.__traceback__ is not None and model.model.training  # although the error keeps its frame
+
+
+class Documents(list):
+    """Documents that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, number):
+        self.reads += 1
+        return super().__getitem__(number)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_documents_are_read_once_before_the_first_answer(adapter, folder, monkeypatch, share_prefix):
+    model = load(adapter, folder, batch_size="4", share_prefix=share_prefix)
+    asked = Documents(documents()[:6])
+    model.task_dict["board"] = {"test": asked}
+    read, answer, digests = [], adapter.generate_answers, []
+
+    def noting(*given, **options):
+        answers = answer(*given, **options)
+        read.append(asked.reads)  # lengths are known, nothing is answered yet
+        return answers
+
+    digest = adapter.hashlib.sha256
+    monkeypatch.setattr(adapter, "generate_answers", noting)
+    monkeypatch.setattr(adapter.hashlib, "sha256", lambda data: digests.append(data) or digest(data))
+    requests = requests_of(adapter, 6)
+    questions = adapter.RequestedQuestions([request.args for request in requests], model.task_dict, share_prefix)
+    assert asked.reads == 6 and len(digests) == 6 * share_prefix
+    sizes = [questions.image_sizes(question) for question in questions.questions]
+    assert sizes == [[SIZES[0]]] * 4 + [[SIZES[1]]] * 2
+    asked.reads = 0
+    answers_of(model, requests)
+    assert read == [6]
+    assert asked.reads == (8 if share_prefix else 12)  # and once for each prefix, or for each question
+
+
+def test_a_truncated_image_is_named(adapter, folder):
+    model = load(adapter, folder)
+    file = io.BytesIO()
+    picture(300, 300, seed=1).save(file, "PNG")
+    asked = documents()
+    asked[2]["images"] = [Image.open(io.BytesIO(file.getvalue()[:500]))]  # opened, not decoded
+    model.task_dict["board"] = {"test": asked}
+    with pytest.raises(BadSampleError, match="board, test 2: an image of 300x300 can't be decoded: .*Replace it"):
+        answers_of(model, requests_of(adapter, 4))
 
 
 def test_settings_of_each_request_count(adapter, folder):

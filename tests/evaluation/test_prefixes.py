@@ -1,6 +1,8 @@
 """The prefix of an image is read once for all questions about it, and each is answered as if it were asked alone."""
 
 import random
+import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -240,15 +242,104 @@ def test_what_shares_no_prefix_is_named(pair, tmp_path, paths, monkeypatch):
     lora.unload()
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert "PROMPT_TUNING puts vectors" in sharing_problem(tuned, processor)
-    for name, value in (("use_cache", False), ("cache_implementation", "static")):
+    for name, value in (
+        ("use_cache", False),
+        ("cache_implementation", "static"),
+        ("cache_implementation", "dynamic"),
+        ("no_repeat_ngram_size", 2),
+    ):
+        assert f"{name} is {value!r}" in sharing_problem(model, processor, {name: value})
         monkeypatch.setattr(model.generation_config, name, value)
-        assert f"generation_config.{name} is {value!r}" in sharing_problem(model, processor)
+        assert f"{name} is {value!r}" in sharing_problem(model, processor)
+        assert sharing_problem(model, processor, {name: None}) is None  # what a call is given comes first
         monkeypatch.undo()
+    monkeypatch.setattr(model.config, "image_end_token_id", processor.tokenizer.pad_token_id)
+    assert "image_end_token_id is the padding token" in sharing_problem(model, processor)
+    monkeypatch.setattr(model.config, "image_end_token_id", processor.tokenizer.eos_token_id)
+    assert processor.tokenizer.eos_token_id != processor.tokenizer.pad_token_id
+    assert sharing_problem(model, processor) is None
+    monkeypatch.undo()
     stock = SimpleNamespace(config=SimpleNamespace(model_type="llava"), generation_config=model.generation_config)
     assert "a llava model" in sharing_problem(stock, processor)
     llava = load_model(str(save_tiny_llava(tmp_path / "llava")))[0]
     assert sharing_problem(llava, processor) is None  # loaded as ours
-    assert "tokenise" in sharing_problem(model, processor.tokenizer)
+    assert "not a JnanaProcessor; load it with `load_model`" in sharing_problem(model, processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"num_beams": 2, "do_sample": True}, "beam sample"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+        ({"assistant_early_exit": 1}, "assisted generation"),
+        ({"assistant_model": object()}, "assisted generation"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+    ],
+)
+def test_only_greedy_search_and_sampling_go_on_from_a_prefix(pair, settings, mode):
+    assert f"{mode} does not go on" in sharing_problem(*pair, settings)
+    for settings in ({}, {"do_sample": False, "num_beams": 1}, {"do_sample": True, "temperature": 0.5, "top_k": 4}):
+        assert sharing_problem(*pair, settings) is None
+
+
+# A random model writes tokens that are not in its prompt: the biases make it repeat two of it across the prefix's end.
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_implementation": "dynamic"}, {"prompt_lookup_num_tokens": 3}, {"no_repeat_ngram_size": 2}],
+    ids=str,
+)
+def test_settings_that_a_prefix_would_change_give_the_answers_of_single_questions(pair, paths, monkeypatch, settings):
+    model, processor = pair
+    asked = ["is there a dog?", "is there a cat on a mat or the quick brown fox?", "is there a white king?"]
+    questions = QuestionSet([row([paths[0]], ["yes"], text, f"record {text}") for text in asked])
+    made = PromptCollator(questions, processor, False)([[0, 1, 2]])
+    pad, length = processor.tokenizer.pad_token_id, made.prefix["input_ids"].shape[1]
+    ids = made.prompts[0].inputs["input_ids"]
+    behind = next(row for row in ids if row[length] == pad)[length:]
+    last, first = int(ids[0, length - 1]), int(behind[behind != pad][0])
+    for name, value in {**settings, "sequence_bias": [[[last], 500.0], [[last, first], 2000.0]]}.items():
+        if name != "sequence_bias" or "no_repeat_ngram_size" in settings:
+            monkeypatch.setattr(model.generation_config, name, value)
+    options = {**OPTIONS, "batch_size": 1 if "prompt_lookup_num_tokens" in settings else 4}
+    expected = predictions(answer_questions(model, processor, questions, share_prefix=False, **options))
+    assert predictions(answer_questions(model, processor, questions, **options)) == expected
+    # the control: sharing it all the same
+    monkeypatch.setattr(generation, "sharing_problem", lambda *given: None)
+    try:
+        assert predictions(answer_questions(model, processor, questions, **options)) != expected
+    except ValueError as error:
+        assert "Passing both `cache_implementation`" in str(error)
+
+
+def test_one_copy_of_the_prefix_is_alive_at_a_time(pair, paths, monkeypatch):
+    model, processor = pair
+    questions = QuestionSet([row([paths[0]], ["yes"], f"is there a dog {n}?", f"record {n}") for n in range(16)])
+    (batch,) = plan_batches(questions, range(16), processor, 4, share_prefix=True)
+    made = PromptCollator(questions, processor, False, batch_size=4)(batch)
+    caches, alive = [], []
+    cached = generation.cache_of_rows
+
+    def noting(prefix, rows):
+        if not caches:
+            caches.append(weakref.ref(prefix))
+        copied = cached(prefix, rows)
+        caches.append(weakref.ref(copied))
+        return copied
+
+    generate = type(model).generate
+
+    def counting(self, *args, **kwargs):
+        alive.append([number for number, cache in enumerate(caches) if cache() is not None])
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(generation, "cache_of_rows", noting)
+    monkeypatch.setattr(type(model), "generate", counting)
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": 4}
+    answers = generation._answer_batch(model, processor, made, options)
+    assert len(answers) == 16 and all(answer.shared for answer in answers.values())
+    assert alive == [[0, 1], [0, 2], [0, 3], [4]]  # 0 is the prefix's own
+    assert all(CACHE_NAME not in prompts.inputs for prompts in made.prompts)
 
 
 def test_an_adapter_shares_it_too(pair, paths):
@@ -285,17 +376,65 @@ def test_each_question_is_in_one_batch_of_one_process(seed):
     ]
     questions = SimpleNamespace(questions=asked)
     for share in (True, False):
-        batches = plan_batches(questions, range(len(asked)), None, 5, share)
+        processes = rng.randrange(1, 5)
+        batches = plan_batches(questions, range(len(asked)), None, 5, share, processes)
+        most = -(-len(asked) // processes)  # of a batch
         assert sorted(index for batch in batches for group in batch for index in group) == list(range(len(asked)))
         for batch in batches:
-            assert sum(map(len, batch)) <= 5 or len(batch) == 1
+            assert sum(map(len, batch)) <= min(5, most) or len(batch) == 1
+            assert max(map(len, batch)) <= min(20, most)
             for group in batch:
                 keys = {asked[index].image_key for index in group}
                 assert len(group) == 1 or (share and len(keys) == 1 and keys != {""})
         longest = [max(len(asked[i].messages[0]) for group in batch for i in group) for batch in batches]
         assert longest == sorted(longest, reverse=True)
-        groups = [asked[group[0]].image_key for batch in batches for group in batch if len(group) > 1]
-        assert len(groups) == len(set(groups))  # an image's prefix is read once
+        pieces = Counter(asked[group[0]].image_key for batch in batches for group in batch)
+        asked_about = Counter(question.image_key for question in asked)
+        if share:  # an image's prefix is read once
+            assert all(pieces[key] == 1 for key in pieces if key and asked_about[key] <= min(20, most))
+
+
+def test_a_large_group_is_cut_for_processes_and_interruptions():
+    def sizes(groups, processes, batch_size=16):
+        asked = [SimpleNamespace(messages=["x"], image_key=str(key)) for key, n in enumerate(groups) for _ in range(n)]
+        questions = SimpleNamespace(questions=asked)
+        batches = plan_batches(questions, range(len(asked)), None, batch_size, True, processes)
+        return [sorted(len(group) for batch in batches[p::processes] for group in batch) for p in range(processes)]
+
+    assert sizes([100, 100], 4) == [[50], [50], [50], [50]]
+    assert sizes([40], 2, batch_size=4) == [[10, 10], [10, 10]]  # three pieces would leave a process idle
+    assert sizes([66, *[6] * 100], 4)[0][-1] == 33  # others keep them busy
+    assert sizes([1000], 1) == [[62] * 8 + [63] * 8]  # at most 64
+    assert sizes([10], 4) == [[2], [3], [2], [3]]
+    assert sizes([6, 6], 1, batch_size=1) == [[6, 6]]  # small batches leave a prefix worth its reading
+    assert sizes([40], 1, batch_size=1) == [[13, 13, 14]]
+    assert sizes([3, 3], 1) == [[3, 3]]
+
+
+def test_processes_share_the_questions_about_an_image(pair, paths):
+    questions = QuestionSet([row([paths[0]], ["yes"], f"is there a dog {n}?", f"record {n}") for n in range(40)])
+    found = [
+        list(generation.generate_answers(*pair, questions, range(40), batch_size=4, max_new_tokens=1, part=(rank, 2)))
+        for rank in range(2)
+    ]
+    # as many on each, and no more than 16 lost by an interruption
+    assert [sum(map(len, batches)) for batches in found] == [20, 20]
+    assert max(len(batch) for batches in found for batch in batches) <= 16
+    assert all(answer.shared for batches in found for batch in batches for answer in batch.values())
+
+
+def test_a_template_sees_the_images(tmp_path, paths):
+    model, processor = make_pair(tmp_path)
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{% for p in m['content'] %}{% if p['image'] is defined %}<image>"
+        "{% else %}{{ p['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    questions = QuestionSet(rows_about(paths))
+    expected = one_by_one(model, processor, questions)
+    seen = count_images(model)
+    assert predictions(answer_questions(model, processor, questions, **OPTIONS)) == expected
+    assert sum(seen) == len(paths)  # each of them shared
 
 
 def test_processes_with_other_files_are_refused(monkeypatch):

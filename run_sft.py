@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
         processor = prepare_processor(model_args)
     limit_to_context(data_args, model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
+    where["num_workers"] = training_args.dataloader_num_workers
     train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 

@@ -1,5 +1,6 @@
 """Converts the data arguments of a training script to data sets for the Trainer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jnana.processing.data import (
     pack_documents,
     prepare,
 )
+from jnana.processing.data.preparation import StreamReaders
 
 from .distributed import once_per_machine, run_once_per_machine
 from .options.arguments import DataArguments, TextDataArguments, TextModelArguments
@@ -36,6 +38,7 @@ def load_conversations(
     needs_images: bool = False,
     should_write: bool = True,
     seed: int = 0,
+    num_workers: int = 0,
 ) -> Any:
     """
     The training or validation rows of a run, read, checked, tokenised and packed ([`jnana.processing.data.prepare`]).
@@ -51,10 +54,12 @@ def load_conversations(
         needs_images (`bool`, *optional*, defaults to `False`): as run_align, take no conversation without an image.
         should_write (`bool`, *optional*, defaults to `True`): whether this process shows progress.
         seed (`int`, *optional*, defaults to 0): decides which training conversations share a packed row.
+        num_workers (`int`, *optional*, defaults to 0): dataloader workers of each process, which read a stream.
 
     Returns:
-        `Dataset`, `IterableDataset` or `None`: `None` if the run has no validation data. Where `eval_data` is a list,
-            a `dict` of one data set for each source, by its name, as the Trainer takes it.
+        `Dataset`, `IterableDataset` or `None`: a training stream starts over when it ends. `None` if the run has no
+            validation data. Where `eval_data` is a list, a `dict` of one data set for each source, by its name, as the
+            Trainer takes it.
 
     Raises:
         ValueError: if rows can't be trained on and `on_bad_sample` is `raise`; the message lists the first of them.
@@ -63,10 +68,13 @@ def load_conversations(
     if not sources:
         return None
     options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed, needs_images)
-    once = run_once_per_machine if PartialState().num_processes > 1 else None
+    state = PartialState()
+    readers = StreamReaders(state.process_index, state.num_processes, num_workers)
+    options = replace(options, endless=not evaluation, readers=readers)
+    once = run_once_per_machine if state.num_processes > 1 else None
     if evaluation and is_list(args.eval_data):
         return {each.name: prepare([each], processor, options, once) for each in sources}
-    return endless(prepare(sources, processor, options, once), evaluation)
+    return prepare(sources, processor, options, once)
 
 
 def prepare_options(
@@ -114,7 +122,7 @@ def collator_options(args: DataArguments, output_dir: str, needs_images: bool = 
 
 
 def endless(rows: Dataset | IterableDataset, evaluation: bool) -> Dataset | IterableDataset:
-    """A training stream that starts over when it ends, so that the Trainer sees one epoch.
+    """A text corpus's training stream that starts over when it ends, so that the Trainer sees one epoch.
 
     The Trainer does not know the length of a stream. Resumed after the first end of the stream, it would skip too few
     batches.

@@ -4,7 +4,7 @@ The numbers are plain integers that the collator has anyway. They travel beside 
 training step reads a tensor back from the GPU to count.
 """
 
-import itertools
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,13 +142,14 @@ def count_sources(rows: Sequence[PackedRow], sources: Sequence[str]) -> dict[str
     place = {name: index for index, name in enumerate(found)}
     runs: list[tuple[int, int]] = []
     for row in rows:
-        for segment, run in itertools.groupby(zip(row.segments, row.labels, strict=True), key=lambda pair: pair[0]):
-            name, conversations = row.origins[segment]
-            labels = [label != IGNORED for _, label in run]
-            for index, number in enumerate((conversations, len(labels), sum(labels))):
+        end = 0
+        for segment, (name, conversations) in enumerate(row.origins):
+            start, end = end, bisect_right(row.segments, segment, lo=end)  # segments follow one another
+            supervised = end - start - row.labels[start:end].count(IGNORED)
+            for index, number in enumerate((conversations, end - start, supervised)):
                 found[name][index] += number
             before = runs.pop()[1] if runs and runs[-1][0] == place[name] else 0
-            runs.append((place[name], before + sum(labels)))
+            runs.append((place[name], before + supervised))
     counts = tuple(SourceCounts(name, *found[name]) for name in sources)
     return {"sources": counts, "label_sources": tuple(runs)}
 

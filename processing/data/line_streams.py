@@ -1,19 +1,28 @@
 """JSON Lines files as streams: one record in memory at a time, whatever the size of the file.
 
-The file is read once at the start, to count its records and to know where each part of it begins. The parts, at most
-`PARTS`, are dealt out to processes and dataloader workers. Rows, their names and their order are those of the same
-file read as a whole.
+The file is read once at the start, to count its records, to find its columns, and to know where each part of it
+begins. The parts, at most `PARTS`, are dealt out to processes and dataloader workers. Rows, their names and their
+order are those of the same file read as a whole.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from .dataset_readers import INFERRED_SAMPLES, ReadOptions, RecordConverter
+from .dataset_readers import (
+    CAPTION_COLUMNS,
+    CHAT_COLUMNS,
+    IMAGE_COLUMNS,
+    INFERRED_SAMPLES,
+    QUESTION_COLUMNS,
+    ReadOptions,
+    RecordConverter,
+)
 from .records import column_names, parse_line, read_json_lines
 from .rows import ROW_FEATURES
 from .values import UnusableValue, plain_columns, problem_row, record_name
@@ -21,6 +30,8 @@ from .values import UnusableValue, plain_columns, problem_row, record_name
 
 PARTS = 64
 MARKED = 1024  # of so many records one has its place kept, from which the part of a file is found
+# What decides how records are read, if any record of the file has it
+COLUMNS = (*IMAGE_COLUMNS, *CHAT_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, "category")
 
 
 @dataclass
@@ -51,7 +62,8 @@ def stream_lines(
     source_of: Callable[[dict, int], str] | None = None,
 ) -> datasets.IterableDataset:
     """
-    The rows of a JSON Lines file, as a stream. The columns are those of the first records.
+    The rows of a JSON Lines file, as a stream. The columns are those of all records that are read, as of the file read
+    as a whole; whether a column of numbers is read as texts follows from the first records that have it.
 
     Args:
         path (`Path`): the file.
@@ -66,34 +78,71 @@ def stream_lines(
     Raises:
         FileNotFoundError, ValueError: if the file is missing, holds no record, or its first lines do not parse.
     """
-    first = [record for record in first_records(path) if isinstance(record, dict)]
-    parts = parts_of(path, max_rows)
+    first = [record for record in first_records(path, max_rows) if isinstance(record, dict)]
+    asked = (options.image_column, options.text_column, options.question_column, options.category_column)
+    missing = dict.fromkeys(column for column in (*COLUMNS, *asked) if column and column not in column_names(first))
+    parts, later = scan(path, max_rows, missing)
     if not parts:
         raise ValueError(f"source={name!r} holds no records.")
-    convert = RecordConverter(name, column_names(first), options, streamed=True, source_of=source_of)
-    convert.read_as_texts(plain_columns(first, convert.text_columns))
+    known = first + later
+    convert = RecordConverter(name, column_names(known), options, streamed=True, source_of=source_of)
+    convert.read_as_texts(plain_columns(known, convert.text_columns))
     return datasets.IterableDataset.from_generator(
         _rows, features=ROW_FEATURES, gen_kwargs={"parts": parts, "convert": convert}
     )
 
 
-def first_records(path: Path) -> list[Any]:
-    """The first records of a file, from which its columns are taken."""
-    return list(itertools.islice(read_json_lines(path), INFERRED_SAMPLES))
+def first_records(path: Path, max_rows: int | None = None) -> list[Any]:
+    """The first records of a file."""
+    most = INFERRED_SAMPLES if max_rows is None else min(INFERRED_SAMPLES, max_rows)
+    return list(itertools.islice(read_json_lines(path), most))
 
 
-def parts_of(path: Path, max_rows: int | None = None) -> list[Part]:
-    """The parts of a file, of equal numbers of records; none if it has no records."""
+def scan(path: Path, max_rows: int | None = None, columns: Iterable[str] = ()) -> tuple[list[Part], list[dict]]:
+    """
+    Read a file once, up to the last record that is needed.
+
+    Args:
+        path (`Path`): the file.
+        max_rows (`int`, *optional*): the first records only.
+        columns (`Iterable[str]`, *optional*): to be looked for.
+
+    Returns:
+        `tuple[list[Part], list[dict]]`: the parts of the file, of equal numbers of records, none if it has no records;
+            and for each of the columns the first record that has it.
+    """
+    missing = {json.dumps(column).encode(): column for column in columns}
+    found: list[dict] = []
     marks: list[tuple[int, int]] = []
     number = offset = 0
     with open(path, "rb") as file:
         for line_number, line in enumerate(file, start=1):
+            if number == max_rows:
+                break
             if not line.isspace():
                 if number % MARKED == 0:
                     marks.append((offset, line_number))
                 number += 1
+                if any(quoted in line for quoted in missing):  # only such lines are parsed here
+                    record = _record(line, path, line_number)
+                    new = [quoted for quoted, column in missing.items() if column in record]
+                    found += [record] if new else []
+                    missing = {quoted: column for quoted, column in missing.items() if quoted not in new}
             offset += len(line)
-    number = number if max_rows is None else min(number, max_rows)
+    return _parts(path, number, marks), found
+
+
+def _record(line: bytes, path: Path, number: int) -> dict:
+    """The record of a line; empty if it does not parse, or is no object: it becomes a bad sample when it is read."""
+    try:
+        record = parse_line(line, path, number)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _parts(path: Path, number: int, marks: list[tuple[int, int]]) -> list[Part]:
+    """The parts of a file with so many records; `marks` has the offset and the line of one in `MARKED` records."""
     parts = []
     share, rest = divmod(number, PARTS)
     first = 0

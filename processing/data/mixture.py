@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from .checks import CheckReport
 from .packing import RowPlan, plan_rows
 from .paths import is_hub_id
 from .preparation import PrepareOptions
-from .rows import ORIGIN, ROW_FEATURES, Origins
+from .rows import Origins
 
 
 logger = logging.getLogger(__name__)
 
 MIXES = ("row", "batch")
-STREAM_SHARDS = 64  # of a map-style data set in a mixture of streams: most numbers of processes divide it
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -328,31 +327,6 @@ def shares(mixture: Mixture, parts: Sequence[SourceRows], max_length: int | None
 # ---------------------------------------------------------------------- streams
 
 
-def mix_streams(
-    sources: Sequence[DataSource], streams: Sequence[Dataset | IterableDataset], options: PrepareOptions
-) -> IterableDataset:
-    """
-    One endless stream: the source of each row is drawn by the weights, and each source starts over when it ends.
-
-    Args:
-        sources (`Sequence[DataSource]`): with weights.
-        streams (`Sequence[IterableDataset]`): rows of each; a map-style data set becomes a stream.
-        options (`PrepareOptions`): `seed`, `shuffle_buffer`.
-
-    Raises:
-        ValueError: as [`check_streams`].
-    """
-    check_streams(sources, options.packing, options.mix)
-    names, features = source_names(sources), Features({**ROW_FEATURES, ORIGIN: Value("string")})
-    named = []
-    for name, rows in zip(names, streams, strict=True):
-        if isinstance(rows, Dataset):
-            rows = rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS))
-        rows = shuffled(rows, options).repeat(None)
-        named.append(rows.map(_Named(name), features=features))
-    return interleave_datasets(named, probabilities=weights(sources), seed=options.seed or 0)
-
-
 def check_streams(sources: Sequence[DataSource], packing: str, mix: str) -> None:
     """
     Check what a mixture of streams can do.
@@ -374,20 +348,3 @@ def check_streams(sources: Sequence[DataSource], packing: str, mix: str) -> None
             "mix is 'batch', but rows of a stream are packed as they come; set mix: row, or packing: none, or "
             "streaming: false"
         )
-
-
-def shuffled(rows: IterableDataset, options: PrepareOptions) -> IterableDataset:
-    """The rows of a stream, in an order that a buffer shuffles, or as they are."""
-    if not options.shuffle_buffer:
-        return rows
-    return rows.shuffle(seed=options.seed or 0, buffer_size=options.shuffle_buffer)
-
-
-class _Named:
-    """Adds the name of the source to a row. A class, so that it can be pickled and sent to dataloader workers."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, row: dict) -> dict:
-        return {ORIGIN: self.name}

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,21 @@ CHANGING = re.compile(r"\b(strftime_now|random|lipsum)\b")
 
 
 @dataclass
+class StreamReaders:
+    """
+    The readers of a stream, of which each gets some of its parts.
+
+    Args:
+        process, processes (`int`): the index of this process, and their number.
+        workers (`int`): dataloader workers of each; with 0 the process reads itself.
+    """
+
+    process: int = 0
+    processes: int = 1
+    workers: int = 0
+
+
+@dataclass
 class PrepareOptions:
     """
     How a source is read, checked and packed.
@@ -74,6 +89,9 @@ class PrepareOptions:
             (`row`), or only a batch (`batch`).
         shuffle_buffer (`int`, *optional*, defaults to 0): rows of a stream from which the next one is drawn; 0 keeps
             the order of the files.
+        endless (`bool`, *optional*, defaults to `False`): a stream starts over when it ends, shuffled in another order
+            each time. A mixture of streams always does.
+        readers (`StreamReaders`, *optional*): of a mixture of streams; by default one process.
     """
 
     format: str = "auto"
@@ -101,6 +119,8 @@ class PrepareOptions:
     jpeg_draft: bool = False
     mix: str = "row"
     shuffle_buffer: int = 0
+    endless: bool = False
+    readers: StreamReaders = field(default_factory=StreamReaders)
 
     @property
     def for_collator(self) -> dict[str, Any]:

@@ -31,11 +31,9 @@ from .mixture import (
     check_mix,
     draws,
     mix,
-    mix_streams,
     mixed_rows,
     plan_mixture,
     shares,
-    shuffled,
     source_names,
 )
 from .packing import RowPlan, plan_rows
@@ -52,6 +50,7 @@ from .rows import (
     stream_features,
     unbatched,
 )
+from .streams import endless, mix_streams, shuffled
 from .temporary import temporary_directory
 
 
@@ -100,7 +99,8 @@ def prepare(
         streams = [read_source(each.data, each.options(options), load_rows) for each in sources]
         rows = mix_streams(sources, streams, options) if len(sources) > 1 else streams[0]
         if isinstance(rows, IterableDataset):
-            rows = rows if len(sources) > 1 else shuffled(rows, options)
+            if len(sources) == 1:
+                rows = endless(rows, source_names(sources)[0], options) if options.endless else shuffled(rows, options)
             return flatten_conversations(rows) if options.packing == "none" else _packed(rows, processor, options)
     epoch = EpochPreparation(sources, processor, options, shared=once is not None)
     return epoch.items(epoch.run() if once is None else once(epoch.run))

@@ -60,11 +60,7 @@ class SourcesCallback(TrainerCallback):
             return
         if self.losses is None:
             self.losses = torch.zeros(len(self.names) + 1, device=losses.device)
-        # sliced by numbers that the host knows: no index has to be sent to a GPU
-        start = 0
-        for source, number in counts.label_sources:
-            self.losses[source] += losses[start : start + number].sum()
-            start += number
+        self.losses += sums_of_runs(losses, counts.label_sources, len(self.losses))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -96,6 +92,27 @@ class SourcesCallback(TrainerCallback):
             found[f"share_{name}"] = tokens / tokens_of_all
         logs.update(found)
         state.log_history[-1].update(found)
+
+
+def sums_of_runs(values: torch.Tensor, runs: Sequence[tuple[int, int]], number: int) -> torch.Tensor:
+    """
+    Sums of values that lie in runs, in a few operations, however many runs there are.
+
+    Args:
+        values (`torch.Tensor` of shape `(num_values,)`): On any device; nothing of it is read back.
+        runs (`Sequence[tuple[int, int]]`): For each run the index of its sum, and its number of values.
+        number (`int`): Of sums.
+
+    Returns:
+        `torch.Tensor` of shape `(number,)`: The same for the same values, on a GPU too, where `index_add_` is not.
+    """
+    sums, numbers = torch.tensor(runs, dtype=torch.long).view(-1, 2).unbind(1)
+    index = torch.repeat_interleave(sums, numbers)
+    if values.device.type == "cuda":
+        index = index.pin_memory()  # from other memory the copy would wait for the GPU
+    index = index.to(values.device, non_blocking=True)
+    belongs = index == torch.arange(number, device=values.device)[:, None]  # => [number, num_values]
+    return torch.where(belongs, values, 0).sum(1)
 
 
 def describe_sources(names: Sequence[str], figures: dict[str, float]) -> str:

@@ -7,9 +7,9 @@ from itertools import islice
 
 import pytest
 
-from jnana.processing.data import BadSampleError, load_rows
+from jnana.processing.data import BadSampleError, line_streams, load_rows
 from jnana.processing.data.checks import check_row
-from jnana.processing.data.line_streams import MARKED, PARTS, parts_of
+from jnana.processing.data.line_streams import MARKED, PARTS, scan
 
 
 def llava(number: int) -> dict:
@@ -94,8 +94,89 @@ def test_memory_is_flat(tmp_path):
 
 def test_parts_cover_the_file(tmp_path):
     path = write(tmp_path / "a.jsonl", map(llava, range(3 * MARKED)))
-    parts = parts_of(path)
+    parts, found = scan(path, columns=["id", "image"])
+    assert [record["id"] for record in found] == ["0"]
     assert [part.first for part in parts[1:]] == [part.first + part.count for part in parts[:-1]]
     assert sum(part.count for part in parts) == 3 * MARKED and all(part.skipped < MARKED for part in parts)
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    assert parts_of(tmp_path / "empty.jsonl") == []
+    assert scan(tmp_path / "empty.jsonl") == ([], [])
+
+
+def test_only_the_rows_that_are_needed_are_scanned(tmp_path, monkeypatch):
+    """The first rows of a huge file do not take reading all of it: a fence behind them is not reached."""
+    path = write(tmp_path / "a.jsonl", map(llava, range(3 * MARKED)))
+    wanted = list(load_rows(path, streaming=True, max_rows=40))
+    size = path.stat().st_size
+
+    class Fenced:
+        """Lines of a file that may not be read further than its first fifth."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __iter__(self):
+            read = 0
+            for line in self.file:
+                read += len(line)
+                assert read < size / 5, "the scan goes on behind the last row"
+                yield line
+
+    monkeypatch.setattr(line_streams, "open", lambda *given: Fenced(open(*given)), raising=False)
+    parts, _ = scan(path, max_rows=40)
+    assert sum(part.count for part in parts) == 40 == len(wanted)
+    with pytest.raises(AssertionError, match="behind the last row"):  # the control
+        scan(path)
+
+
+# ---------------------------------------------------------------------- columns of later records
+
+
+def with_image(number: int) -> dict:
+    record = llava(number)
+    record["conversations"][0]["value"] = f"<image>\nwhat is {number}?"
+    return {**record, "image": f"{number}.png"}
+
+
+def named(number: int) -> dict:
+    return {"caption": f"caption {number}", "file_name": f"{number}.png"}
+
+
+LATER = {
+    "images": (llava, with_image),
+    "messages": (
+        captions,
+        lambda number: {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ),
+    "questions": (captions, lambda number: {**captions(number), "question": f"what is {number}?", "category": "b"}),
+    "texts": (named, lambda number: {**named(number), "text": number}),
+}
+
+
+@pytest.mark.parametrize("kinds", LATER.values(), ids=LATER)
+def test_columns_that_later_records_have(tmp_path, kinds):
+    """Text-only records first, records with an image after them: the rows are those of the whole file."""
+    first, then = kinds
+    path = write(tmp_path / "a.jsonl", [*map(first, range(110)), *map(then, range(110, 150))])
+    whole = list(load_rows(path))
+    assert list(load_rows(path, streaming=True)) == whole
+    assert list(load_rows(path, streaming=True, max_rows=120)) == list(load_rows(path, max_rows=120))
+    if first is llava:
+        assert sum(len(row["images"]) for row in load_rows(path, streaming=True)) == 40
+
+
+def test_a_column_that_is_asked_for_and_comes_later(tmp_path):
+    records = [
+        captions(number) if number < 110 else {**captions(number), "photo": f"{number}.jpg"} for number in range(120)
+    ]
+    path = write(tmp_path / "a.jsonl", records)
+    rows = list(load_rows(path, streaming=True, format="dataset", image_column="photo"))
+    assert rows == list(load_rows(path, format="dataset", image_column="photo"))
+    assert sum(len(row["images"]) for row in rows) == 10
+    with pytest.raises(ValueError, match="no column 'foto'"):
+        load_rows(path, streaming=True, format="dataset", image_column="foto")

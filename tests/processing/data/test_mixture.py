@@ -11,6 +11,8 @@ import torch
 
 from jnana.processing.data import JnanaCollator, PrepareOptions, prepare
 from jnana.processing.data.mixture import DataSource, draw, rows_an_epoch, source_names
+from jnana.processing.data.preparation import StreamReaders
+from jnana.processing.data.streams import describe_fewest, parts_are_dealt
 
 
 SIZES = {"photos": 60, "chat": 45, "rare": 12}
@@ -247,6 +249,100 @@ def test_a_packed_mixture_of_streams(files, options, processor, packing):
         prepare([DataSource(files["photos"], samples=3), sources[1]], processor, given)
     with pytest.raises(ValueError, match="source 'photos' has no weight"):
         prepare([DataSource(files["photos"]), sources[1]], processor, given)
+
+
+def test_a_source_without_rows_ends_before_it_starts(files, options, processor):
+    """In a mixture it would be waited for, for ever."""
+    nothing = datasets.IterableDataset.from_generator(
+        no_rows, features=datasets.Features({"text": datasets.Value("string")}), gen_kwargs={"parts": [0, 1]}
+    )
+    sources = [DataSource(files["photos"], weight=1), DataSource(nothing, name="nothing", weight=1)]
+    with pytest.raises(ValueError, match="source 'nothing' has no rows; correct its `data` or `split`"):
+        next(iter(prepare(sources, processor, options(streaming=True))))
+    with pytest.raises(ValueError, match="source 'source_0' has no rows"):
+        prepare(nothing, processor, options(streaming=True, endless=True))
+    sources[1] = DataSource(files["chat"], weight=1)  # the control
+    assert next(iter(prepare(sources, processor, options(streaming=True))))
+
+
+def no_rows(parts):
+    yield from ()
+
+
+def of_process(stream, process: int, processes: int, number: int) -> list[dict]:
+    """What accelerate gives a process of a stream with enough parts."""
+    return list(islice(stream.shard(num_shards=processes, index=process), number))
+
+
+@pytest.mark.parametrize("changes", [{}, {"shuffle_buffer": 8}], ids=["in order", "shuffled"])
+def test_processes_draw_sources_of_their_own(files, options, processor, changes):
+    """Otherwise all processes of a step would train on one source. The shares hold for each, and for all together."""
+    sources = [DataSource(files["rare"], weight=1), DataSource(files["chat"], weight=1)]
+
+    def read(process: int, processes: int = 2, number: int = 600) -> list[dict]:
+        given = options(streaming=True, readers=StreamReaders(process, processes), **changes)
+        return of_process(prepare(sources, processor, given), process, processes, number)
+
+    found = [read(process) for process in (0, 1)]
+    drawn_sources = [[row["origin"] for row in rows] for rows in found]
+    same = sum(ours == theirs for ours, theirs in zip(*drawn_sources, strict=True)) / 600
+    assert abs(same - 0.5) < 0.07  # as two independent draws
+    for origins in (*drawn_sources, drawn_sources[0] + drawn_sources[1]):
+        assert abs(Counter(origins)["rare"] / len(origins) - 0.5) < 0.06
+    seen = [{(row["origin"], row["source"]) for row in rows} for rows in found]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == SIZES["rare"] + SIZES["chat"]  # each row is of one
+    assert read(1) == found[1]  # as a resumed run reads it again
+    assert [row["origin"] for row in read(1, 2, 50)] != [row["origin"] for row in read(1, 13, 50)]
+
+
+def test_processes_that_read_all_parts_read_the_same(files, options, processor):
+    """There accelerate takes each process's batches out of one sequence."""
+    sources = [DataSource(files["rare"], weight=1), DataSource(files["chat"], weight=1)]
+
+    def read(process: int, processes: int) -> list[dict]:
+        given = options(streaming=True, readers=StreamReaders(process, processes))
+        return list(islice(prepare(sources, processor, given), 100))
+
+    assert read(0, 13) == read(7, 13) and read(0, 12 - 1) != read(7, 12 - 1)  # 12 rows are 12 parts
+    assert parts_are_dealt(13, StreamReaders(0, 12)) and not parts_are_dealt(11, StreamReaders(0, 12))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "mixed"])
+@pytest.mark.parametrize("buffer", [16, 1000], ids=["small", "large"])
+def test_each_pass_has_another_order(files, options, processor, mixed, buffer):
+    """And all its rows, each once, before any comes again, with a buffer smaller and larger than the source."""
+    given = options(streaming=True, shuffle_buffer=buffer, endless=True)
+    others = [DataSource(files["rare"], weight=1)] if mixed else []
+    sources = [DataSource(files["chat"], weight=1), *others]
+    stream, size = prepare(sources, processor, given), SIZES["chat"]
+    rows = list(islice(stream, (2 if mixed else 1) * 6 * size))
+    names = [row["source"] for row in rows if row["source"].startswith("chat") or "chat.jsonl" in row["source"]]
+    passes = [names[start : start + size] for start in range(0, len(names) - size, size)]
+    assert len(passes) > 3
+    assert all(len(set(each)) == size for each in passes)
+    assert len({tuple(each) for each in passes}) == len(passes)
+    if buffer > size:  # not only from pass to pass: each pass mixes the whole source
+        places = np.array([[each.index(name) for name in passes[0]] for each in passes[1:]])
+        assert abs(np.corrcoef(np.arange(size), places[0])[0, 1]) < 0.5
+    assert list(islice(stream.skip(size + 7), size)) == rows[size + 7 : 2 * size + 7]  # as a resumed run skips
+    plain = prepare([DataSource(files["chat"])], processor, options(streaming=True, endless=True))
+    names = [row["source"] for row in islice(plain, 2 * size)]
+    assert names[:size] == names[size:]  # the control: without a buffer, the order of the file
+
+
+def test_a_source_of_few_parts_is_named(files, options, processor, caplog):
+    one = datasets.Dataset.from_list([{"text": f"a {number}"} for number in range(9)]).to_iterable_dataset()
+    sources = [DataSource(files["chat"], weight=1), DataSource(one, name="narrow", weight=1)]
+    prepare(sources, processor, options(streaming=True, readers=StreamReaders(0, 2, 4)))
+    assert (
+        "source 'narrow' has 1 part (files), so the mixture has no more, and each of the 2 processes reads all rows "
+        "of all sources and 1 of the 4 dataloader workers of a process read; write it as at least 8 files"
+    ) in caplog.text
+    caplog.clear()
+    prepare(sources, processor, options(streaming=True, readers=StreamReaders(0, 1, 1)))
+    assert not caplog.text  # the control
+    assert describe_fewest({"a": 64, "b": 8}, StreamReaders(0, 2, 4)) is None
+    assert "1 of the 2 dataloader" in describe_fewest({"a": 64, "b": 3}, StreamReaders(0, 2, 2))
 
 
 def test_a_stream_is_shuffled_by_a_buffer(files, options, processor):

@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
     limit_to_context(data_args, model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save, "needs_images": True}
     where["num_workers"] = training_args.dataloader_num_workers
-    train_rows = load_conversations(data_args, processor, seed=training_args.seed, **where)
+    epochs = None if training_args.max_steps > 0 else training_args.num_train_epochs
+    train_rows = load_conversations(data_args, processor, seed=training_args.seed, epochs=epochs, **where)
     eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
 
     # 5. Model: the projector trains, and perhaps the tower; its memory is forecast before weights are read

@@ -99,9 +99,14 @@ def main(argv: list[str]) -> None:
     find_repetitions(inspections)
 
     # 3. In the terminal, as JSON, as a page
+    alone = sum(inspection.trains for inspection in inspections) == 1 and not (epoch and epoch.shares)
     for inspection in inspections:
-        print(describe(inspection, args, training_args))
-    if epoch is not None and epoch.shares:
+        print(describe(inspection))
+        if inspection.trains and alone:
+            print(steps_line(inspection.num_tokens, inspection.num_sequences, args, training_args))
+        for finding in inspection.findings:
+            print("\n".join([f"  LOOK: {finding.title}", *(f"    {example}" for example in finding.examples[:3])]))
+    if epoch and epoch.shares:
         print(epoch.describe(args, training_args))
     print(f"\n{SHOWN} conversations, [[supervised]]:")
     for row in islice(iterate_rows(inspections[0].rows), SHOWN):
@@ -111,7 +116,7 @@ def main(argv: list[str]) -> None:
         inspection.name: inspection.figures() | {"findings": list(map(dataclasses.asdict, inspection.findings))}
         for inspection in inspections
     }
-    if epoch is not None and epoch.shares:
+    if epoch and epoch.shares:
         figures["epoch"] = epoch.figures()
     (folder / "inspection.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
     page = write_inspection(folder / "index.html", inspections, processor, recipe, args.max_examples)
@@ -136,10 +141,10 @@ def inspect_source(
     raise_for_problems(report, "skip")
     plan = None
     if options.packing != "none":
-        whole = dataclasses.replace(source, weight=None, samples=None)
+        whole = dataclasses.replace(source, weight=None, samples=None, repeat=1)
         plan = plan_mixture(mix([whole], [SourceRows("", usable, report)], options.seed), options)
     name = ("eval" if evaluation else "train") + (f" {source.name}" if named else "")
-    return inspect_rows(name, str(source.data), usable, report, plan, processor, options.max_length)
+    return inspect_rows(name, str(source.data), not evaluation, usable, report, plan, processor, options.max_length)
 
 
 @dataclass
@@ -166,7 +171,8 @@ class Epoch:
 
     def describe(self, args: InspectArguments, training_args: TrainingArguments) -> str:
         """For the terminal."""
-        lines = [f"\nan epoch of {len(self.shares)} sources", *(f"  {share}" for share in self.shares)]
+        number = f"{len(self.shares)} source" + ("s" if len(self.shares) > 1 else "")
+        lines = [f"\nan epoch of {number}", *(f"  {share}" for share in self.shares)]
         lines += [] if self.plan is None else [f"  {self.plan}"]
         return "\n".join([*lines, steps_line(self.tokens, self.sequences, args, training_args)])
 
@@ -184,7 +190,7 @@ def epoch_of(sources: list[DataSource], found: list[Inspection], options: Prepar
     return Epoch(of_sources if mixed else [], sequences, tokens, plan)
 
 
-def describe(inspection: Inspection, args: InspectArguments, training_args: TrainingArguments) -> str:
+def describe(inspection: Inspection) -> str:
     """The figures of a source for the terminal."""
     figures = inspection.figures()
     shortest, middle, longest = figures["tokens_of_a_conversation"]
@@ -198,10 +204,6 @@ def describe(inspection: Inspection, args: InspectArguments, training_args: Trai
     ]
     if inspection.plan is not None:
         lines.append(f"  {inspection.plan}")
-    if inspection.name == "train":
-        lines.append(steps_line(inspection.num_tokens, inspection.num_sequences, args, training_args))
-    for finding in inspection.findings:
-        lines += [f"  LOOK: {finding.title}", *(f"    {example}" for example in finding.examples[:3])]
     return "\n".join(lines)
 
 

@@ -161,9 +161,9 @@ class EvaluationArguments:
 
 
 def _mapping(field_name: str, value: str | None, names: list[str]) -> dict[str, str]:
-    """The parsed mapping if the value is JSON (it starts with a brace), else the value for every name."""
+    """The parsed mapping if the value is JSON (a recipe's list is too), else the value for every name."""
     text = str(value).strip()
-    if not text.startswith("{"):
+    if not text.startswith(("{", '["', "[{")):
         return dict.fromkeys(names, text)
     try:
         parsed: Any = json.loads(text)
@@ -171,6 +171,6 @@ def _mapping(field_name: str, value: str | None, names: list[str]) -> dict[str, 
         raise ValueError(
             f'{field_name} {text!r} is not valid JSON ({error}); write {{"name": "path", ...}}'
         ) from error
-    if not parsed or not all(isinstance(path, str) for path in parsed.values()):
+    if not parsed or not isinstance(parsed, dict) or not all(isinstance(path, str) for path in parsed.values()):
         raise ValueError(f'{field_name} {text!r} must map names to paths; write {{"name": "path", ...}}')
     return parsed

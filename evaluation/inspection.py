@@ -51,6 +51,7 @@ class Inspection:
     Args:
         name (`str`): `train` or `eval`; with the name of the source where there are several: `train chat`.
         source (`str`): The source as the recipe names it.
+        trains (`bool`): Whether it is a source of the training data.
         report (`CheckReport`): Of its rows.
         rows (`Sequence[dict]`): Those that can be used.
         plan (`RowPlan`, *optional*): How they are packed.
@@ -62,6 +63,7 @@ class Inspection:
 
     name: str
     source: str
+    trains: bool
     report: CheckReport
     rows: Sequence[dict]
     plan: RowPlan | None
@@ -69,11 +71,6 @@ class Inspection:
     digests: list[list[str]] = field(default_factory=list)
     supervised_share: float = 0.0
     findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def trains(self) -> bool:
-        """`bool`: Whether it is a source of the training data."""
-        return self.name.split()[0] == "train"
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -117,6 +114,7 @@ class Inspection:
 def inspect_rows(
     name: str,
     source: str,
+    trains: bool,
     rows: Sequence[dict],
     report: CheckReport,
     plan: RowPlan | None,
@@ -127,7 +125,7 @@ def inspect_rows(
     The figures of a source; [`find_repetitions`] compares its images and texts.
 
     Args:
-        name, source (`str`): As in [`Inspection`].
+        name, source, trains: As in [`Inspection`].
         rows (`Sequence[dict]`): The usable rows, of `ROW_FEATURES`, in the order of the report.
         report (`CheckReport`): Of [`check_rows`].
         plan (`RowPlan`, *optional*): Of [`plan_rows`].
@@ -137,7 +135,7 @@ def inspect_rows(
     Returns:
         [`Inspection`].
     """
-    found = Inspection(name, source, report, rows, plan, max_length)
+    found = Inspection(name, source, trains, report, rows, plan, max_length)
     found.supervised_share = supervised_share(rows, report, processor, max_length)
     if report.problems:
         found.findings.append(Finding(f"Rows that can't be used: {len(report.problems):,}", report.problems[:LISTED]))

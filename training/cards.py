@@ -264,8 +264,8 @@ def describe_source(source: DataSource, mixed: bool) -> str:
     text = f"`{public_name(str(source.data))}`, split `{source.split}`"
     if mixed:
         text = f"`{source.name}`: {text}"
-    shares = {"weight": source.weight, "rows an epoch": source.samples}
-    text += "".join(f", {label} {value:g}" for label, value in shares.items() if value is not None)
+    text += f", weight {source.weight:g}" if source.weight is not None else ""
+    text += f", rows an epoch {source.samples:,}" if source.samples is not None else ""
     return text + (f", each row up to {source.repeat} times an epoch" if source.repeat > 1 else "")
 
 

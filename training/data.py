@@ -39,6 +39,7 @@ def load_conversations(
     should_write: bool = True,
     seed: int = 0,
     num_workers: int = 0,
+    epochs: float | None = None,
 ) -> Any:
     """
     The training or validation rows of a run, read, checked, tokenised and packed ([`jnana.processing.data.prepare`]).
@@ -55,6 +56,7 @@ def load_conversations(
         should_write (`bool`, *optional*, defaults to `True`): whether this process shows progress.
         seed (`int`, *optional*, defaults to 0): decides which training conversations share a packed row.
         num_workers (`int`, *optional*, defaults to 0): dataloader workers of each process, which read a stream.
+        epochs (`float`, *optional*): of the run, as in [`PrepareOptions`].
 
     Returns:
         `Dataset`, `IterableDataset` or `None`: a training stream starts over when it ends. `None` if the run has no
@@ -70,7 +72,7 @@ def load_conversations(
     options = prepare_options(args, output_dir, evaluation, should_write, None if evaluation else seed, needs_images)
     state = PartialState()
     readers = StreamReaders(state.process_index, state.num_processes, num_workers)
-    options = replace(options, endless=not evaluation, readers=readers)
+    options = replace(options, endless=not evaluation, readers=readers, epochs=epochs)
     once = run_once_per_machine if state.num_processes > 1 else None
     if evaluation and is_list(args.eval_data):
         return {each.name: prepare([each], processor, options, once) for each in sources}

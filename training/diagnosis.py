@@ -64,9 +64,9 @@ STARVED = (
     "encoder (feature_cache), or store smaller images"
 )
 BLIND = (
-    "answers do not depend on the image: in step {step} the loss of {rows} validation rows is {own:.4f} with their "
-    "own images and {other:.4f} with exchanged ones. If later evaluations say so too, check that texts and images "
-    "belong together and that the projector trains (projector_learning_rate)"
+    "answers do not depend on the image: in step {step} the loss of {rows} validation rows{source} is {own:.4f} with "
+    "their own images and {other:.4f} with exchanged ones. If later evaluations say so too, check that texts and "
+    "images belong together and that the projector trains (projector_learning_rate)"
 )
 
 
@@ -197,9 +197,10 @@ class DiagnosisCallback(TrainerCallback):
             state (`TrainerState`): Its last entry is a copy of the log.
             prefix (`str`): Of the names in it: `eval_`, or `eval_<name>_` of one of several validation sources.
         """
-        dataset, args = self.trainer.eval_dataset, self.trainer.args
+        dataset, args, source = self.trainer.eval_dataset, self.trainer.args, ""
         if isinstance(dataset, dict):
-            dataset = dataset.get(prefix.removeprefix("eval_").removesuffix("_"))
+            name = prefix.removeprefix("eval_").removesuffix("_")
+            dataset, source = dataset.get(name), f" of {name}"
         if not hasattr(dataset, "__getitem__"):
             return
         size = args.per_device_eval_batch_size
@@ -220,7 +221,7 @@ class DiagnosisCallback(TrainerCallback):
         logs[f"{prefix}image_gain"] = state.log_history[-1][f"{prefix}image_gain"] = other - own
         warm_up = max(args.get_warmup_steps(state.max_steps), WARM_UP * state.max_steps)
         if other - own < DEPENDS * own and state.global_step > warm_up:
-            text = BLIND.format(step=state.global_step, rows=rows, own=own, other=other)
+            text = BLIND.format(step=state.global_step, rows=rows, source=source, own=own, other=other)
             self.warn(f"blind {prefix}{state.global_step}", text)
 
     def loss(self, batch: dict[str, Any]) -> float:

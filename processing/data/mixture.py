@@ -36,7 +36,8 @@ class DataSource:
     Args:
         data (`str`, `Path`, `Dataset` or `IterableDataset`): as the source of [`load_rows`].
         name (`str`, *optional*): in the log and the card; by default the file's or directory's.
-        image_folder, format, split (*optional*): as in [`PrepareOptions`], which has the defaults.
+        image_folder, format, split, text_column, prompt, independent_turns (*optional*): as in [`PrepareOptions`],
+            which has the defaults.
         weight (`float`, *optional*): its share of an epoch's rows, relative to the weights of the others.
         samples (`int`, *optional*): rows of it in an epoch; by default all.
         repeat (`int`, *optional*, defaults to 1): how often an epoch may have a row.
@@ -50,10 +51,14 @@ class DataSource:
     weight: float | None = None
     samples: int | None = None
     repeat: int = 1
+    text_column: str | None = None
+    prompt: str | None = None
+    independent_turns: bool | None = None
 
     def options(self, options: PrepareOptions) -> PrepareOptions:
         """The options of a run with those of this source."""
-        own = {name: getattr(self, name) for name in ("image_folder", "format", "split")}
+        names = ("image_folder", "format", "split", "text_column", "prompt", "independent_turns")
+        own = {name: getattr(self, name) for name in names}
         return replace(options, **{name: value for name, value in own.items() if value is not None})
 
 

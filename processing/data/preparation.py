@@ -92,6 +92,8 @@ class PrepareOptions:
         endless (`bool`, *optional*, defaults to `False`): a stream starts over when it ends, shuffled in another order
             each time. A mixture of streams always does.
         readers (`StreamReaders`, *optional*): of a mixture of streams; by default one process.
+        epochs (`float`, *optional*): of the run, if it is known. Unless there is one only, the log names the sources
+            of which every epoch leaves out the same rows.
     """
 
     format: str = "auto"
@@ -121,6 +123,7 @@ class PrepareOptions:
     shuffle_buffer: int = 0
     endless: bool = False
     readers: StreamReaders = field(default_factory=StreamReaders)
+    epochs: float | None = None
 
     @property
     def for_collator(self) -> dict[str, Any]:

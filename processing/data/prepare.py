@@ -173,8 +173,14 @@ class EpochPreparation:
         """Which conversations each item has."""
         options, mixture = self.options, mix(self.sources, parts, self.options.seed)
         if len(parts) > 1 or mixture.rows is not parts[0].rows:
-            described = "; ".join(map(str, shares(mixture, parts, options.max_length)))
-            logger.info(f"an epoch has {len(mixture.rows):,} rows: {described}")
+            of_sources = shares(mixture, parts, options.max_length)
+            logger.info(f"an epoch has {len(mixture.rows):,} rows: {'; '.join(map(str, of_sources))}")
+            drawn = [f"{of.rows:,} of {of.usable:,} of {of.name}" for of in of_sources if of.rows < of.usable]
+            if drawn and (options.epochs is None or options.epochs > 1):
+                logger.info(
+                    f"every epoch has the same rows ({', '.join(drawn)}); for others in each pass over the rest, "
+                    "train one epoch in which the smaller sources `repeat`"
+                )
         if options.packing == "none":
             longest = options.max_length or max(map(max, mixture.lengths))
             return conversation_index([[min(length, longest) for length in row] for row in mixture.lengths])

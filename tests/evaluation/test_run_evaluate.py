@@ -152,6 +152,7 @@ def test_no_card_is_found_on_the_hub_or_in_its_cache(tmp_path, monkeypatch):
         ({"eval_data": '{"test": "a.json"'}, "eval_data .* is not valid JSON"),
         ({"eval_data": '{"a/b": "x.json", "c": "y.json"}'}, "names a test set 'a/b'"),
         ({"eval_data": '{"a": 1}'}, "must map names to paths"),
+        ({"eval_data": '["a.json", "b.json"]'}, "must map names to paths"),
         ({"batch_size": "0"}, "batch_size is 0; it must be at least 1"),
         ({"max_new_tokens": "-1"}, "max_new_tokens is -1"),
         ({"max_rows": "0"}, "max_rows is 0"),

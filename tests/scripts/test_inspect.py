@@ -91,6 +91,33 @@ def test_a_leak_of_an_image_that_is_alone_in_its_size(pretrained, vision, faulty
     assert titles(found["eval"]) == "Validation images that are trained on too: 1"
 
 
+def listed(faulty, **changes) -> str:
+    return json.dumps([{"data": str(faulty / "clean.json"), "image_folder": str(faulty / "images"), **changes}])
+
+
+def said_of(text: str, start: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip().startswith(start)]
+
+
+def test_a_list_of_one_source(pretrained, vision, faulty, tmp_path, capsys):
+    """The steps of an epoch are those of the same path without a list, or those of its drawn or repeated rows."""
+    plain = inspect(pretrained, vision, faulty, tmp_path, train="clean.json")
+    steps = said_of(capsys.readouterr().out, "an epoch")
+    assert len(steps) == 1 and f"{plain['train']['tokens_of_an_epoch']:,} tokens and" in steps[0]
+    one = inspect(pretrained, vision, faulty, tmp_path, train_data=listed(faulty))
+    assert said_of(capsys.readouterr().out, "an epoch") == steps and "epoch" not in one
+    figures = ("rows", "tokens_of_an_epoch", "sequences_of_an_epoch", "findings")
+    assert [one["train clean"][name] for name in figures] == [plain["train"][name] for name in figures]
+    assert titles(one["eval"]) == titles(plain["eval"]) != ""
+
+    twice = inspect(pretrained, vision, faulty, tmp_path, train_data=listed(faulty, repeat=2))
+    said = said_of(capsys.readouterr().out, "an epoch")
+    assert said[0] == "an epoch of 1 source" and f"{twice['epoch']['tokens']:,} tokens and" in said[1]
+    assert twice["epoch"]["sources"]["clean"]["rows"] == 2 * plain["train"]["rows"]
+    # The figures of the source itself count each row once.
+    assert [twice["train clean"][name] for name in figures] == [plain["train"][name] for name in figures]
+
+
 def test_the_first_rows_of_a_stream(pretrained, vision, faulty, tmp_path, capsys):
     records = json.loads((faulty / "clean.json").read_text())
     (faulty / "stream.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))

@@ -80,6 +80,7 @@ def test_weights_and_seed(data, aligned, sources, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "an epoch has 24 rows: photos 16 of 16 rows (66.7%), 16 conversations" in said
     assert "chats 8 of 24 rows (33.3%)" in said
+    assert "every epoch has the same rows (8 of 24 of chats)" in said
     run_sft.main(options(data, aligned, sources, tmp_path / "b", **changes))
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
@@ -172,6 +173,14 @@ def test_inspection_counts_by_source(data, aligned, sources, tmp_path, capsys):
         ({"train_data": '[{"data": "a", "weight": 1, "samples": 1}]'}, "weight 1 and samples 1; give one of them"),
         ({"train_data": '[{"data": "a"}, {"data": "a"}]'}, "train_data: sources 0 and 1 are both named 'a'"),
         ({"eval_data": '[{"data": "a", "weight": 1}]'}, "'weight' is of train_data; of validation data every row"),
+        ({"train_data": '{"a": "a.json"}'}, 'train_data is a mapping; give a list of sources: .{"name": "a", "data"'),
+        ({"train_data": '[{"data": "a", "weight": NaN}]'}, "weight is NaN; it must be a number above 0"),
+        (
+            {"train_data": '["a", {"data": "b", "format": "llava"}]'},
+            "source 1: format is 'llava'; it must be one of auto",
+        ),
+        ({"train_format": "coco"}, "train_format is 'coco'; it must be one of auto"),
+        ({"metric_for_best_model": "eval_chat_loss"}, "give one of eval_photos_loss, eval_chats_loss"),
         ({"shuffle_buffer": 8}, "shuffle_buffer is 8 but streaming is false"),
         (
             {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": "true"},

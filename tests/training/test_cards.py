@@ -7,10 +7,12 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from jnana.processing.data.mixture import DataSource
 from jnana.training.cards import (
     EvaluationResult,
     add_evaluation_results,
     describe_figures,
+    describe_source,
     model_origins,
     public_name,
     remove_evaluation_results,
@@ -55,6 +57,20 @@ def test_the_speed_of_the_whole_run_is_in_the_figures(trainer):
         "3,457 tokens/s, 12.3 samples/s, 6.2% padding, 1.5% of the time waiting for data, MFU 31.2%, peak memory 21 GB"
     )
     assert "speed since then" not in dict(describe_figures(trainer.state.log_history[:-1], 7))
+
+
+def test_shares_of_sources_are_written_out():
+    described = [
+        describe_source(source, mixed=True)
+        for source in (
+            DataSource("a.json", name="a", split="train", samples=1_234_567),
+            DataSource("b.json", name="b", split="train", weight=0.25, repeat=4),
+        )
+    ]
+    assert described == [
+        "`a`: `a.json`, split `train`, rows an epoch 1,234,567",
+        "`b`: `b.json`, split `train`, weight 0.25, each row up to 4 times an epoch",
+    ]
 
 
 def test_stock_trainer_writes_another(trainer, tmp_path):

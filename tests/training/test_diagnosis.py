@@ -233,3 +233,13 @@ def test_the_norm_of_a_part():
     assert gradient_norm(weights, torch.device("cpu")) == 0
     weights[0].grad, weights[2].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert gradient_norm(weights, torch.device("cpu")) == 5
+
+
+@pytest.mark.parametrize("name", [None, "rare"])
+def test_the_validation_source_that_does_not_depend_on_images_is_named(tmp_path, name):
+    def split(trainer: Trainer) -> None:
+        if name is not None:
+            trainer.eval_dataset = {name: trainer.eval_dataset}
+
+    text = next(text for text in found(tmp_path, {"collator": Images(grey=True), "break": split}) if "answers" in text)
+    assert f"the loss of 8 validation rows{'' if name is None else f' of {name}'} is " in text

@@ -172,8 +172,9 @@ class DataArguments:
     train_data: str | None = field(
         default=None,
         metadata={
-            "help": "A JSON file, an image directory, or a Hub data set; or a list of sources, each with `data` and "
-            "weight or samples, repeat, name, image_folder, format, split (JSON on the command line; docs/data.md)."
+            "help": "A JSON file, an image directory, or a Hub data set; or a list of sources, each a path, or `data` "
+            "with weight or samples, repeat, name, image_folder, format, split, text_column, prompt, "
+            "independent_turns (JSON on the command line; docs/data.md)."
         },
     )
     train_format: str = field(default="auto", metadata={"help": "auto, coco_captions, llava_instruct, ..."})

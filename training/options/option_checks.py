@@ -19,7 +19,7 @@ from .arguments import (
 from .model_checks import check_model_arguments, check_models, check_text_arguments
 from .path_checks import check_output_apart, check_output_dir, check_source, models_read
 from .recipes import accelerate_config
-from .sources import check_mixture, is_list, sources_of
+from .sources import check_format, check_mixture, check_no_mapping, is_list, sources_of
 
 
 # The smallest value of options that count something.
@@ -129,11 +129,13 @@ def check_data(args: TrainingArguments, data_args: DataArguments | TextDataArgum
 
 
 def check_sources(data_args: DataArguments) -> None:
-    """Check the paths of all sources.
+    """Check the paths and formats of all sources.
 
     Raises:
-        ValueError: naming the option, the source and the path.
+        ValueError: naming the option, the source and the path or format.
     """
+    for option in ("train_format", "eval_format"):
+        check_format(option, getattr(data_args, option))
     for option, evaluation in (("train_data", False), ("eval_data", True)):
         several = is_list(getattr(data_args, option))
         for source in sources_of(data_args, evaluation):
@@ -147,19 +149,23 @@ def check_sources(data_args: DataArguments) -> None:
 
 
 def check_best_model(args: TrainingArguments, data_args: DataArguments) -> None:
-    """Check that the metric that chooses the best checkpoint exists where each validation source has its own.
+    """Check that the loss that chooses the best checkpoint is one of the validation's.
 
     Raises:
         ValueError: naming the losses that there are.
     """
-    if not is_list(data_args.eval_data) or args.metric_for_best_model is None:
+    given = args.metric_for_best_model
+    if data_args.eval_data is None or given is None or not given.endswith("loss"):
         return
-    losses = [f"eval_{source.name}_loss" for source in sources_of(data_args, evaluation=True)]
-    if args.metric_for_best_model.removeprefix("eval_") == "loss":
-        raise ValueError(
-            f"metric_for_best_model is {args.metric_for_best_model!r}, but eval_data is a list, whose sources have a "
-            f"loss each; give one of {', '.join(losses)}"
-        )
+    named = is_list(data_args.eval_data)
+    losses = [f"eval_{source.name}_loss" if named else "eval_loss" for source in sources_of(data_args, True)]
+    if (given if given.startswith("eval_") else f"eval_{given}") in losses:
+        return
+    if named:
+        what, remedy = "a list, whose sources have a loss each", f"one of {', '.join(losses)}"
+    else:
+        what, remedy = "a single source", "eval_loss"
+    raise ValueError(f"metric_for_best_model is {given!r}, but eval_data is {what}; give {remedy}")
 
 
 def check_one_source(data_args: TextDataArguments) -> None:
@@ -170,6 +176,7 @@ def check_one_source(data_args: TextDataArguments) -> None:
     """
     for option in ("train_data", "eval_data"):
         value = getattr(data_args, option)
+        check_no_mapping(option, value)
         if is_list(value):
             raise ValueError(f"{option} is a list of sources, but run_pretrain reads one; join the files, or give one")
         if value is not None:

@@ -23,7 +23,7 @@ from jnana.processing.data.files import write_whole
 from jnana.processing.data.rows import TOKEN_FEATURES
 
 from .arguments import RunArguments
-from .sources import is_list
+from .sources import is_list, source_entries
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def recipe_options(*arguments: Any) -> dict[str, Any]:
         for name in (field.name for field in dataclasses.fields(of_class) if field.init):
             if not is_free(name):
                 value = getattr(of_class, name)
-                options[name] = json.loads(value) if name == "train_data" and is_list(value) else value
+                options[name] = source_entries(name, value) if name == "train_data" and is_list(value) else value
         if isinstance(of_class, TrainingArguments):
             options[PROCESSES] = of_class.world_size
             options[PRECISION] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -22,6 +22,7 @@ from .arguments import TRAINING_DEFAULTS
 
 
 UNSET = ("null", "~")  # YAML's words for no value
+SOURCES = ("train_data", "eval_data")  # options that may be lists of sources
 
 
 def parse_arguments(classes: Sequence[type], argv: Sequence[str]) -> tuple:
@@ -151,15 +152,17 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"recipe {str(path)!r} sets {key!r} {keys.count(key)} times; keep one")
-    return {key: value for key, value in values.items() if value not in ("", *UNSET, [])}
+    return without_unset(values)
 
 
 def as_command_line(values: dict[str, Any]) -> list[str]:
     """`{"learning_rate": "1e-4"}` as `["--learning_rate=1e-4"]`; lists as several arguments, mappings and lists of
-    mappings as JSON."""
+    sources as JSON, in which the scalars of sources stay texts."""
     words: list[str] = []
     for key, value in values.items():
-        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        if isinstance(value, list) and key in SOURCES:
+            words.append(f"--{key}={json.dumps(list(map(without_unset, value)))}")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             words.append(f"--{key}={json.dumps(typed(value))}")
         elif isinstance(value, list):
             words += [f"--{key}", *value]
@@ -168,6 +171,13 @@ def as_command_line(values: dict[str, Any]) -> list[str]:
         else:
             words.append(f"--{key}={value}")
     return words
+
+
+def without_unset(value: Any) -> Any:
+    """A mapping without the keys that have an empty value or `null`."""
+    if not isinstance(value, dict):
+        return value
+    return {key: item for key, item in value.items() if item not in ("", *UNSET, [])}
 
 
 def typed(value: Any) -> Any:

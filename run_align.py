@@ -19,7 +19,7 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from jnana.training.data import load_conversations
-from jnana.training.distributed import main_process_first
+from jnana.training.distributed import main_process_first, run_on_main_process
 from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor, run_image_backend
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
@@ -49,19 +49,20 @@ def main(argv: list[str]) -> None:
     check_run(training_args, model_args, data_args, run_args)
     check_no_adapter(model_args)
     model_args.dtype = frozen_dtype(model_args)
-    model_args.image_backend = run_image_backend(model_args)
     check_parts(part_args, training_args, data_args)
     check_computation(training_args, model_args, run_args.optimizer)
     check_push(training_args)
 
-    # 3. Checkpoint to resume from
+    # 3. Checkpoint to resume from, and the processor: its library that resizes images is an option of the run, too
     checkpoint = find_checkpoint(training_args, run_args)
+    backend = run_on_main_process(lambda: run_image_backend(model_args))
+    with main_process_first():
+        processor = prepare_processor(model_args, backend)
+    model_args.image_backend = processor.image_backend
     options = recipe_options(model_args, data_args, part_args, run_args, training_args)
     check_same_recipe(checkpoint, options, run_args)
 
-    # 4. Processor and data: the first process prepares and checks them, the others read what it cached
-    with main_process_first():
-        processor = prepare_processor(model_args)
+    # 4. Data: the first process prepares and checks them, the others read what it cached
     limit_to_context(data_args, model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save, "needs_images": True}
     where["num_workers"] = training_args.dataloader_num_workers

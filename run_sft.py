@@ -32,7 +32,7 @@ from jnana.training.adapters import (
     with_fingerprints,
 )
 from jnana.training.data import load_conversations
-from jnana.training.distributed import main_process_first
+from jnana.training.distributed import main_process_first, run_on_main_process
 from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor, run_image_backend
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
 from jnana.training.optimizers import PartScheduleCallback, trainer_optimizer
@@ -61,7 +61,6 @@ def main(argv: list[str]) -> None:
     # 2. Checks that need no model
     check_run(training_args, model_args, data_args, run_args)
     model_args.dtype = frozen_dtype(model_args)
-    model_args.image_backend = run_image_backend(model_args)
     start = model_args.model_name_or_path
     continued_adapter = start if start is not None and is_adapter(start) else None
     check_lora(lora_args, continued_adapter)
@@ -72,14 +71,16 @@ def main(argv: list[str]) -> None:
     check_computation(training_args, model_args, run_args.optimizer, quantization["quantization"], not with_adapter)
     check_push(training_args, base_reference(model_args, lora_args) if with_adapter else None)
 
-    # 3. Checkpoint to resume from
+    # 3. Checkpoint to resume from, and the processor: its library that resizes images is an option of the run, too
     checkpoint = find_checkpoint(training_args, run_args)
+    backend = run_on_main_process(lambda: run_image_backend(model_args))
+    with main_process_first():
+        processor = prepare_processor(model_args, backend)
+    model_args.image_backend = processor.image_backend
     options = recipe_options(model_args, data_args, lora_args, part_args, run_args, training_args)
     check_same_recipe(checkpoint, options, run_args)
 
-    # 4. Processor and data: the first process prepares and checks them, the others read what it cached
-    with main_process_first():
-        processor = prepare_processor(model_args)
+    # 4. Data: the first process prepares and checks them, the others read what it cached
     limit_to_context(data_args, model_args)
     where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
     where["num_workers"] = training_args.dataloader_num_workers

@@ -64,8 +64,9 @@ class JnanaImageMixin:
         config = self.config
         if pixel_values.dtype == torch.uint8:
             raise ValueError(
-                "`pixel_values` are bytes. Give them to `forward` with the `pixel_table` that the collator made for "
-                "them, or as floats: `normalize_pixels(pixel_values, pixel_table)`, or from the image processor."
+                "`pixel_values` are bytes. Give them to `forward` or `generate` with the `pixel_table` that the "
+                "collator made for them, or as floats: `normalize_pixels(pixel_values, pixel_table)`, or from the "
+                "image processor."
             )
         if pixel_values.ndim == 5 and config.image_grid_pinpoints is not None:
             counts = self.multi_modal_projector.count_views(_size_list(image_sizes))

@@ -203,11 +203,12 @@ class JnanaGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """
-        As `GenerationMixin.generate`. Images are encoded once, before the first token. Takes `image_features` as
-        [`JnanaModel.forward`] does, and the cache as `past_key_values` or `cache`.
+        As `GenerationMixin.generate`. Images are encoded once, before the first token. Takes `image_features` and
+        `pixel_table` as [`JnanaModel.forward`] does, and the cache as `past_key_values` or `cache`.
 
         Raises:
-            ValueError: If the prompt has image tokens, and neither images nor a filled cache are given.
+            ValueError: If the prompt has image tokens, and neither images nor a filled cache are given; if images are
+                bytes without a `pixel_table`.
         """
         cache = _one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
@@ -215,6 +216,9 @@ class JnanaGenerationMixin(GenerationMixin):
         kwargs.pop("mm_token_type_ids", None)  # some processors add them; image tokens are known by their id
         if kwargs.get("pixel_values") is None:
             kwargs.pop("pixel_values", None)
+        pixel_table = kwargs.pop("pixel_table", None)
+        if pixel_table is not None and "pixel_values" in kwargs:
+            kwargs["pixel_values"] = normalize_pixels(kwargs["pixel_values"], pixel_table)
         image_features = kwargs.pop("image_features", None)
         if image_features is not None:
             # generate() repeats `mm_encoder_outputs` for beams, and drops it once the cache is filled.

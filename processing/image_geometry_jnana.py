@@ -15,6 +15,7 @@ from transformers.utils import is_torchvision_available
 
 
 IMAGE_GEOMETRIES = ("crop", "pad", "anyres")
+IMAGE_BACKENDS = ("pil", "torchvision")
 # Rows and columns of the tiles that LLaVA-1.6 chooses from
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
@@ -146,7 +147,8 @@ def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
         `BaseImageProcessor`: transformers' processor of that geometry.
 
     Raises:
-        ValueError: if the geometry is unknown, or the image processor's output is not square.
+        ValueError: if the geometry is unknown, the image processor's output is not square, or transformers has no
+            image processor of that geometry for its library here.
     """
     # The classes are named here and not imported above, because each import warns where torchvision is missing.
     if image_geometry not in IMAGE_GEOMETRIES:
@@ -168,7 +170,15 @@ def set_image_geometry(image_processor: Any, image_geometry: str) -> Any:
     if image_geometry == "pad":
         fields["do_pad"] = True
     name = {"anyres": "LlavaNextImageProcessor", "pad": "LlavaImageProcessor", "crop": "CLIPImageProcessor"}
-    return backend_class(name[image_geometry], image_backend(image_processor))(**fields)
+    backend = image_backend(image_processor)
+    found = backend_class(name[image_geometry], backend)
+    if found is None:
+        raise ValueError(
+            f"image_geometry={image_geometry!r}: {type(image_processor).__name__} resizes with {backend!r}, for which "
+            f"transformers has no {name[image_geometry]} here. Install {backend}, or give an image processor that "
+            "resizes with Pillow (`AutoImageProcessor.from_pretrained(path, backend='pil')`)."
+        )
+    return found(**fields)
 
 
 def image_backend(image_processor: Any) -> str:
@@ -178,7 +188,7 @@ def image_backend(image_processor: Any) -> str:
 
 def backend_class(name: str, backend: str) -> Any:
     """The class of transformers for a library, `None` if there is none; `name` as for torchvision."""
-    if backend == "torchvision" and not is_torchvision_available():
+    if backend not in IMAGE_BACKENDS or (backend == "torchvision" and not is_torchvision_available()):
         return None  # by this name transformers gives the one for Pillow
     return getattr(transformers, f"{name}Pil" if backend == "pil" else name, None)
 
@@ -193,9 +203,19 @@ def with_image_backend(image_processor: Any, backend: str) -> Any:
 
     Returns:
         `BaseImageProcessor`: `image_processor` itself if it resizes with this library, or if there is no such class
-            here: the library is not installed, or transformers has no such class.
+            here: the library is not installed, or transformers has no such class. So does one that is not
+            transformers' own, also where it has the name of one that is.
+
+    Raises:
+        ValueError: if `backend` is another word.
     """
-    if image_backend(image_processor) == backend:
+    if backend not in IMAGE_BACKENDS:
+        raise ValueError(
+            f"image_backend={backend!r} must be one of {', '.join(IMAGE_BACKENDS)}; a checkpoint has it in its "
+            "processor_config.json."
+        )
+    own = not type(image_processor).__module__.startswith("transformers.")
+    if own or image_backend(image_processor) == backend:
         return image_processor
     found = backend_class(type(image_processor).__name__.removesuffix("Pil"), backend)
     return image_processor if found is None else found.from_dict(image_processor.to_dict())

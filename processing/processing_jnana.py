@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AddedToken,
@@ -262,6 +263,7 @@ class JnanaChatMixin(ProcessorMixin):
         processed, replacements = {}, []
         if images is not None:
             processed = self.image_processor(images, **images_kwargs)
+            processed["pixel_values"] = _as_floats(processed["pixel_values"])
             replacements = [self.replace_image_token(processed, index) for index in range(len(images))]
         texts, _ = self.get_text_with_replacements(texts, replacements)
         ids, masks = self._encoder().encode(texts)
@@ -292,6 +294,15 @@ def _split_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
         if name not in TEXT_OPTIONS or name == "return_tensors":
             images_kwargs[name] = value
     return text_kwargs, images_kwargs
+
+
+def _as_floats(pixels: Any) -> Any:
+    """Pixels with bytes as floats, which the model takes: levels that are neither rescaled nor normalised."""
+    if isinstance(pixels, (list, tuple)):
+        return [_as_floats(of_image) for of_image in pixels]
+    if str(getattr(pixels, "dtype", None)).removeprefix("torch.") != "uint8":
+        return pixels
+    return pixels.float() if isinstance(pixels, torch.Tensor) else pixels.astype("float32")
 
 
 def _normalise_chat(chat: list[dict]) -> list[dict]:
@@ -350,12 +361,12 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         tokens_per_view (`int`, *optional*): image tokens of a view where they do not depend on its patches.
         image_backend (`str`, *optional*): the library that resizes images, `pil` or `torchvision`: as the checkpoint
             was trained with, whose processor records it. Where it is not installed, the image processor stays as it
-            is; its pixels differ by a level. By default that of `image_processor`.
+            is; its pixels differ by a level. By default that of `image_processor`, and nothing is recorded.
         chat_template (`str`, *optional*): the Jinja template.
         image_token (`str`, *optional*, defaults to `"<image>"`): the token that stands for one image vector.
 
     Raises:
-        ValueError: if the strategy is unknown, or the tokenizer lacks `image_token`.
+        ValueError: if the strategy or `image_backend` is unknown, or the tokenizer lacks `image_token`.
     """
 
     def __init__(
@@ -390,18 +401,43 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         self.tokens_per_view = tokens_per_view
         self.image_token = image_token
         self.image_token_id = image_token_ids[0]
+        self.recorded_image_backend = image_backend
         if image_backend is not None:
             image_processor = with_image_backend(image_processor, image_backend)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
     def image_backend(self) -> str:
-        """`str`: the library that resizes images, `pil` or `torchvision`; saved with the processor."""
+        """`str`: the library that resizes images here, `pil` or `torchvision`."""
         return image_backend(self.image_processor)
 
+    def set_image_backend(self, backend: str) -> None:
+        """
+        Resize with a library, as in [`with_image_backend`], and record the one that resizes from here on, because a
+        model is trained on its pixels. Only then, and where it was given, a saved processor names it.
+
+        Args:
+            backend (`str`): `pil` or `torchvision`.
+        """
+        self.image_processor = with_image_backend(self.image_processor, backend)
+        self.recorded_image_backend = self.image_backend
+
     def to_dict(self) -> dict[str, Any]:
-        """As `ProcessorMixin.to_dict`, with `image_backend`: image processors of both libraries are saved alike."""
-        return {**super().to_dict(), "image_backend": self.image_backend}
+        """
+        As `ProcessorMixin.to_dict`, with the recorded `image_backend`: image processors of both libraries are saved
+        alike. A processor that is loaded and saved where this library is not installed keeps the record.
+        """
+        record = {} if self.recorded_image_backend is None else {"image_backend": self.recorded_image_backend}
+        return super().to_dict() | record
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """As in `ProcessorMixin`; a `backend` or `use_fast` that `from_pretrained` was given outweighs the record."""
+        found = super().from_args_and_dict(args, processor_dict, **kwargs)
+        if kwargs.get("backend") is not None or kwargs.get("use_fast") is not None:
+            processor = found[0] if isinstance(found, tuple) else found
+            processor.image_processor = args[0]  # as AutoImageProcessor loaded it with these
+        return found
 
     @classmethod
     def from_vision_text_pretrained(
@@ -616,7 +652,7 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
         As `LlavaProcessor`: `text` is prompt text, in which each image token stands for one image.
 
         Text rendered by `apply_chat_template(tokenize=False)` carries its neutralised passages with it and is taken
-        here too.
+        here too. `pixel_values` are floats, also of an image processor that neither rescales nor normalises.
 
         Raises:
             ValueError: if `truncation` would cut off image tokens, or images and placeholders differ in number.
@@ -628,7 +664,10 @@ class JnanaProcessor(JnanaImageCountMixin, JnanaChatMixin):
             options.setdefault("add_special_tokens", False)  # the template wrote it: not twice
         truncation = options.get("truncation", options.get("text_kwargs", {}).get("truncation"))
         if texts is None or not (truncation in TRUNCATES or any(BREAK in sample for sample in texts)):
-            return super().__call__(images=images, text=text, **options)
+            inputs = super().__call__(images=images, text=text, **options)
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = _as_floats(inputs["pixel_values"])
+            return inputs
         adds_bos = self.tokenizer("")["input_ids"] == [self.tokenizer.bos_token_id]
         if options.pop("add_special_tokens", True) and adds_bos:
             texts = [bos_token + sample for sample in texts]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import get_int_from_env
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -33,6 +34,8 @@ FEWEST_STEPS = 5  # that a share of waiting is told of
 DEPENDS = 0.005  # of the loss: the least that other images must add to it
 WARM_UP = 0.1  # of the run, at least: its answers need not depend on images yet
 COMPARED_BATCHES = 2
+# Where launchers write the number of the machine's processes: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH2
+LOCAL_PROCESSES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 IMAGE_INPUTS = ("pixel_values", "image_features")
 
 # What can be wrong and what to do about it, in the words of the log.
@@ -59,9 +62,15 @@ NO_LABELS = (
 )
 STARVED = (
     "{share:.0%} of the time of steps {first} to {step} went by waiting for data. The dataloader gives {given:,.1f} "
-    "{what}/s with {workers} workers a process, and the steps could take {wanted:,.1f}. Raise dataloader_num_workers "
-    "to {needed} (this process may use {cores} cores; docs/data.md has a table), keep the features of a frozen image "
-    "encoder (feature_cache), or store smaller images"
+    "{what}/s with {workers} workers a process, and the steps could take {wanted:,.1f}. {remedy}"
+)
+MORE_WORKERS = (
+    "Raise dataloader_num_workers to {needed} (this process has {cores} cores; docs/data.md has a table), keep the "
+    "features of a frozen image encoder (feature_cache), or store smaller images"
+)
+FEW_CORES = (
+    "That would take {needed} workers a process, and it has {cores} cores: keep the features of a frozen image "
+    "encoder (feature_cache), or store smaller images; docs/data.md has a table"
 )
 BLIND = (
     "answers do not depend on the image: in step {step} the loss of {rows} validation rows{source} is {own:.4f} with "
@@ -185,7 +194,9 @@ class DiagnosisCallback(TrainerCallback):
         if share > WAITING:
             workers = self.trainer.args.dataloader_num_workers
             values = {"first": self.pending_from + 1, "step": step, "share": share, "workers": workers}
-            self.warn("starved", STARVED.format(**values, **feeding(done, workers, processes)))
+            values |= feeding(done, workers, processes)
+            remedy = MORE_WORKERS if values["needed"] <= values["cores"] else FEW_CORES
+            self.warn("starved", STARVED.format(**values, remedy=remedy.format(**values)))
 
     def compare_images(self, logs: dict[str, float], state, prefix: str) -> None:
         """Compare the loss of a few validation rows with their own images and with exchanged ones.
@@ -242,8 +253,8 @@ def feeding(work: Work, workers: int, processes: int) -> dict[str, Any]:
 
     Returns:
         `dict`: `what` is counted (images, or conversations where there are none), how many of them a second are
-            `given`, and `wanted` by steps that do not wait, the workers `needed` in each process, and the `cores` that
-            there are.
+            `given`, and `wanted` by steps that do not wait, the workers `needed` in each process, and its `cores`:
+            the processes of a machine share them.
     """
     number, what = (work.images, "images") if work.images else (work.samples, "conversations")
     computing = max(work.computing, 1e-9)
@@ -254,7 +265,7 @@ def feeding(work: Work, workers: int, processes: int) -> dict[str, Any]:
         "given": number * processes / (work.waiting + work.computing),
         "wanted": number * processes / computing,
         "needed": max(math.ceil(busy / computing), workers + 1),
-        "cores": usable_cores(),
+        "cores": max(1, usable_cores(most=None) // get_int_from_env(LOCAL_PROCESSES, 1)),
     }
 
 

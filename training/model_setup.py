@@ -6,6 +6,7 @@ other words than in training, and up to half of the answers would be wrong witho
 
 import contextlib
 import logging
+import platform
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from jnana.modeling import (
     model_type_of,
     quantization_config,
 )
-from jnana.processing import JnanaProcessor, set_image_geometry, with_image_backend
+from jnana.processing import JnanaProcessor, set_image_geometry
 from jnana.processing.data import check_tokenizer, tokenizer_fingerprint
 
 from .adapters import adapter_reference, is_adapter
@@ -52,11 +53,17 @@ from .options.arguments import LIGER_LOSS, ModelArguments
 logger = logging.getLogger(__name__)
 
 
-def prepare_processor(args: ModelArguments) -> JnanaProcessor:
+def prepare_processor(args: ModelArguments, image_backend: str | None = None) -> JnanaProcessor:
     """The processor that the arguments ask for, checked against the model's parts; no weights are read.
 
+    Args:
+        args (`ModelArguments`): Which model.
+        image_backend (`str`, *optional*): What [`run_image_backend`] chose for all processes of a run; without it
+            `args.image_backend`, or as the processor is loaded.
+
     Raises:
-        ValueError: if the tokenizer, the image processor or a projector field is refused.
+        ValueError: if the tokenizer, the image processor or a projector field is refused, or torchvision was chosen
+            and can't be imported here.
     """
     trust = {"trust_remote_code": args.trust_remote_code}
     if args.model_name_or_path is not None:
@@ -64,7 +71,7 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
         if args.image_geometry is not None:
             processor.image_processor = set_image_geometry(processor.image_processor, args.image_geometry)
         check_fit(load_config(args.model_name_or_path), processor, args.model_name_or_path)
-        return _resizing_with(processor, args.image_backend)
+        return _resizing_with(processor, args, image_backend)
     tokenizer_name = args.tokenizer_name_or_path or args.text_model
     processor = JnanaProcessor.from_vision_text_pretrained(
         args.vision_model,
@@ -81,16 +88,25 @@ def prepare_processor(args: ModelArguments) -> JnanaProcessor:
     size = image_fields(backbones[0], processor)
     config = JnanaConfig.from_vision_text_configs(*backbones, **args.projector_fields, **size)
     check_image_tokens(config, processor, args.vision_model, f"the image processor of {args.vision_model}")
-    return _resizing_with(processor, args.image_backend)
+    return _resizing_with(processor, args, image_backend)
 
 
-def _resizing_with(processor: JnanaProcessor, backend: str | None) -> JnanaProcessor:
-    """The processor, resizing images with the library that the run has chosen."""
-    if backend is not None:
-        processor.image_processor = with_image_backend(processor.image_processor, backend)
-        if processor.image_backend != backend:
-            name = type(processor.image_processor).__name__
-            logger.warning(f"image_backend {backend!r}: there is no such {name}; {processor.image_backend} resizes")
+def _resizing_with(processor: JnanaProcessor, args: ModelArguments, chosen: str | None) -> JnanaProcessor:
+    """The processor, resizing images with the library that the run has chosen, and recording the one that resizes."""
+    backend = chosen or args.image_backend
+    if backend is None:
+        return processor
+    if backend == "torchvision" and not is_torchvision_available():
+        raise ValueError(
+            f"image_backend is 'torchvision', which can't be imported on {platform.node()}; install the torchvision "
+            "of this torch on each machine of the run, or give image_backend: pil"
+        )
+    processor.set_image_backend(backend)
+    if args.image_backend not in (None, processor.image_backend):
+        name = type(processor.image_processor).__name__
+        logger.warning(
+            f"image_backend {args.image_backend!r}: there is no such {name}; {processor.image_backend} resizes"
+        )
     return processor
 
 

@@ -200,12 +200,12 @@ def _encode(block: list[dict] | range) -> EncodedBlock:
     return _encoder(block)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, within the share of its container; at most `MOST_PROCESSES`."""
+def usable_cores(most: int | None = MOST_PROCESSES) -> int:
+    """Cores that this process may use, within the share of its container; at most `most`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_SHARE.read_text(encoding="ascii").split()
         cores = min(cores, max(1, int(quota) // int(period)))  # ValueError: "max", there is no limit
     except (OSError, ValueError):
         pass
-    return min(cores, MOST_PROCESSES)
+    return cores if most is None else min(cores, most)

@@ -12,8 +12,9 @@ Whether all this gives what the image processor gives is not assumed. [`PixelVie
 a few images, and otherwise leaves the work to the image processor.
 """
 
+import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,17 @@ from jnana.processing.processing_jnana import JnanaProcessor
 from .images import MAX_IMAGE_PIXELS, image_size, load_image
 
 
+logger = logging.getLogger(__name__)
+
 # The image processors that resize, and perhaps crop: of CLIP, SigLIP, ViT and DINOv2.
 RESIZING = ("CLIPImageProcessorPil", "SiglipImageProcessorPil", "ViTImageProcessorPil", "BitImageProcessorPil")
 PADDING = "LlavaImageProcessorPil"  # of LLaVA-1.5, with `do_pad` to a square first
+FIXED = {"height", "width"}  # the names in a fixed size
 TILING = "LlavaNextImageProcessorPil"  # of LLaVA-1.6
 LEVELS = 256
+BLOCK = 16  # its square is `LEVELS`
+# What an image processor of another interface raises; it is left to give its floats.
+OTHER_INTERFACE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # (width, height) of the images that are compared, in shares of the target's shorter side: wide, tall, small
 PROBES = ((2.3, 1.1), (0.9, 2.6), (0.4, 0.3))
 
@@ -50,7 +57,8 @@ class PixelImages:
             a smaller size; see [`load_image`]. Their pixels are others.
 
     Raises:
-        ValueError: if `jpeg_draft` is set and images are cut into tiles, whose number depends on their size.
+        ValueError: if `jpeg_draft` is set and images are cut into tiles, whose number depends on their size, or are
+            not resized to a known size.
     """
 
     def __init__(
@@ -63,13 +71,21 @@ class PixelImages:
         self.processor = processor
         self.max_image_pixels = max_image_pixels
         self.normalize_on_device = normalize_on_device
-        self.views = PixelViews(processor.image_processor)
         self.jpeg_draft = jpeg_draft
         if jpeg_draft and processor.image_grid_pinpoints is not None:
             raise ValueError(
                 "jpeg_draft=True, but images are cut into tiles (image_geometry: anyres), and the number of tiles "
                 "depends on the size that an image has before; leave jpeg_draft out."
             )
+        resizes = getattr(processor.image_processor, "do_resize", False)
+        if jpeg_draft and not (resizes and min(_target(processor.image_processor)) > 0):
+            size = _size(processor.image_processor)
+            raise ValueError(
+                f"jpeg_draft=True, but the image processor has do_resize={resizes} and size={size}: decoding smaller "
+                "needs images that are resized to a known size (height and width, or shortest_edge); leave jpeg_draft "
+                "out."
+            )
+        self.views = PixelViews(processor.image_processor)
 
     def key(self, reference: Any) -> Hashable:
         """A key that is equal for two references to one image.
@@ -150,15 +166,28 @@ class PixelViews:
 
     def __init__(self, image_processor: Any):
         self.image_processor = image_processor
-        self.table: torch.Tensor | None = find_table(image_processor)
+        self.table: torch.Tensor | None = None
         self.direct = False
-        if self.table is not None:
-            probes = [_probe(image_processor, *shares) for shares in PROBES]
-            expected = [_floats(image_processor, [probe])[0] for probe in probes]
-            makes = view_maker(image_processor)
-            self.direct = makes is not None and self._gives(probes, expected)
-            if not self.direct and not self._gives(probes, expected, direct=False):
-                self.table = None
+        try:
+            self._compare()
+        except OTHER_INTERFACE:
+            self.table, self.direct = None, False
+        if not self.direct:
+            logger.info(
+                f"{type(image_processor).__name__} makes the {'floats' if self.table is None else 'bytes'} of images "
+                "itself, which is slower than the collator's own calls of Pillow (docs/data.md)"
+            )
+
+    def _compare(self) -> None:
+        """Find out what gives the image processor's own values."""
+        self.table = find_table(self.image_processor)
+        if self.table is None:
+            return
+        probes = [_probe(self.image_processor, *shares) for shares in PROBES]
+        expected = [_floats(self.image_processor, [probe])[0] for probe in probes]
+        self.direct = knows(self.image_processor) and self._gives(probes, expected)
+        if not self.direct and not self._gives(probes, expected, direct=False):
+            self.table = None
 
     @property
     def target(self) -> tuple[int, int]:
@@ -174,10 +203,9 @@ class PixelViews:
         )
 
     def _bytes(self, images: Sequence[Image.Image], direct: bool) -> list[torch.Tensor]:
-        make = view_maker(self.image_processor) if direct else None
-        if make is None:
-            return _by_image(self.image_processor, images, do_rescale=False, do_normalize=False)
-        return [to_tensor(make(image)) for image in images]
+        if direct:
+            return [to_tensor(make_views(self.image_processor, image)) for image in images]
+        return _by_image(self.image_processor, images, do_rescale=False, do_normalize=False)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
         """
@@ -188,7 +216,7 @@ class PixelViews:
 
         Returns:
             `list[torch.Tensor]`: for each image its views `(num_views, channels, height, width)`: bytes, which
-                [`normalize_pixels`] normalises with `table`; without a table the image processor's floats.
+                [`normalize_pixels`] normalises with `table`; without a table floats.
         """
         if self.table is None:
             return _floats(self.image_processor, images)
@@ -203,20 +231,19 @@ def find_table(image_processor: Any) -> torch.Tensor | None:
         image_processor (`BaseImageProcessor`): any.
 
     Returns:
-        `torch.FloatTensor` of shape `(3, 256)`, or `None` if a level has no value of its own, or a value depends on
-            more than the level.
+        `torch.FloatTensor` of shape `(3, 256)`, or `None` if a level has no value of its own, or the sides of views
+            are shorter than 16 pixels.
     """
-    levels = np.arange(LEVELS, dtype=np.uint8)
     width, height = _target(image_processor)
-    if width * height < LEVELS:
+    if min(width, height) < BLOCK:
         return None
-    grid = np.resize(levels, (height, width))  # of the size that the image processor resizes to: it stays as it is
+    # Of the size that the image processor resizes to, so that it stays as it is. Each window of 16 x 16 pixels holds
+    # each level once, so a crop of that size holds all of them.
+    block = np.arange(LEVELS, dtype=np.uint8).reshape(BLOCK, BLOCK)
+    grid = np.tile(block, (math.ceil(height / BLOCK), math.ceil(width / BLOCK)))[:height, :width]
     image = Image.fromarray(np.repeat(grid[:, :, None], 3, axis=2))
-    try:
-        (held,) = _by_image(image_processor, [image], do_rescale=False, do_normalize=False)
-        (values,) = _floats(image_processor, [image])
-    except (TypeError, ValueError, KeyError):  # an image processor of another interface
-        return None
+    (held,) = _by_image(image_processor, [image], do_rescale=False, do_normalize=False)
+    (values,) = _floats(image_processor, [image])
     if held.shape != values.shape or held.dtype != torch.uint8 or values.dtype != torch.float32:
         return None
     table = torch.full((held.shape[-3], LEVELS), torch.nan)
@@ -225,39 +252,33 @@ def find_table(image_processor: Any) -> torch.Tensor | None:
     return table if table.isfinite().all() else None
 
 
-def view_maker(image_processor: Any) -> Callable[[Image.Image], list[Image.Image]] | None:
+def knows(image_processor: Any) -> bool:
+    """Whether [`make_views`] can try the views of an image processor (`BaseImageProcessor`), by its settings."""
+    if type(image_processor).__name__ not in (*RESIZING, PADDING, TILING) or not image_processor.do_resize:
+        return False
+    crop = _crop(image_processor)
+    return {*_size(image_processor)} in ({"shortest_edge"}, FIXED) and (crop is None or {*crop} == FIXED)
+
+
+def make_views(image_processor: Any, image: Image.Image) -> list[Image.Image]:
     """
-    A function that makes the views of an image as an image processor of Pillow does, without its copies.
+    The views of an image as an image processor of Pillow makes them, without its copies.
 
     Args:
-        image_processor (`BaseImageProcessor`): any.
-
-    Returns:
-        `Callable` or `None`: from an image to its views, or `None` for an image processor that is not known here.
+        image_processor (`BaseImageProcessor`): one that [`knows`] does.
+        image (`PIL.Image.Image`): of mode RGB.
     """
-    name, get = type(image_processor).__name__, lambda field: getattr(image_processor, field, None)
-    size, crop = dict(get("size") or {}), dict(get("crop_size") or {}) if get("do_center_crop") else None
-    known = name in (*RESIZING, PADDING, TILING) and get("do_resize")
-    fixed = {"height", "width"}
-    if not known or {*size} not in ({"shortest_edge"}, fixed) or (crop is not None and {*crop} != fixed):
-        return None
-
-    def finish(image: Image.Image) -> Image.Image:
-        resized = image.resize(resized_size(image.size, size), get("resample"))
-        return resized if crop is None else center_crop(resized, crop["width"], crop["height"])
-
+    name, size, crop = type(image_processor).__name__, _size(image_processor), _crop(image_processor)
+    resample = image_processor.resample
+    views = [image]
     if name == TILING:
-        pinpoints = get("image_grid_pinpoints")
-        side = dict(get("crop_size") or size).get("height", size.get("shortest_edge"))
-        whole = _target(image_processor)
-        return lambda image: [
-            finish(view)
-            for view in [image.resize(whole, get("resample")), *tiles(image, pinpoints, side, get("resample"))]
-        ]
-    if name == PADDING and get("do_pad"):
-        colour = tuple(int(mean * 255) for mean in get("image_mean"))
-        return lambda image: [finish(pad_to_square(image, colour))]
-    return lambda image: [finish(image)]
+        side = dict(image_processor.crop_size or size).get("height", size.get("shortest_edge"))
+        views = [image.resize(_target(image_processor), resample)]
+        views += tiles(image, image_processor.image_grid_pinpoints, side, resample)
+    elif name == PADDING and image_processor.do_pad:
+        views = [pad_to_square(image, tuple(int(mean * 255) for mean in image_processor.image_mean))]
+    views = [view.resize(resized_size(view.size, size), resample) for view in views]
+    return views if crop is None else [center_crop(view, crop["width"], crop["height"]) for view in views]
 
 
 def resized_size(size: tuple[int, int], target: dict[str, int]) -> tuple[int, int]:
@@ -305,9 +326,19 @@ def to_tensor(views: Sequence[Image.Image]) -> torch.Tensor:
     return tensor
 
 
+def _size(image_processor: Any) -> dict[str, int]:
+    """What an image processor resizes to, empty if it does not say."""
+    return dict(getattr(image_processor, "size", None) or {})
+
+
+def _crop(image_processor: Any) -> dict[str, int] | None:
+    """What an image processor crops to, `None` if it does not crop."""
+    return dict(image_processor.crop_size or {}) if getattr(image_processor, "do_center_crop", False) else None
+
+
 def _target(image_processor: Any) -> tuple[int, int]:
     """(width, height) of a square-ish image that resizing leaves as it is."""
-    size = dict(getattr(image_processor, "size", None) or {})
+    size = _size(image_processor)
     side = size.get("shortest_edge", 0)
     return size.get("width", side), size.get("height", side)
 
@@ -320,8 +351,10 @@ def _probe(image_processor: Any, width: float, height: float) -> Image.Image:
 
 
 def _floats(image_processor: Any, images: Sequence[Image.Image]) -> list[torch.Tensor]:
-    """The views of images as the image processor gives them, `(num_views, channels, height, width)` for each."""
-    return _by_image(image_processor, images)
+    """The views of images as the image processor gives them, `(num_views, channels, height, width)` for each. Levels
+    that it neither rescales nor normalises are written as floats, which the model takes."""
+    views = _by_image(image_processor, images)
+    return [of_image.float() if of_image.dtype == torch.uint8 else of_image for of_image in views]
 
 
 def _by_image(image_processor: Any, images: Sequence[Image.Image], **options: bool) -> list[torch.Tensor]:

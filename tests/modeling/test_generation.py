@@ -6,7 +6,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from jnana.modeling import CACHE_NAME, JnanaForConditionalGeneration
+from jnana.modeling import CACHE_NAME, JnanaForConditionalGeneration, normalize_pixels
 from tests.modeling.pairs import FAMILIES, IMAGE, greedy_by_hand, join, pictures, text_ids, with_images
 
 
@@ -34,6 +34,16 @@ def test_cached_generation_equals_generation_by_hand(tmp_path, family):
     assert torch.equal(generate(model, ids, images), expected)
     assert torch.equal(generate(model, ids, images, use_cache=False), expected)
     assert not torch.equal(generate(model, ids, images.flip(0)), expected)  # negative control: images matter
+
+
+def test_bytes_and_their_table(model):
+    ids, levels = with_images(text_ids(), NUM_TOKENS), pictures(2).mul(40).add(128).clamp(0, 255).to(torch.uint8)
+    table = torch.linspace(-2, 2, 256).repeat(3, 1)
+    expected = generate(model, ids, normalize_pixels(levels, table))
+    assert torch.equal(generate(model, ids, levels, pixel_table=table), expected)
+    assert not torch.equal(generate(model, ids, levels, pixel_table=-table), expected)  # the control
+    with pytest.raises(ValueError, match="`pixel_values` are bytes"):
+        generate(model, ids, levels)
 
 
 @pytest.mark.parametrize("family", ["phi", "llama", "qwen2"])

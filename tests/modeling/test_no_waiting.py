@@ -144,6 +144,23 @@ def test_any_other_batch_is_checked_once(tmp_path, monkeypatch, kind):
     assert "nonzero" in [name for name, _ in reads_of_a_step(model, batch, monkeypatch)]
 
 
+@pytest.mark.parametrize("kind", ["tokens", "cross_attention", "tiles"])
+def test_levels_that_are_not_normalised_are_floats_for_the_model(tmp_path, kind):
+    """Of an image processor without `do_rescale` and `do_normalize`: bytes with a table, or floats, train alike."""
+    model, processor = make_pair(tmp_path / "pair", kind)
+    processor.image_processor.do_rescale = processor.image_processor.do_normalize = False
+    rows = rows_of(save_pictures(tmp_path / "pictures"))
+    floats = JnanaCollator(processor)(rows)
+    held = JnanaCollator(processor, normalize_on_device=True)(rows)
+    assert floats["pixel_values"].max() > 100 and held["pixel_values"].dtype == torch.uint8
+    losses = [trained(model, "all")(**batch).loss for batch in (floats, held)]
+    assert losses[0].isfinite() and torch.equal(*losses)
+    losses[0].backward()
+    del held["pixel_table"]  # the control
+    with pytest.raises(ValueError, match="`pixel_values` are bytes"):
+        model(**held)
+
+
 def test_positions_that_do_not_fit_the_images_raise(tmp_path):
     model, processor = make_pair(tmp_path / "pair", "tokens")
     batch = JnanaCollator(processor)(rows_of(save_pictures(tmp_path / "pictures")))
@@ -176,7 +193,7 @@ def test_images_normalised_by_the_model(tmp_path, kind):
     brighter = {**batch, "pixel_values": batch["pixel_values"] ^ 1}
     assert not torch.equal(model(**brighter).loss, loss)  # the control
     del batch["pixel_table"]
-    with pytest.raises(ValueError, match="`pixel_values` are bytes. Give them to `forward` with the `pixel_table`"):
+    with pytest.raises(ValueError, match="`pixel_values` are bytes. Give them to `forward` or `generate` with"):
         model(**batch)
 
 

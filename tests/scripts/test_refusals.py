@@ -23,6 +23,19 @@ def no_model(monkeypatch):
     monkeypatch.setattr(run_pretrain, "prepare_text_model", refuse)
 
 
+@pytest.mark.parametrize("script", [run_align, run_sft])
+def test_the_record_names_the_library_that_resizes(no_model, data, vision, pretrained, tmp_path, monkeypatch, script):
+    """torchvision is preferred, and transformers has no such class for this image processor: Pillow resizes."""
+    monkeypatch.setattr("jnana.training.model_setup.is_torchvision_available", lambda: True)
+    monkeypatch.setattr("jnana.processing.image_geometry_jnana.backend_class", lambda name, backend: None)
+    recorded = []
+    real = script.recipe_options
+    monkeypatch.setattr(script, "recipe_options", lambda *given: recorded.append(real(*given)) or recorded[0])
+    with pytest.raises(AssertionError, match="a model was loaded before the check"):
+        script.main(align_options(data, vision, pretrained, output_dir=tmp_path))
+    assert recorded[0]["image_backend"] == "pil"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

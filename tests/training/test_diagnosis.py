@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from jnana.modeling import normalize_pixels
+from jnana.processing.data.encoding import usable_cores
 from jnana.training.diagnosis import DiagnosisCallback, feeding, gradient_norm, watched, with_exchanged_images
 from jnana.training.options.arguments import LoraArguments
 from jnana.training.profiling.speed import Work
@@ -143,6 +144,29 @@ def test_the_workers_that_would_feed_the_steps(workers, processes, waiting, need
     assert (round(found["given"], 1), round(found["wanted"], 1)) == (given, wanted)
     text = feeding(Work(steps=5, samples=50, computing=1, waiting=1), 1, 1)
     assert (text["what"], text["given"], text["wanted"], text["needed"]) == ("conversations", 25, 50, 2)
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(96)), raising=False)
+    monkeypatch.setattr("jnana.processing.data.encoding.CPU_SHARE", Path("/missing"))
+    work = Work(steps=5, images=100, samples=100, computing=1.0, waiting=3.0)
+    assert feeding(work, 2, 1)["cores"] == 96  # not only as many as prepare rows
+    assert usable_cores() == 32
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        with monkeypatch.context() as launched:
+            launched.setenv(name, "8")
+            assert feeding(work, 2, 8)["cores"] == 12
+
+
+@pytest.mark.parametrize(("cores", "raises"), [(2, True), (1, False)])
+def test_workers_are_not_recommended_beyond_the_cores(monkeypatch, cores, raises):
+    monkeypatch.setattr("jnana.training.diagnosis.usable_cores", lambda most: cores)
+    run = Doubles()
+    run.diagnosis.judge_work(Work(steps=50, supervised=1, images=1, computing=1, waiting=1.5), 50, 1)
+    (text,) = run.diagnosis.found
+    assert ("Raise dataloader_num_workers to 2 (this process has 2 cores" in text) == raises
+    assert ("That would take 2 workers a process, and it has 1 cores: keep the features" in text) != raises
+    assert "feature_cache" in text and "store smaller images" in text
 
 
 def test_exchanged_images_of_a_batch_of_bytes():

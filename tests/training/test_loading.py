@@ -264,6 +264,34 @@ def test_the_library_that_resizes_images_is_chosen_once(vision, tmp_path, monkey
         assert ("Pillow resizes them" in caplog.text) == (record == "torchvision" and not installed)
 
 
+@pytest.mark.parametrize("asked", [None, "torchvision"])
+def test_a_library_without_a_class_is_warned_about_where_it_was_asked_for(
+    vision, tmp_path, monkeypatch, caplog, asked
+):
+    """transformers has no torchvision class for this image processor; Pillow resizes, and is what is recorded."""
+    for module in ("training.model_setup", "processing.image_geometry_jnana"):
+        monkeypatch.setattr(f"jnana.{module}.is_torchvision_available", lambda: True)
+    monkeypatch.setattr("jnana.processing.image_geometry_jnana.backend_class", lambda name, backend: None)
+    text = str(save_tiny_text(tmp_path / "text"))
+    args = ModelArguments(vision_model=vision, text_model=text, image_backend=asked)
+    chosen = run_image_backend(args)
+    assert chosen == "torchvision"
+    processor = prepare_processor(args, chosen)
+    assert processor.image_backend == "pil"
+    assert ("there is no such" in caplog.text) == (asked is not None)
+    processor.save_pretrained(tmp_path / "pair")
+    assert json.loads((tmp_path / "pair" / "processor_config.json").read_text())["image_backend"] == "pil"
+
+
+def test_a_machine_that_lacks_the_library_of_the_run_raises(vision, tmp_path, monkeypatch):
+    """The first process chose torchvision; without it Pillow would give this machine other pixels."""
+    monkeypatch.setattr("jnana.training.model_setup.is_torchvision_available", lambda: False)
+    args = ModelArguments(vision_model=vision, text_model=str(save_tiny_text(tmp_path / "text")))
+    assert prepare_processor(args, "pil").image_backend == "pil"
+    with pytest.raises(ValueError, match=r"'torchvision', which can't be imported on .*; install .* on each machine"):
+        prepare_processor(args, "torchvision")
+
+
 # ---------------------------------------------------------------------- chat templates
 
 

@@ -1,5 +1,6 @@
 """Images as bytes: after normalisation the image processor's own pixels, bit for bit, in every geometry and size."""
 
+import json
 import pickle
 
 import numpy as np
@@ -78,7 +79,8 @@ def test_views_are_the_image_processors_own(name):
         ({"size": {"shortest_edge": 30, "longest_edge": 60}, "do_center_crop": True}, False, True),
         ({"do_normalize": False}, True, True),
         ({"rescale_factor": 1 / 127.5}, True, True),
-        ({"do_rescale": False, "do_normalize": False}, False, False),  # bytes that are meant as they are
+        ({"do_rescale": False, "do_normalize": False}, True, True),  # levels, which the model takes as floats
+        ({"do_rescale": False}, True, True),
     ],
 )
 def test_other_settings(changes, direct, as_bytes):
@@ -89,7 +91,77 @@ def test_other_settings(changes, direct, as_bytes):
     for size in SIZES:
         (held,) = views([picture(size)])
         pixels = normalize_pixels(held, views.table) if as_bytes else held
-        assert torch.equal(pixels, stock(image_processor, picture(size)))
+        assert torch.equal(pixels, stock(image_processor, picture(size)).float())
+
+
+@pytest.mark.parametrize(("side", "crop"), [(256, 224), (128, 112), (36, 17), (16, 16)])
+@pytest.mark.parametrize("kind", [BitImageProcessorPil, CLIPImageProcessorPil])
+def test_levels_are_not_lost_by_a_crop(kind, side, crop):
+    """The published settings of DINOv2 are 256 and 224: a crop must hold each level."""
+    image_processor = kind(size={"shortest_edge": side}, crop_size={"height": crop, "width": crop})
+    views = PixelViews(image_processor)
+    assert views.direct and views.table is not None
+    image = picture((side + 40, side + 3))
+    (held,) = views([image])
+    assert torch.equal(normalize_pixels(held, views.table), stock(image_processor, image))
+
+
+def test_the_slow_way_is_logged(caplog):
+    with caplog.at_level("INFO"):
+        PixelViews(PROCESSORS["CLIP"])
+        assert caplog.text == ""
+        PixelViews(CLIPImageProcessorPil(size={"shortest_edge": 15}, crop_size={"height": 15, "width": 15}))
+        assert "CLIPImageProcessorPil makes the floats of images itself" in caplog.text
+        PixelViews(Sharper(size={"shortest_edge": 30}, crop_size=SQUARE))
+        assert "makes the bytes of images itself" in caplog.text
+
+
+class Foreign:
+    """An image processor of another interface: one image, no options."""
+
+    size = SQUARE
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def __call__(self, images, return_tensors=None, **options):
+        if options and self.error is not None:
+            raise self.error
+        return {"pixel_values": torch.zeros(len(images), 3, 30, 30)}
+
+
+@pytest.mark.parametrize("error", [None, AttributeError("x"), RuntimeError("x"), TypeError("x")])
+def test_a_foreign_image_processor_gives_its_floats(error):
+    views = PixelViews(Foreign(error))
+    assert views.table is None and not views.direct
+    assert views([picture((40, 40))])[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize_on_device", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_levels_that_are_not_normalised_train(processor, pictures, normalize_on_device, own):
+    """Of an image processor whose `do_rescale` and `do_normalize` are off, the model takes the floats."""
+    kind = type("OwnImageProcessor", (CLIPImageProcessorPil,), {}) if own else CLIPImageProcessorPil
+    levels = kind(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_rescale=False)
+    levels.do_normalize = False
+    fields = {"patch_size": 12, "num_additional_image_tokens": 1, "chat_template": processor.chat_template}
+    chosen = JnanaProcessor(levels, processor.tokenizer, **fields)
+    image = load_image(pictures / "0.png")
+    (expected,) = torch.unbind(levels(image, return_tensors="pt")["pixel_values"])
+    assert expected.dtype == torch.uint8
+    batch = JnanaCollator(chosen, normalize_on_device=normalize_on_device)([row([pictures / "0.png"])])
+    assert ("pixel_table" in batch) == normalize_on_device
+    table = batch.get("pixel_table")
+    pixels = batch["pixel_values"] if table is None else normalize_pixels(batch["pixel_values"], table)
+    assert pixels.dtype == torch.float32 and torch.equal(pixels[0], expected.float())
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
+    inputs = chosen.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    called = chosen(images=[image], text="<image>?", return_tensors="pt")
+    for given in (inputs, called):
+        assert given["pixel_values"].dtype == torch.float32
+        assert torch.equal(given["pixel_values"][0], expected.float())
+    listed = chosen(images=[image], text="<image>?")["pixel_values"]
+    assert torch.equal(torch.as_tensor(np.asarray(listed[0])), expected.float())
 
 
 class Brighter(CLIPImageProcessorPil):
@@ -175,6 +247,21 @@ def test_tiles_are_not_cut_from_smaller_images(processor):
         JnanaCollator(tiled, jpeg_draft=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"do_resize": False}, {"size": {"longest_edge": 40}, "do_center_crop": False}],
+)
+def test_smaller_decoding_needs_a_known_size(processor, settings):
+    """Without resizing a crop would be cut from a smaller image; an unknown target would be 0 pixels."""
+    chosen = clip_pair(processor)
+    for name, value in settings.items():
+        setattr(chosen.image_processor, name, value)
+    with pytest.raises(ValueError, match=r"jpeg_draft=True, but the image processor has do_resize=.* and size="):
+        PixelImages(chosen, jpeg_draft=True)
+    assert PixelImages(chosen).jpeg_draft is False
+    assert PixelImages(clip_pair(processor), jpeg_draft=True).jpeg_draft
+
+
 # ---------------------------------------------------------------------- Pillow and torchvision
 
 
@@ -210,6 +297,7 @@ def test_the_backend_is_saved_and_found_again(processor, tmp_path, torchvision_d
     image = picture((97, 41))
     assert not torch.equal(stock(pil.image_processor, image), stock(other.image_processor, image))
     for saved in (pil, other):
+        saved.set_image_backend(saved.image_backend)
         saved.save_pretrained(tmp_path / saved.image_backend)
         loaded = JnanaProcessor.from_pretrained(tmp_path / saved.image_backend)
         assert loaded.image_backend == saved.image_backend
@@ -217,6 +305,61 @@ def test_the_backend_is_saved_and_found_again(processor, tmp_path, torchvision_d
     monkeypatch.undo()  # a machine without torchvision
     if not is_torchvision_available():
         assert JnanaProcessor.from_pretrained(tmp_path / "torchvision").image_backend == "pil"
+
+
+def recorded(folder) -> str | None:
+    return json.loads((folder / "processor_config.json").read_text()).get("image_backend")
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="stands for a machine without torchvision")
+def test_a_processor_that_is_saved_again_keeps_its_record(processor, tmp_path):
+    for record in ("torchvision", "pil", None):
+        first, second = (tmp_path / f"{record} {number}" for number in range(2))
+        clip_pair(processor, image_backend=record).save_pretrained(first)
+        loaded = JnanaProcessor.from_pretrained(first)
+        assert loaded.image_backend == "pil"  # here
+        loaded.save_pretrained(second)  # as a merged adapter's
+        assert recorded(first) == recorded(second) == record
+        loaded.set_image_backend("torchvision")  # a training that asks for it, and gets Pillow
+        loaded.save_pretrained(second)
+        assert recorded(second) == "pil"
+
+
+@pytest.mark.parametrize("option", [{"backend": "pil"}, {"use_fast": False}])
+def test_a_backend_that_is_asked_for_outweighs_the_record(processor, tmp_path, torchvision_double, option):
+    clip_pair(processor, image_backend="torchvision").save_pretrained(tmp_path)
+    assert JnanaProcessor.from_pretrained(tmp_path).image_backend == "torchvision"
+    asked = JnanaProcessor.from_pretrained(tmp_path, **option)
+    assert asked.image_backend == "pil"
+    asked.save_pretrained(tmp_path / "again")
+    assert recorded(tmp_path / "again") == "torchvision"  # what the model was trained with has not changed
+
+
+def test_an_unknown_backend_is_named(processor, tmp_path):
+    message = r"image_backend='torchvison' must be one of pil, torchvision; .* processor_config\.json"
+    with pytest.raises(ValueError, match=message):
+        with_image_backend(CLIPImageProcessorPil(), "torchvison")
+    clip_pair(processor, image_backend="pil").save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_backend": "torchvison"}))
+    with pytest.raises(ValueError, match=message):
+        JnanaProcessor.from_pretrained(tmp_path)
+
+
+def test_an_image_processor_of_its_own_is_not_replaced_by_its_name(torchvision_double):
+    """`Sharper` has the name of transformers' class, and other pixels."""
+    own = Sharper(size={"shortest_edge": 30}, crop_size=SQUARE)
+    assert with_image_backend(own, "torchvision") is own
+    stock_one = CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size=SQUARE)
+    assert type(with_image_backend(stock_one, "torchvision")) is CLIPImageProcessor  # the control
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "mlx"])
+@pytest.mark.skipif(is_torchvision_available(), reason="stands for a machine without torchvision")
+def test_a_geometry_without_a_class_is_an_error_that_says_so(backend):
+    own = type("Own", (CLIPImageProcessorPil,), {"backend": backend})(size={"shortest_edge": 30}, crop_size=SQUARE)
+    with pytest.raises(ValueError, match=f"Own resizes with '{backend}', for which transformers has no LlavaImage"):
+        set_image_geometry(own, "pad")
 
 
 def test_a_geometry_keeps_the_backend(processor, torchvision_double):

@@ -13,11 +13,12 @@ files: README.md, app.py, requirements.txt and the wheel of this package (docs/a
 
 import argparse
 import sys
+import tempfile
 
 from jnana.processing.data.paths import is_hub_id
 from jnana.training.console import log_to_stdout
 from jnana.training.sharing import push_folder
-from jnana.training.space import push_space
+from jnana.training.space import check_space, upload_space, write_space
 
 
 def main(argv: list[str]) -> None:
@@ -39,12 +40,18 @@ def main(argv: list[str]) -> None:
         for name, value in (("repo_id", model_id), ("--space", options.space)):
             if not is_hub_id(value) or value.count("/") != 1:
                 raise ValueError(f"{name} {value!r} is not an id on the Hub; a Space needs NAME/MODEL and NAME/SPACE")
+        if options.revision is not None:
+            raise ValueError("--revision can't be combined with --space, whose page shows the main branch; push twice")
     elif options.wheel is not None:
         raise ValueError("--wheel is for a Space; give --space NAME/SPACE too")
-    if options.repo_id is not None:
-        model_id = push_folder(options.folder, options.repo_id, private=options.private, revision=options.revision)
-    if options.space is not None:
-        push_space(options.space, model_id, private=options.private, wheel=options.wheel)
+    with tempfile.TemporaryDirectory(prefix="jnana-space-") as folder:
+        if options.space is not None:  # what can fail for the Space fails before the model is uploaded
+            names = write_space(folder, model_id, options.space.split("/")[-1], options.wheel)
+            check_space(options.space, model_id, pushed=options.repo_id is not None, private=options.private)
+        if options.repo_id is not None:
+            model_id = push_folder(options.folder, options.repo_id, private=options.private, revision=options.revision)
+        if options.space is not None:
+            upload_space(folder, names, options.space, model_id, private=options.private)
 
 
 if __name__ == "__main__":

@@ -91,16 +91,17 @@ def check_published(folder: str | Path) -> None:
                 raise ValueError(f"{where} names {path!r}, a directory of this machine; remove it before sharing")
 
 
-def local_path_in(text: str, folder: Path) -> str | None:
+def local_path_in(text: str, folder: Path, others: bool = True) -> str | None:
     """The first path in `text` that lies in a directory of this machine.
 
-    These are home, the working directory, `folder`, and every existing directory of at least two levels (`/x/y`).
+    These are home, the working directory, `folder`, and with `others` every existing directory of at least two levels
+    (`/x/y`; code names `/proc/self` and the like).
     """
     homes = {path for path in (Path.home(), Path.cwd(), folder) if len(path.parts) > 1}
     for found in re.findall(r"(?:~|[A-Za-z]:)?[/\\][\w.\-/\\]*[\w\-]", text):
         candidate = Path(found).expanduser()
         for path in (candidate, *candidate.parents):
-            if path in homes or (path.is_absolute() and len(path.parts) > 2 and path.exists()):
+            if path in homes or (others and path.is_absolute() and len(path.parts) > 2 and path.exists()):
                 return str(candidate)
     return None
 
@@ -156,6 +157,15 @@ def check_push(args: TrainingArguments, reference: dict[str, Any] | None = None)
         check_base_is_shared(names, "push_to_hub is true, but the adapter would need")
 
 
+def check_private(repo_id: str, is_private: bool | None, wanted: bool | None) -> None:
+    """Raise a `ValueError` if a repository is public and a private one is wanted: a push doesn't change that."""
+    if wanted and is_private is False:
+        raise ValueError(
+            f"{repo_id!r} exists and is public, and a private one was asked for; make it private in its settings on "
+            "the Hub, or give another name"
+        )
+
+
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -177,12 +187,14 @@ def push_folder(
         `str`: The repository's id.
 
     Raises:
-        ValueError: as [`published_files`] and [`check_published`].
+        ValueError: as [`published_files`], [`check_published`] and [`check_private`].
     """
     check_published(folder)
     names = [file.name for file in published_files(folder)]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private:
+        check_private(repo_id, api.model_info(repo_id).private, private)
     if (Path(folder) / "README.md").is_file():
         set_name_in_usage(Path(folder) / "README.md", repo_id)
     api.upload_folder(

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 
 import trl
+from accelerate import PartialState
 from datasets import Dataset, Features, Image, List, Value
 
 from jnana import load_model
-from jnana.modeling import available_device
 from jnana.training.adapters import adapter_reference, complete_adapter_folder
 
 
@@ -32,11 +32,10 @@ parser.add_argument("--learning_rate", type=float, default=5e-6)
 parser.add_argument("--beta", type=float, default=0.1, help="how strongly the policy is held to the reference")
 args = parser.parse_args()
 
-# 1. The adapter, which trains on (its projector, too), around its frozen base
-device = available_device()
-model, processor = load_model(args.adapter, trainable_adapter=True, device_map={"": device})
+if Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
+    parser.error(f"output_dir {args.output_dir!r} is not empty; give a new directory")
 
-# 2. The pairs in TRL's columns: images are opened when their batch is made
+# 1. The pairs in TRL's columns: images are opened when their batch is made
 records = json.loads(Path(args.preferences).read_text(encoding="utf-8"))
 turns = {"prompt": ("user", "question"), "chosen": ("assistant", "chosen"), "rejected": ("assistant", "rejected")}
 columns = {
@@ -45,6 +44,10 @@ columns = {
 columns["images"] = [[str(Path(args.image_folder) / record["image"])] for record in records]
 message = List({"role": Value("string"), "content": Value("string")})
 data = Dataset.from_dict(columns, Features({**dict.fromkeys(turns, message), "images": List(Image())}))
+
+# 2. The adapter, which trains on (its projector, too), around its frozen base
+device = PartialState().device  # of this process
+model, processor = load_model(args.adapter, trainable_adapter=True, device_map={"": device})
 
 # 3. Training. TRL copies the adapter under the name `ref` and never changes the copy
 settings = trl.DPOConfig(

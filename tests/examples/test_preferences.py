@@ -116,3 +116,20 @@ def test_what_a_pair_costs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(trl.DPOTrainer, "training_step", counted)
     train(folder, monkeypatch, tmp_path / "dpo", "--batch_size", "4")
     assert sum(seen) == 4 * 4
+
+
+def test_a_directory_that_is_not_empty(folder, tmp_path, monkeypatch, capsys):
+    """Refused before a model is loaded; nothing in it changes."""
+    (tmp_path / "kept.txt").write_text("kept")
+    with pytest.raises(SystemExit):
+        train(folder, monkeypatch, tmp_path)
+    assert "is not empty; give a new directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_the_data_is_read_before_the_model(folder, tmp_path, monkeypatch):
+    """A mistyped file of pairs raises though the adapter is missing, too."""
+    command = [SCRIPT, tmp_path / "no_adapter", tmp_path / "nowhere.json", tmp_path / "dpo"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -56,6 +56,20 @@ def test_align_pushes_at_its_end(data, vision, pretrained, tmp_path, uploads):
     }
 
 
+def test_a_public_repository_is_not_made_private(tuned, monkeypatch, uploads):
+    """`--private` onto an existing public repository raises before the upload; onto a private one it uploads."""
+    for private in (False, True):
+        info = type("Info", (), {"private": private})
+        monkeypatch.setattr(HfApi, "model_info", lambda self, name, info=info: info)
+        arguments = [str(tuned / "merged"), "someone/name", "--private"]
+        if private:
+            run_push.main(arguments)
+        else:
+            with pytest.raises(ValueError, match="'me/model' exists and is public, and a private one was asked for"):
+                run_push.main(arguments)
+        assert len(uploads) == private
+
+
 def test_a_checkpoint_that_shares_its_frozen_weights(aligned):
     """All of its weights are uploaded, and nothing that only training reads."""
     folder = aligned / "checkpoint-4"

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import types
 import urllib.request
 import zipfile
 from importlib import metadata
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -170,6 +174,8 @@ class TestRefused:
             (["./outputs/sft", "--space", SPACE], r"repo_id '\./outputs/sft' is not an id on the Hub"),
             (["sft", MODEL, "--space", "chat"], "--space 'chat' is not an id on the Hub; a Space needs NAME/MODEL"),
             (["sft", MODEL, "--wheel", "x.whl"], "--wheel is for a Space"),
+            (["sft", MODEL, "--space", SPACE, "--revision", "b"], "--revision can't be combined with --space"),
+            (["sft", MODEL, "--space", SPACE, "--wheel", "nowhere.whl"], "--wheel 'nowhere.whl' does not exist"),
             ([MODEL, "--space", SPACE, "--wheel", "nowhere.whl"], "--wheel 'nowhere.whl' does not exist"),
         ],
     )
@@ -200,8 +206,93 @@ class TestRefused:
     def test_a_path_of_this_machine(self, tmp_path, monkeypatch):
         monkeypatch.setattr(space, "build_wheel", lambda folder: tmp_path / "jnana.whl")
         monkeypatch.setattr(space, "requirements_of", lambda wheel: [])
+        monkeypatch.setattr(space, "check_wheel", lambda wheel: None)
         with pytest.raises(ValueError, match=r"README.md of the Space names .* a directory of this machine"):
             space.write_space(tmp_path, str(tmp_path), "chat")
+
+
+def test_the_wheel_holds_only_what_git_tracks(tmp_path, monkeypatch):
+    """A private recipe, a picture and a script that were never added stay here; what is no clone raises."""
+    clone = tmp_path / "clone"
+    files = [name for name in space.tracked_files(ROOT) if not name.startswith("tests/")]
+    for name in files:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    monkeypatch.setattr(space.jnana, "__file__", str(clone / "jnana" / "__init__.py"))
+    (tmp_path / "wheel").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    with pytest.raises(ValueError, match="uploads only files that git tracks.* --wheel"):
+        space.build_wheel(tmp_path / "wheel")
+    for command in (["init", "--quiet"], ["add", "--force", "."]):
+        subprocess.run(["git", *command], cwd=clone, check=True)
+    for name in ("recipes/private.yaml", "chat/examples/private.png", "run_private.py"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text("secret: 1\n" if name.endswith("yaml") else "secret = 1\n")
+    with zipfile.ZipFile(space.build_wheel(tmp_path / "wheel")) as archive:
+        names = archive.namelist()
+    assert "jnana/run_sft.py" in names and [name for name in names if "private" in name] == []
+
+
+def test_a_path_in_the_wheel(tmp_path):
+    """A text of the wheel that names the clone is refused; `/proc` and the like are no directories of a person."""
+    for text, refused in ((f"x = '{ROOT}/data'", True), ("x = '/proc/self/status'", False)):
+        wheel = tmp_path / "jnana-1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("jnana/x.py", text)
+        if refused:
+            with pytest.raises(ValueError, match="jnana/x.py in jnana-1-py3-none-any.whl names .*; remove it"):
+                space.check_wheel(wheel)
+        else:
+            space.check_wheel(wheel)
+
+
+class TestWhatIsOnTheHub:
+    """Existing repositories (`None`: missing): what --space refuses before anything is uploaded."""
+
+    @pytest.fixture
+    def order(self, monkeypatch):
+        done: list[str] = []
+        monkeypatch.setattr(run_push, "write_space", lambda *arguments: done.append("write") or ["app.py"])
+        monkeypatch.setattr(run_push, "push_folder", lambda folder, name, **options: done.append("model") or name)
+        monkeypatch.setattr(run_push, "upload_space", lambda *arguments, **options: done.append("space"))
+        return done
+
+    @staticmethod
+    def hub(monkeypatch, model, page, files=("jnana-0.1-py3-none-any.whl",)):
+        def info(private, name):
+            if private is None:
+                response = types.SimpleNamespace(headers={}, request=None, status_code=404)
+                raise RepositoryNotFoundError(name, response=response)
+            return types.SimpleNamespace(
+                private=private, siblings=[types.SimpleNamespace(rfilename=file) for file in files]
+            )
+
+        monkeypatch.setattr(HfApi, "model_info", lambda self, name: info(model, name))
+        monkeypatch.setattr(HfApi, "space_info", lambda self, name: info(page, name))
+
+    @pytest.mark.parametrize(
+        "arguments, model, page, files, message",
+        [
+            ([MODEL], None, None, (), f"there is no model '{MODEL}' on the Hub"),
+            (["sft", MODEL], None, False, ("app.py",), r"exists and holds no jnana-\*\.whl"),
+            (["sft", MODEL, "--private"], None, False, ("jnana-0.1-py3-none-any.whl",), "exists and is public"),
+            ([MODEL], True, None, (), "is private and the Space .* would show it to everyone; give --private"),
+        ],
+    )
+    def test_refused(self, order, monkeypatch, arguments, model, page, files, message):
+        self.hub(monkeypatch, model, page, files)
+        with pytest.raises(ValueError, match=message):
+            run_push.main([*arguments, "--space", SPACE])
+        assert order == ["write"]
+
+    @pytest.mark.parametrize(
+        "arguments, model, page",
+        [(["sft", MODEL], None, None), (["sft", MODEL], False, False), (["sft", MODEL, "--private"], True, None)],
+    )
+    def test_the_model_is_uploaded_after_the_files_are_written(self, order, monkeypatch, arguments, model, page):
+        self.hub(monkeypatch, model, page)
+        run_push.main([*arguments, "--space", SPACE])
+        assert order == ["write", "model", "space"]
 
 
 def test_the_page_in_the_docs_names_the_files():

@@ -5,6 +5,7 @@ The three and the names of their inputs and outputs are those that transformers.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -27,9 +28,13 @@ from .refusals import NEAREST_AS_IT_IS, check_projector, refuse
 logger = logging.getLogger(__name__)
 
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
+GRAPHS = (VISION, EMBEDDING, DECODER)
 FOLDER = "onnx"  # where transformers.js looks for graphs
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TEXT_FAMILIES = ("gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+CHANGING_ROPES = ("dynamic", "longrope")  # their frequencies depend on the length
+PLAIN_SETTINGS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
+PLAIN_SETTINGS |= {"bad_words_ids": None, "num_beams": 1}
 OPSET = 18
 EXTERNAL_BYTES = 1_900_000_000  # a file of more than 2 GB is no valid graph: its weights lie beside it
 
@@ -44,19 +49,29 @@ def require_onnx() -> None:
         )
 
 
-def check_fits_onnx(config: JnanaConfig, distill: bool = False) -> None:
+def check_fits_onnx(
+    config: JnanaConfig, distill: bool = False, dtype: str | None = None, double_linear: bool = False
+) -> None:
     """
     Refuse what transformers.js's class for LLaVA has no place for.
 
     Args:
         config ([`JnanaConfig`]): The model's.
         distill (`bool`): Whether a `resblock` projector shall be replaced, for which there is no reason here.
+        dtype (`str`, *optional*): The asked dtype of the weights; graphs have float32 alone.
+        double_linear (`bool`): Whether a `linear` projector shall be doubled, for which there is no reason here.
 
     Raises:
         ValueError: With the reason, and the nearest way to go.
     """
     if distill:
         refuse("distill is for formats without residual blocks, and a graph holds any projector", "leave distill out")
+    if dtype not in (None, "float32"):
+        refuse(f"the graphs are in float32 and dtype {dtype!r} was asked for", "leave dtype out")
+    if double_linear:
+        refuse(
+            "double_linear is for formats without linear projectors, and a graph holds any", "leave double_linear out"
+        )
     check_projector(config, "transformers.js", distill=config.projector_type == "resblock")
     text = config.text_config
     if config.image_grid_pinpoints is not None:
@@ -69,8 +84,26 @@ def check_fits_onnx(config: JnanaConfig, distill: bool = False) -> None:
             f"language models of type {text.model_type!r} were not tried (but {', '.join(TEXT_FAMILIES)})",
             NEAREST_AS_IT_IS,
         )
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type in CHANGING_ROPES:
+        refuse(
+            f"the positions of its language model (rope_type {rope_type!r}) change with the length of a text, and a "
+            "graph is traced at one length",
+            NEAREST_AS_IT_IS,
+        )
     if len(set(getattr(text, "layer_types", None) or ["full_attention"])) > 1:
         refuse("some layers of its language model have a sliding window and others have none", NEAREST_AS_IT_IS)
+
+
+def check_generation(settings: GenerationConfig) -> None:
+    """Refuse settings that change greedy answers, which the comparison with the graphs does not compute."""
+    found = [name for name, plain in PLAIN_SETTINGS.items() if getattr(settings, name, None) not in (None, plain)]
+    if found:
+        refuse(
+            f"its generation_config.json sets {', '.join(found)}, and answers of the graphs are compared without",
+            f"take {', '.join(found)} out of generation_config.json, and give them where answers are generated",
+        )
 
 
 class VisionEncoder(nn.Module):
@@ -173,6 +206,42 @@ def write_graph(
             external_data=bytes_of_weights > EXTERNAL_BYTES,
             verbose=False,
         )
+    if Path(f"{file}.data").exists():
+        rename_weights(file)
+
+
+def rename_weights(file: Path) -> None:
+    """Call the weights beside a graph `NAME.onnx_data`, as transformers.js does."""
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"{file.name}_data"
+    onnx.save(graph, str(file))
+    Path(f"{file}.data").rename(f"{file}_data")
+
+
+def add_rows(model: Any, processor: JnanaProcessor) -> None:
+    """Rows of zeros for an image or padding token beyond the vocabulary; their tokens are never generated."""
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    rows = embedding.weight.shape[0]
+    needed = max(processor.image_token_id, processor.tokenizer.pad_token_id or 0) + 1
+    if needed <= rows:
+        return
+    tied = head.weight is embedding.weight
+
+    def longer(tensor: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(torch.cat([tensor.detach(), tensor.new_zeros(needed - rows, *tensor.shape[1:])]))
+
+    embedding.weight, embedding.num_embeddings = longer(embedding.weight), needed
+    head.weight, head.out_features = embedding.weight if tied else longer(head.weight), needed
+    if head.bias is not None:
+        head.bias = longer(head.bias)
+    model.config.text_config.vocab_size = needed
+    settings = model.generation_config
+    settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *range(rows, needed)})
 
 
 def write_onnx_folder(folder: Path, model: Any, processor: JnanaProcessor) -> None:
@@ -188,6 +257,7 @@ def write_onnx_folder(folder: Path, model: Any, processor: JnanaProcessor) -> No
     (folder / FOLDER).mkdir(parents=True)
     model.set_attn_implementation("eager")  # plain products, which every runtime has
     model = model.cpu()
+    add_rows(model, processor)
     layers, width = config.text_config.num_hidden_layers, config.text_config.hidden_size
     pixels = torch.zeros(2, config.vision_config.num_channels, *config.image_height_and_width)
     write_graph(
@@ -201,7 +271,7 @@ def write_onnx_folder(folder: Path, model: Any, processor: JnanaProcessor) -> No
     ids = torch.zeros(2, 3, dtype=torch.long)
     write_graph(
         folder / FOLDER / f"{EMBEDDING}.onnx",
-        model.get_input_embeddings(),
+        torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.detach()),
         (ids,),
         ({0: auto, 1: auto},),
         ["input_ids"],
@@ -226,14 +296,30 @@ def write_onnx_folder(folder: Path, model: Any, processor: JnanaProcessor) -> No
     stock.architectures = ["LlavaForConditionalGeneration"]
     stock.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    counting_processor(config, processor).save_pretrained(folder)
+    stock_of_processor = counting_processor(config, processor)
+    stock_of_processor.save_pretrained(folder)
+    stock_of_processor.image_processor.save_pretrained(folder)
+    add_fields(folder / "preprocessor_config.json", processor_class="LlavaProcessor")
+    add_fields(folder / "tokenizer_config.json", chat_template=stock_of_processor.chat_template)
+    beside = {name: True for name in GRAPHS if (folder / FOLDER / f"{name}.onnx_data").exists()}
+    settings = {"dtype": "fp32", **({"use_external_data_format": beside} if beside else {})}
+    add_fields(folder / "config.json", **{"transformers.js_config": settings})
+
+
+def add_fields(file: Path, **fields: Any) -> None:
+    """Set fields of a JSON file that transformers wrote."""
+    values = json.loads(file.read_text(encoding="utf-8")) | fields
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def counting_processor(config: JnanaConfig, processor: JnanaProcessor) -> LlavaProcessor:
     """LLaVA's processor, which counts as many tokens an image as the vision encoder gives vectors."""
     stock = processor_of(LlavaProcessor, config, processor)
-    if config.vision_feature_select_strategy == "default":  # it takes one off, whatever the tower puts before
-        stock.num_additional_image_tokens, stock.vision_feature_select_strategy = 1, "default"
+    height, width = config.image_height_and_width
+    patch = config.vision_config.patch_size
+    # transformers.js adds the additional ones and, unlike transformers, takes none off for `default`
+    stock.num_additional_image_tokens = config.image_seq_length - (height // patch) * (width // patch)
+    stock.vision_feature_select_strategy = "full"
     return stock
 
 
@@ -247,7 +333,7 @@ def load_sessions(folder: Path) -> dict[str, Any]:
         name: onnxruntime.InferenceSession(
             str(folder / FOLDER / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        for name in (VISION, EMBEDDING, DECODER)
+        for name in GRAPHS
     }
 
 
@@ -269,7 +355,7 @@ def answering_by_graphs(
         """The embeddings of a prompt, image vectors in the places of the image tokens."""
         ids = inputs["input_ids"].numpy()
         images = ids == config.image_token_id
-        embeds = embed(np.where(images, 0, ids))
+        embeds = embed(ids)
         if "pixel_values" in inputs:
             features = sessions[VISION].run(None, {"pixel_values": inputs["pixel_values"].numpy()})[0]
             embeds[images] = features.reshape(-1, features.shape[-1])

@@ -31,7 +31,14 @@ from .llama_cpp import (
 )
 from .llava import build_stock, check_fits_llava, check_head, load_stock, stock_processor
 from .mmproj import MmprojEncoder, write_mmproj
-from .onnx_graphs import answering_by_graphs, check_fits_onnx, load_sessions, require_onnx, write_onnx_folder
+from .onnx_graphs import (
+    answering_by_graphs,
+    check_fits_onnx,
+    check_generation,
+    load_sessions,
+    require_onnx,
+    write_onnx_folder,
+)
 from .refusals import refuse
 
 
@@ -101,7 +108,7 @@ def export_model(
         check_fits_llama_cpp(config, options.distill)
     else:
         require_onnx()
-        check_fits_onnx(config, options.distill)
+        check_fits_onnx(config, options.distill, options.dtype, options.double_linear)
     chats = probe_chats() if chats is None else chats
     target.parent.mkdir(parents=True, exist_ok=True)
     dtype = options.dtype or (None if options.to == "llava" else "float32")
@@ -111,6 +118,9 @@ def export_model(
         model, processor = load_whole(path, Path(scratch) / "merged", dtype)
         if options.to == "llava":
             check_head(model)
+        elif options.to == "onnx":
+            check_generation(model.generation_config)
+            model.float()
         else:  # weights rounded to 16 bits are compared in the 32 bits that mmproj.gguf has
             model.float()
         before = ask(answering(model, processor, processor, options.max_new_tokens), chats)

@@ -30,6 +30,7 @@ CASES = {
     "qwen2, tied": {"text": "qwen2", "projector_type": "linear"},
     "qwen3": {"text": "qwen3", "projector_layer_norm": True},
     "gpt_neox": {"text": "gpt_neox", "vision": "dinov2", "vision_feature_layer": -1},
+    "image token beyond the vocabulary": {"text": "llama", "text_vocab_size": 300},
     "phi3": {"text": "phi3", "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, 1]},
 }
 needs_packages = pytest.mark.skipif(
@@ -64,7 +65,7 @@ def test_the_graphs_answer_as_the_model_does(exported):
 @needs_packages
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case] is not PHI])
 def test_every_family(tmp_path, case):
-    if case != "mistral with a window" and not EVERY_FAMILY:
+    if case not in ("mistral with a window", "image token beyond the vocabulary") and not EVERY_FAMILY:
         pytest.skip("JNANA_ONNX=1 exports every family, ten seconds and more each")
     agreement = export_model(save(tmp_path, **CASES[case]), tmp_path / "out", ONNX)
     assert agreement.max_logit_difference < 1e-4 and agreement.same_answers == agreement.answers
@@ -93,6 +94,23 @@ def test_the_files_and_the_names_that_transformers_js_asks_for(exported):
     for graph, (inputs, outputs) in names.items():
         assert [value.name for value in sessions[graph].get_inputs()] == inputs
         assert [value.name for value in sessions[graph].get_outputs()] == outputs
+
+
+@needs_packages
+def test_what_transformers_js_reads(exported):
+    """Its five reads, repeated: processor, count of image tokens, template, dtype, weights beside a graph."""
+    path, out, _ = exported
+    read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*.json")}
+    pixels, counts = read["preprocessor_config"], read["processor_config"]
+    assert pixels["processor_class"] == "LlavaProcessor" and pixels["image_processor_type"]
+    model, processor = load_model(path)
+    (side, _), patch = model.config.image_height_and_width, counts["patch_size"]
+    ids = encode(processor, probe_chats()[0])["input_ids"]
+    images = int((ids == processor.image_token_id).sum())
+    assert (side // patch) ** 2 + counts["num_additional_image_tokens"] == images > 0
+    assert counts["vision_feature_select_strategy"] == "full"
+    assert read["tokenizer_config"]["chat_template"] == processor.chat_template
+    assert read["config"]["transformers.js_config"] == {"dtype": "fp32"}  # no weights beside these graphs
 
 
 @needs_packages
@@ -195,7 +213,7 @@ def test_weights_beside_a_large_graph(exported, tmp_path, monkeypatch):
         ["input_ids"],
         ["inputs_embeds"],
     )
-    assert len(list(tmp_path.iterdir())) == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"embed_tokens.onnx", "embed_tokens.onnx_data"}
     assert (tmp_path / "embed_tokens.onnx").stat().st_size < model.get_input_embeddings().weight.numel()
     session = onnxruntime.InferenceSession(str(tmp_path / "embed_tokens.onnx"))
     ids = np.array([[5, 7, 9, 11]])
@@ -206,6 +224,10 @@ def test_weights_beside_a_large_graph(exported, tmp_path, monkeypatch):
 REFUSED = {
     "pooled": ({"vision_feature_select_strategy": "pooled", "vision": "clip_full"}, "is 'pooled'"),
     "pixel_shuffle": ({"projector_type": "pixel_shuffle"}, "joins neighbouring patches"),
+    "rope": (
+        {"text_rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type 'dynamic'",
+    ),
     "tiles": ({"geometry": "anyres"}, "cuts images into tiles.*--to llava"),
 }
 
@@ -224,6 +246,24 @@ def test_distilling_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path, projector_type="resblock")
     with pytest.raises(ValueError, match="a graph holds any projector. Nearest: leave distill out"):
         export_model(path, tmp_path / "out", ExportOptions("onnx", distill=True))
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"double_linear": True}])
+def test_options_of_other_formats_are_refused(tmp_path, options, monkeypatch):
+    monkeypatch.setattr("jnana.export.run.require_onnx", lambda: None)
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.*Nearest: leave {next(iter(options))} out"):
+        export_model(save(tmp_path), tmp_path / "out", ExportOptions("onnx", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_change_greedy_answers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jnana.export.run.require_onnx", lambda: None)
+    path = save(tmp_path)
+    file = Path(path) / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.3}))
+    with pytest.raises(ValueError, match="sets repetition_penalty"):
+        export_model(path, tmp_path / "out", ONNX)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_packages(tmp_path, monkeypatch):

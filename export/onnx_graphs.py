@@ -33,8 +33,8 @@ FOLDER = "onnx"  # where transformers.js looks for graphs
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TEXT_FAMILIES = ("gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
 CHANGING_ROPES = ("dynamic", "longrope")  # their frequencies depend on the length
-PLAIN_SETTINGS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0}
-PLAIN_SETTINGS |= {"bad_words_ids": None, "num_beams": 1}
+PLAIN_SETTINGS: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+PLAIN_SETTINGS |= {"min_new_tokens": 0, "bad_words_ids": None, "num_beams": 1}
 OPSET = 18
 EXTERNAL_BYTES = 1_900_000_000  # a file of more than 2 GB is no valid graph: its weights lie beside it
 

@@ -96,10 +96,14 @@ def source_key(files: Iterable[Path]) -> dict[str, Any]:
 
 
 def processor_key(processor: JnanaProcessor) -> dict[str, str]:
-    """The SHA-256 of each file that the processor is saved as: tokenizer, chat template, image processor, code."""
+    """
+    The SHA-256 of each file that the processor is saved as: tokenizer, chat template, image processor, code; and the
+    library that resizes images, which is saved only where training chose it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
-        return {path.name: digest_of(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+        files = {path.name: digest_of(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {**files, "image_backend": processor.image_backend}
 
 
 def code_key() -> dict[str, str]:

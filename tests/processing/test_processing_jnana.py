@@ -77,10 +77,12 @@ def test_a_saved_folder_loads_in_a_fresh_interpreter_and_saves_again(processor, 
 
 
 def test_copied_code_imports_nothing_of_this_project():
-    """Remote code is read as text: relative imports of neighbours, torch, transformers and the standard library only."""
+    """Remote code is read as text: relative imports of neighbours, torch, transformers, the standard library."""
     folder = Path(__file__).parents[2] / "processing"
     neighbours = ("chat_encoding_jnana", "chat_formats_jnana", "image_geometry_jnana")
-    allowed = {"collections", "re", "functools", "typing", "pathlib", "torch", "transformers"} | {f".{n}" for n in neighbours}
+    allowed = {"collections", "re", "functools", "typing", "pathlib", "torch", "transformers"} | {
+        f".{n}" for n in neighbours
+    }
     for name in ("processing_jnana.py", *(f"{neighbour}.py" for neighbour in neighbours)):
         modules = {
             line.split()[1].split(".")[0] if not line.split()[1].startswith(".") else line.split()[1]

@@ -1,8 +1,8 @@
 """For ONNX Runtime and transformers.js: vision encoder, embedding, and decoder with its cache, a graph each.
 
 The three and the names of their inputs and outputs are those that transformers.js asks for where `config.json` has the
-`model_type` `llava`. The projector (`linear`, `mlp` or `resblock`) is inside the vision encoder, and the bias of a head
-inside the decoder.
+`model_type` `llava`. The projector (`linear`, `mlp` or `resblock`) is inside the vision encoder, the bias of a head in
+the decoder.
 """
 
 import contextlib

@@ -42,8 +42,8 @@ def serving(folder: Path):
         wait_for(port, process)
         yield port
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()  # asked to end, it may wait for open connections
+        process.wait()
 
 
 def environment() -> dict[str, str]:

@@ -31,7 +31,7 @@ for name in {MODULES!r}:
     sys.modules[name] = None
 for folder in ("modeling", "processing", "training", "evaluation"):
     for file in sorted(Path(folder).rglob("*.py")):
-        if file.stem not in ("__init__", "worker", "worker_guard"):  # those two are scripts of WhisperX's environment
+        if file.stem not in ("__init__", "worker", "worker_guard", "lmms_eval_model"):  # imported by other programs
             importlib.import_module(".".join(("jnana", *file.with_suffix("").parts)))
 for file in sorted(Path().glob("run_*.py")):
     importlib.import_module(f"jnana.{{file.stem}}")

@@ -19,7 +19,7 @@ from jnana.processing.data import (
 )
 from jnana.processing.data.preparation import StreamReaders
 
-from .distributed import once_per_machine, run_once_per_machine
+from .distributed import once_per_machine, run_once_per_machine, several_processes
 from .options.arguments import DataArguments, TextDataArguments, TextModelArguments
 from .options.sources import is_list, mixture_names, sources_of
 from .text_models import prepare_tokenizer
@@ -73,7 +73,7 @@ def load_conversations(
     state = PartialState()
     readers = StreamReaders(state.process_index, state.num_processes, num_workers)
     options = replace(options, endless=not evaluation, readers=readers, epochs=epochs)
-    once = run_once_per_machine if state.num_processes > 1 else None
+    once = run_once_per_machine if several_processes() else None
     if evaluation and is_list(args.eval_data):
         return {each.name: prepare([each], processor, options, once) for each in sources}
     return prepare(sources, processor, options, once)

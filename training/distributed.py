@@ -58,10 +58,15 @@ class ProcessGroup:
         self.gather(None)
 
 
+def several_processes() -> bool:
+    """Whether torch.distributed runs with more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[ProcessGroup]:
     """A [`ProcessGroup`] of all processes; every process must enter and leave it."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several_processes():
         yield ProcessGroup()
         return
     handle = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)

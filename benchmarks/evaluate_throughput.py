@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe_machine, synchronize, write_result
+from benchmarks.answering import measure_cases
+from benchmarks.machine import synchronize
 from benchmarks.throughput_report import spread
 from benchmarks.workloads import SCALES, make_images, make_models, make_processor, words
 from jnana.evaluation import QuestionSet, answer_questions
@@ -138,29 +139,8 @@ def table(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=sorted(SCALES), default="small")
-    parser.add_argument("--image_tokens", type=int, nargs="+", help="default: all of the scale without tiles")
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file for the result; default: none is written")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = parse_arguments(argv)
-    device = torch.device(arguments.device)
-    result: dict[str, Any] = {"machine": describe_machine(device), "scale": arguments.scale, "cases": []}
-    scale = SCALES[arguments.scale]
-    for tokens in arguments.image_tokens or sorted(set(scale.text) - {scale.tiles}):
-        result["cases"].append(measure(arguments, tokens, device))
-        print(table(result["cases"][-1]), flush=True)
-    result["load_average_at_the_end"] = describe_machine(device)["load_average"]
-    if arguments.output is not None:
-        write_result(result, arguments.output)
-    return result
+    return measure_cases(argv, __doc__, {"images": 4, "rounds": 7}, measure, table)
 
 
 if __name__ == "__main__":

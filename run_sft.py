@@ -31,7 +31,7 @@ from jnana.training.adapters import (
     quantization_settings,
     with_fingerprints,
 )
-from jnana.training.data import load_conversations
+from jnana.training.data import load_training_data
 from jnana.training.distributed import main_process_first, run_on_main_process
 from jnana.training.model_setup import frozen_dtype, prepare_model, prepare_processor, run_image_backend
 from jnana.training.monitoring import evaluation_hooks, monitoring_callbacks
@@ -82,11 +82,7 @@ def main(argv: list[str]) -> None:
 
     # 4. Data: the first process prepares and checks them, the others read what it cached
     limit_to_context(data_args, model_args)
-    where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
-    where["num_workers"] = training_args.dataloader_num_workers
-    epochs = None if training_args.max_steps > 0 else training_args.num_train_epochs
-    train_rows = load_conversations(data_args, processor, seed=training_args.seed, epochs=epochs, **where)
-    eval_rows = load_conversations(data_args, processor, evaluation=True, **where)
+    train_rows, eval_rows = load_training_data(data_args, training_args, processor)
 
     # 5. Model: the projector trains, and the language model by an adapter or whole; perhaps the tower, too. Its memory
     # is forecast before weights are read

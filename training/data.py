@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import (
@@ -27,6 +27,30 @@ from .text_models import prepare_tokenizer
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 SPLITS = ("train", "eval")
+
+
+def load_training_data(
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    processor: JnanaProcessor,
+    needs_images: bool = False,
+) -> tuple[Any, Any]:
+    """
+    The training and the validation rows of a run.
+
+    Args:
+        data_args (`DataArguments`): the run's.
+        training_args (`TrainingArguments`): its directory, seed, epochs and dataloader workers.
+        processor, needs_images: as in [`load_conversations`].
+
+    Returns:
+        `tuple`: twice what [`load_conversations`] returns.
+    """
+    where = {"output_dir": training_args.output_dir, "should_write": training_args.should_save}
+    options = {**where, "needs_images": needs_images, "num_workers": training_args.dataloader_num_workers}
+    epochs = None if training_args.max_steps > 0 else training_args.num_train_epochs
+    train_rows = load_conversations(data_args, processor, seed=training_args.seed, epochs=epochs, **options)
+    return train_rows, load_conversations(data_args, processor, evaluation=True, **options)
 
 
 def load_conversations(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from jnana.training.saving.run_lock import LOCK
@@ -40,6 +41,16 @@ def strike(number: int, event: str, step: int, rank: int = 0) -> None:
     """Arrange a signal in process `rank`: `on_step_begin` of step 4 comes when 4 steps are done."""
     if int(os.environ.get("RANK", "0")) == rank:
         add_callback(SignalAt(number, event, step))
+
+
+def kill_while_drawing() -> None:
+    """SIGKILL while the first progress bar is drawn."""
+
+    def half_way(self, *args, **kwargs):
+        self.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    tqdm.display = half_way
 
 
 def kill_while_saving(what: str, step: int) -> None:

@@ -23,6 +23,7 @@ from tests.scripts.faults import (
     flip_bit,
     kill,
     kill_at_random,
+    kill_while_drawing,
     kill_while_saving,
     refuse_file,
     refuse_state,
@@ -378,6 +379,12 @@ def test_interrupted_under_accelerate_launch(name, to, start, whole, tmp_path, d
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert f"resuming from {output}/checkpoint-3 " in succeed(start(case.kind, output))
     assert_same(output, whole(case.kind), case.kind)
+
+
+def test_killed_while_a_progress_bar_is_drawn(start, tmp_path):
+    """The control of the tests themselves: the processes that are forked after it draw their own bars."""
+    assert start(ALIGN, tmp_path / "run", kill_while_drawing)[0].code == KILLED
+    assert "16 of 16 rows" in succeed(start(ALIGN, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("kind", RANDOM, ids=["adapter", "one_kept"])

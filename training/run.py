@@ -30,7 +30,7 @@ from .options.recipe_record import check_same_data, data_fingerprint, write_reco
 from .saving.checkpoints import check_disk_space, checkpoint_to_resume, delete_checkpoints, list_checkpoints, step_of
 from .saving.frozen_weights import copy_whole_weights, shared_frozen_weights, shares_frozen_weights
 from .saving.interruption import explain_full_disk, restored_signals
-from .saving.rotation import finished_checkpoints
+from .saving.rotation import finished_checkpoints, rotate_finished_run
 from .saving.run_lock import check_directories, hold_directory
 from .sharing import published_files, push_folder
 
@@ -163,7 +163,8 @@ def planned_steps(trainer: Trainer) -> int:
 def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:
     """Copy the files of a run's last (or best) checkpoint to `output_dir`, because nothing is left to train.
 
-    `Trainer.train` would take one step too many from there.
+    `Trainer.train` would take one step too many from there. Checkpoints beyond `save_total_limit` are deleted: the
+    run may have been killed before it did so.
 
     Raises:
         ValueError: if the checkpoint holds sharded weights only.
@@ -191,6 +192,13 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
                 if shared and ".safetensors" in file.name:
                     continue
                 shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
+        rotate_finished_run(
+            trainer.args.output_dir,
+            checkpoint,
+            trainer.args.save_total_limit,
+            state.best_model_checkpoint,
+            with_optimizer=not trainer.args.save_only_model,
+        )
     trainer.accelerator.wait_for_everyone()
 
 

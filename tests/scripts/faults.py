@@ -120,6 +120,16 @@ def kill_at_file_operation(number: int) -> None:
     sys.addaudithook(watch)
 
 
+def kill_before(event: str, path: str) -> None:
+    """SIGKILL just before a file operation, as Python's audit hooks call it, on a path that ends so."""
+
+    def watch(seen: str, args: tuple) -> None:
+        if seen == event and str(args[0]).endswith(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
 class ChangeAt(TrainerCallback):
     """Changes a file of one checkpoint as a later step begins, and kills the process."""
 

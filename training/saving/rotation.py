@@ -103,6 +103,23 @@ def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bo
         remove_checkpoint(folder)
 
 
+def rotate_finished_run(
+    output_dir: str, checkpoint: str, limit: int | None, best: str | None, with_optimizer: bool = True
+) -> None:
+    """Delete what a run would have deleted had it not been killed after its last checkpoint was written.
+
+    Args:
+        output_dir (`str`): The run's directory.
+        checkpoint (`str`): The end of the run. One that lies elsewhere is another run's: no checkpoint is deleted.
+        limit (`int`, *optional*): As in [`rotate`], and so are `best` and `with_optimizer`.
+        best (`str`, *optional*): The best checkpoint.
+    """
+    if Path(checkpoint).resolve().parent == Path(output_dir).resolve():
+        rotate(Path(checkpoint), limit, best, with_optimizer)
+    else:
+        remove_leftovers(output_dir)
+
+
 def damage_of(folder: Path, with_optimizer: bool = True) -> str | None:
     """As [`checkpoint_problem`], but `None` too for a problem that may pass: on it nothing is deleted."""
     try:

@@ -9,15 +9,20 @@ do: this checkout cold, warm, and warm in two processes, then the older one, whi
 those beyond the imports. `held` is the proportional set size afterwards, in which a page that two processes share
 counts half for each; `peak` is the resident memory of this process, its workers not counted. Token ids, labels,
 positions and normalised pixels of the first 200 batches must be equal in all starts, of the older checkout too.
+
+Last the collators of both checkouts make the same batches, as one worker of a dataloader does: on one thread, images
+as the training scripts send them. They take turns, and the ratio is that of one turn's CPU times.
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import random
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, CAPTIONS, RECORDS = 118_287, 591_753, 157_712
 DIFFERENT = 8  # images; a file may have 65,000 links at most
-COLLATED_ROWS = 64
+COLLATED_ROWS, COLLATED_SCALE, TURNS = 64, 0.005, 11
 COMPARED_BATCHES = 200
 COMPARED = ("input_ids", "labels", "position_ids", "segment_ids", "branch_ids", "pixel_values")
 
@@ -85,20 +90,12 @@ def make_data(folder: Path, kind: str, scale: float) -> Path:
 # ---------------------------------------------------------------------- one start, in a process of its own
 
 
-def start(args: argparse.Namespace) -> None:
-    """Prepare the data as a training script does and print what it cost, as JSON."""
-    import torch.distributed as dist
-
+def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The processor, and the arguments and the function with which a training script loads the data."""
     from jnana.processing import JnanaProcessor, read_chat_template
-    from jnana.processing.data import JnanaCollator
-    from jnana.training.data import collator_options, load_conversations
     from jnana.training.options.arguments import DataArguments
 
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if args.processes > 1:
-        store = dist.FileStore(str(args.folder / "store"), args.processes)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=args.processes)
-    processor = make_processor(args.tokenizer, JnanaProcessor, read_chat_template)
+    processor = make_processor(args.tokenizer, args.image_size, JnanaProcessor, read_chat_template)
     processor.encode_chats([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
     data_args = DataArguments(
         train_data=str(args.folder / f"{args.data}.json"),
@@ -107,22 +104,38 @@ def start(args: argparse.Namespace) -> None:
         max_length=1024,
         max_row_tokens=1024,
     )
+
+    def read() -> Any:
+        from jnana.training.data import load_conversations
+
+        return load_conversations(data_args, processor, str(args.folder / "out"), seed=0, should_write=False)
+
+    return processor, data_args, read
+
+
+def start(args: argparse.Namespace) -> None:
+    """Prepare the data as a training script does and print what it cost, as JSON."""
+    import torch.distributed as dist
+
+    from jnana.processing.data import JnanaCollator
+    from jnana.training.data import collator_options
+
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if args.processes > 1:
+        store = dist.FileStore(str(args.folder / "store"), args.processes)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=args.processes)
+    processor, data_args, read = load(args)
     before, memory = cpu_seconds(), pss()
     resident_before = resident()
     watch = Watch()
     begun = time.perf_counter()
-    rows = load_conversations(data_args, processor, str(args.folder / "out"), seed=0, should_write=False)
+    rows = read()
     wall = time.perf_counter() - begun
     cpu = [now - then for now, then in zip(cpu_seconds(), before, strict=True)]
     peak = watch.stop()
     held = pss() - memory
     found = {"wall_s": wall, "cpu_s": sum(cpu), "own_cpu_s": cpu[0], "peak_mb": (peak - resident_before) / 1e6}
     collator = JnanaCollator(processor, **collator_options(data_args, str(args.folder / "out")))
-    number = min(COLLATED_ROWS, len(rows))
-    collator([rows[0]])
-    begun = time.process_time()
-    images = sum(len(collator([rows[index]])["pixel_values"]) for index in range(number))
-    found |= {"collator_images_s": images / (time.process_time() - begun)}
     found |= {"first_batches": digest_of_batches(collator, rows)}
     if args.processes > 1:
         dist.barrier()
@@ -130,6 +143,48 @@ def start(args: argparse.Namespace) -> None:
     if args.processes > 1:
         dist.barrier()
     print(json.dumps(found))
+
+
+def collate(args: argparse.Namespace) -> None:
+    """For each line of the standard input make the same batches, and print how many images a CPU second they had.
+
+    Then those that decoding, resizing and cropping alone would have: what no collator with these pixels exceeds.
+    """
+    import torch
+
+    from jnana.processing.data import JnanaCollator
+    from jnana.training.data import collator_options
+
+    torch.set_num_threads(1)  # as the dataloader does in its workers
+    processor, data_args, read = load(args)
+    rows = read()
+    as_bytes = "normalize_on_device" in inspect.signature(JnanaCollator).parameters
+    options = {
+        **collator_options(data_args, str(args.folder / "out")),
+        **({"normalize_on_device": True} if as_bytes else {}),
+    }
+    collator = JnanaCollator(processor, **options)
+    collator([rows[0]])
+    chosen = [rows[index] for index in range(min(COLLATED_ROWS, len(rows)))]
+    paths = [row["images"][0]["path"] for item in chosen for row in item["groups"]]
+    for _ in sys.stdin:
+        begun = time.process_time()
+        images = sum(len(collator([row])["pixel_values"]) for row in chosen)
+        collated = time.process_time()
+        for path in paths:
+            crop_image(path, args.image_size)
+        rates = images / (collated - begun), len(paths) / (time.process_time() - collated)
+        print(json.dumps(rates), flush=True)
+
+
+def crop_image(path: str, side: int) -> Any:
+    """CLIP's crop of an image of 640x480 pixels, by Pillow."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width = side * 640 // 480
+        left = (width - side) // 2
+        return image.resize((width, side), Image.Resampling.BICUBIC).crop((left, 0, left + side, side))
 
 
 def digest_of_batches(collator: Any, rows: Any) -> str:
@@ -150,8 +205,8 @@ def digest_of_batches(collator: Any, rows: Any) -> str:
     return digest.hexdigest()
 
 
-def make_processor(tokenizer: str | None, processor_class: Any, read_chat_template: Any) -> Any:
-    """CLIP's image processor at 224 pixels, and the tokenizer of a directory or one that is trained on the docs."""
+def make_processor(tokenizer: str | None, image_size: int, processor_class: Any, read_chat_template: Any) -> Any:
+    """CLIP's image processor, and the tokenizer of a directory or one that is trained on the docs."""
     from transformers import AutoTokenizer, CLIPImageProcessor
 
     from jnana.processing.data import train_tokenizer
@@ -165,9 +220,9 @@ def make_processor(tokenizer: str | None, processor_class: Any, read_chat_templa
     add_jnana_tokens(found)
     template = "smollm2" if "<|im_start|>" in found.get_vocab() else "jnana"
     return processor_class(
-        CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}),
+        CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}),
         found,
-        patch_size=32,
+        patch_size=image_size // 7,
         num_additional_image_tokens=1,
         chat_template=read_chat_template(template),
     )
@@ -212,23 +267,56 @@ def resident() -> int:
 # ---------------------------------------------------------------------- all starts
 
 
+def open_process(
+    args: argparse.Namespace, checkout: Path, cache: Path, mode: str, **settings: str
+) -> subprocess.Popen:
+    """This file as a process of a checkout."""
+    command = [sys.executable, str(Path(__file__).resolve()), mode, "--data", args.data, "--folder", str(args.folder)]
+    command += ["--image_size", str(args.image_size), "--processes", settings.get("WORLD_SIZE", "1")]
+    command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    settings |= {"PYTHONPATH": str(checkout), "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=checkout, env={**os.environ, **settings}, stdin=pipe, stdout=pipe, text=True, bufsize=1
+    )
+
+
 def run(args: argparse.Namespace, checkout: Path, cache: Path, processes: int) -> list[dict[str, Any]]:
     """One start of a checkout, in one process or several at once."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--start", "--data", args.data]
-    command += ["--folder", str(args.folder), "--processes", str(processes)]
-    command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
     (args.folder / "store").unlink(missing_ok=True)
     children = []
     for rank in range(processes):
-        settings = {"PYTHONPATH": str(checkout), "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        settings |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        children.append(
-            subprocess.Popen(command, cwd=checkout, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True)
-        )
+        settings = {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        children.append(open_process(args, checkout, cache, "--start", **settings))
     outputs = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
         raise SystemExit(f"a start of {checkout} failed")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def compare_collators(args: argparse.Namespace, checkouts: dict[str, Path], cache: Path) -> dict[str, list[float]]:
+    """Images a CPU second of each checkout's collator, and of Pillow alone, turn by turn."""
+    workers = {name: open_process(args, checkout, cache, "--collate") for name, checkout in checkouts.items()}
+    found: dict[str, list[float]] = {name: [] for name in (*workers, "Pillow alone")}
+    for turn in range(TURNS + 1):
+        for name in sorted(workers, reverse=turn % 2 == 1):
+            worker = workers[name]
+            assert worker.stdin is not None and worker.stdout is not None
+            worker.stdin.write("\n")
+            line = next((line for line in worker.stdout if line[0] == "["), None)
+            if line is None:
+                raise SystemExit(f"the collator of {checkouts[name]} failed")
+            if turn:  # the first one waits for the data
+                for of, rate in zip((name, "Pillow alone"), json.loads(line), strict=True):
+                    found[of].append(rate)
+    for worker in workers.values():
+        worker.communicate()
+    return found
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """The smallest and the largest."""
+    return f"{min(values):.{digits}f}-{max(values):.{digits}f}"
 
 
 def main() -> None:
@@ -238,14 +326,16 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the real size")
     parser.add_argument("--tokenizer", help="directory of a tokenizer; default: one trained on the docs")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--image_size", type=int, default=224, help="side of the images that the tower sees")
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--collate", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tokenizer:
         args.tokenizer = str(Path(args.tokenizer).resolve())
-    if args.start:
-        start(args)
+    if args.start or args.collate:
+        start(args) if args.start else collate(args)
         return
     with tempfile.TemporaryDirectory(prefix="jnana-prepare-") as folder:
         args.folder = Path(folder)
@@ -268,6 +358,17 @@ def main() -> None:
                     for key, value in values.items()
                 )
                 print(f"{name}, process {rank + 1} of {processes}: {shown}", flush=True)
+        args.folder /= "few"
+        args.folder.mkdir()
+        make_data(args.folder, args.data, min(args.scale, COLLATED_SCALE))
+        checkouts = {"now": ROOT} | ({"before": args.against.resolve()} if args.against is not None else {})
+        result["collator_images_s"] = compare_collators(args, checkouts, args.folder / "cache")
+        for name, values in result["collator_images_s"].items():
+            print(f"collator, {name}: {statistics.median(values):.0f} images a CPU s ({spread(values)})")
+        if len(checkouts) > 1:
+            sides = (result["collator_images_s"][name] for name in checkouts)
+            ratios = [now / then for now, then in zip(*sides, strict=True)]
+            print(f"collator, now over before: {statistics.median(ratios):.2f} ({spread(ratios, 2)})")
     digests = {values["first_batches"] for start in result["starts"] for values in start["measured"]}
     if len(digests) > 1:
         raise SystemExit(f"the first {COMPARED_BATCHES} batches differ between the starts")

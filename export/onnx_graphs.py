@@ -1,8 +1,7 @@
 """For ONNX Runtime and transformers.js: vision encoder, embedding, and decoder with its cache, a graph each.
 
 The three and the names of their inputs and outputs are those that transformers.js asks for where `config.json` has the
-`model_type` `llava`. The projector (`linear`, `mlp` or `resblock`) is inside the vision encoder, the bias of a head in
-the decoder.
+`model_type` `llava`. The projector, of any type, is inside the vision encoder, the bias of a head in the decoder.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ from jnana.processing import JnanaProcessor
 
 from .comparison import LAST_LOGITS, Answering, encode
 from .llava import processor_of, stock_fields
-from .refusals import NEAREST_AS_IT_IS, check_projector, refuse
+from .refusals import NEAREST_AS_IT_IS, check_fusion, refuse
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def check_fits_onnx(
         refuse(
             "double_linear is for formats without linear projectors, and a graph holds any", "leave double_linear out"
         )
-    check_projector(config, "transformers.js", distill=config.projector_type == "resblock")
+    check_fusion(config, "transformers.js")
     text = config.text_config
     if config.image_grid_pinpoints is not None:
         refuse(
@@ -291,7 +290,9 @@ def write_onnx_folder(folder: Path, model: Any, processor: JnanaProcessor) -> No
     names = ["inputs_embeds", "attention_mask", "position_ids", *cache_names("past_key_values", layers)]
     outputs = ["logits", *cache_names("present", layers)]
     write_graph(folder / FOLDER / f"{DECODER}.onnx", Decoder(model), arguments, shapes, names, outputs)
-    stock: Any = LlavaConfig(**stock_fields(config, "llava", double_linear=False))
+    # the graph selects the vectors, and "pooled" is no word of LLaVA's config
+    fields = stock_fields(config, "llava", double_linear=False) | {"vision_feature_select_strategy": "full"}
+    stock: Any = LlavaConfig(**fields)
     for part in (stock.vision_config, stock.text_config):
         part.name_or_path = ""  # it is saved in config.json
     stock.architectures = ["LlavaForConditionalGeneration"]

@@ -25,14 +25,13 @@ def refuse(reason: str, nearest: str) -> NoReturn:
     raise ValueError(f"this model can't be exported: {reason}. Nearest: {nearest}.")
 
 
-def check_projector(config: JnanaConfig, target: str, distill: bool) -> None:
+def check_fusion(config: JnanaConfig, target: str) -> None:
     """
-    Refuse what neither LLaVA's classes nor llama.cpp nor transformers.js have a place for.
+    Refuse layers of a language model that attend to images.
 
     Args:
         config ([`JnanaConfig`]): The model's.
         target (`str`): The name of what can't hold it, for the message.
-        distill (`bool`): Whether a `resblock` projector will be replaced by an `mlp`.
     """
     if config.fusion == "cross_attention":
         refuse(
@@ -40,6 +39,18 @@ def check_projector(config: JnanaConfig, target: str, distill: bool) -> None:
             "images as tokens only",
             f"train with fusion: tokens, or {NEAREST_IN_TRANSFORMERS}",
         )
+
+
+def check_projector(config: JnanaConfig, target: str, distill: bool) -> None:
+    """
+    Refuse what neither LLaVA's classes nor llama.cpp have a place for.
+
+    Args:
+        config ([`JnanaConfig`]): The model's.
+        target (`str`): The name of what can't hold it, for the message.
+        distill (`bool`): Whether a `resblock` projector will be replaced by an `mlp`.
+    """
+    check_fusion(config, target)
     if distill and config.projector_type != "resblock":
         refuse(
             f"distill replaces a projector of type resblock, and this one is of type {config.projector_type!r}",

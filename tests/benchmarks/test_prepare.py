@@ -5,16 +5,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.prepare import TURNS
+
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_all_starts_are_measured(tmp_path):
     command = [sys.executable, "-m", "benchmarks.prepare", "--scale", "0.001", "--output", str(tmp_path / "out.json")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    starts = json.loads((tmp_path / "out.json").read_text())["starts"]
-    assert [(start["name"], start["processes"]) for start in starts] == [("cold", 1), ("warm", 1), ("warm", 2)]
+    command += ["--against", str(ROOT)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    starts = result["starts"]
+    assert [(start["name"], start["processes"]) for start in starts] == [
+        ("cold", 1),
+        ("warm", 1),
+        ("warm", 2),
+        ("before", 1),
+        ("before", 2),
+    ]
     measured = [values for start in starts for values in start["measured"]]
     assert len({values["rows"] for values in measured}) == 1 and measured[0]["rows"] > 10
     assert len({values["first_batches"] for values in measured}) == 1
-    assert all(values["collator_images_s"] > 0 and values["wall_s"] > 0 for values in measured)
+    assert all(values["wall_s"] > 0 for values in measured)
+    assert [len(result["collator_images_s"][name]) for name in ("now", "before")] == [TURNS, TURNS]
+    assert "collator, now over before: " in printed

@@ -31,6 +31,10 @@ CASES = {
     "qwen3": {"text": "qwen3", "projector_layer_norm": True},
     "gpt_neox": {"text": "gpt_neox", "vision": "dinov2", "vision_feature_layer": -1},
     "image token beyond the vocabulary": {"text": "llama", "text_vocab_size": 300},
+    "pixel_shuffle": {"text": "llama", "projector_type": "pixel_shuffle"},
+    "avg_pool": {"text": "llama", "projector_type": "avg_pool"},
+    "perceiver": {"text": "llama", "projector_type": "perceiver"},
+    "pooled": {"text": "llama", "vision_feature_select_strategy": "pooled", "vision": "clip_full"},
     "phi3": {"text": "phi3", "vision_feature_select_strategy": "full", "vision_feature_layer": [-2, 1]},
 }
 needs_packages = pytest.mark.skipif(
@@ -222,8 +226,7 @@ def test_weights_beside_a_large_graph(exported, tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "pooled": ({"vision_feature_select_strategy": "pooled", "vision": "clip_full"}, "is 'pooled'"),
-    "pixel_shuffle": ({"projector_type": "pixel_shuffle"}, "joins neighbouring patches"),
+    "cross_attention": ({"fusion": "cross_attention", "projector_type": "perceiver"}, "fusion: cross_attention"),
     "rope": (
         {"text_rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         "rope_type 'dynamic'",

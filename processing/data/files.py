@@ -18,6 +18,12 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left of a file of [`write_whole`]. No other process may be writing it now."""
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        unfinished.unlink(missing_ok=True)
+
+
 def file_stamp(path: str) -> tuple[int, int] | None:
     """Size in bytes and modification time in nanoseconds of a file; `None` if it does not exist."""
     try:

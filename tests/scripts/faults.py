@@ -121,7 +121,8 @@ def kill_at_file_operation(number: int) -> None:
 
 
 def kill_before(event: str, path: str) -> None:
-    """SIGKILL just before a file operation, as Python's audit hooks call it, on a path that ends so."""
+    """SIGKILL just before a file operation, as Python's audit hooks call it, on a path that ends so (with `{pid}`)."""
+    path = path.format(pid=os.getpid())
 
     def watch(seen: str, args: tuple) -> None:
         if seen == event and str(args[0]).endswith(path):

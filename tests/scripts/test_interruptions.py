@@ -165,6 +165,14 @@ CHANGED = Case(
 SECOND_RUN = Case("two runs at once", "the second in step 4 of the first", ALIGN, (), (FAILED,), None, 0, "refused")
 CASES = [
     Case("SIGKILL", "before the first checkpoint", ALIGN, (partial(kill, "on_step_end", 1),), (KILLED,), None),
+    Case(
+        "SIGKILL",
+        "while the record of its options is written",
+        ALIGN,
+        (partial(kill_before, "os.rename", "/run/.recipe_record.json.{pid}"),),
+        (KILLED,),
+        None,
+    ),
     Case("SIGKILL", "between two micro-batches", ALIGN, (partial(kill, "on_substep_end", 4),), (KILLED,), 4),
     Case("SIGKILL", "before the final files", ALIGN, (partial(kill, "on_train_end", 6),), (KILLED,), 6),
     Case("SIGKILL", "while weights are written", LORA, (partial(kill_while_saving, "weights", 4),), (KILLED,), 2),

@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
-from jnana.processing.data.files import write_whole
+from jnana.processing.data.files import remove_unfinished, write_whole
 from jnana.processing.data.rows import TOKEN_FEATURES
 
 from .arguments import RunArguments
@@ -210,6 +210,7 @@ def write_record(
         "save_total_limit": save_total_limit,
         "manifests_after": manifests_after,
     }
+    remove_unfinished(path)  # the run holds the directory
     write_whole(path, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 

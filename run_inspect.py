@@ -27,7 +27,7 @@ from jnana.processing.data import load_rows
 from jnana.processing.data.checks import raise_for_problems
 from jnana.processing.data.mixture import DataSource, Share, SourceRows, mix, plan_mixture, shares, source_names
 from jnana.processing.data.packing import RowPlan
-from jnana.processing.data.preparation import PrepareOptions, RowPreparation, read_source
+from jnana.processing.data.prepared_rows import PrepareOptions, RowPreparation, read_source
 from jnana.processing.data.rows import iterate_rows, rows_to_dataset
 from jnana.training.console import log_to_stdout
 from jnana.training.data import prepare_options

@@ -17,7 +17,7 @@ from jnana.processing.data import (
     pack_documents,
     prepare,
 )
-from jnana.processing.data.preparation import StreamReaders
+from jnana.processing.data.prepared_rows import StreamReaders
 
 from .distributed import once_per_machine, run_once_per_machine, several_processes
 from .options.arguments import DataArguments, TextDataArguments, TextModelArguments

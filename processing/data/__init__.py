@@ -9,8 +9,8 @@ from .keywords import answers_as_keywords, keywords
 from .packing import IGNORED, RowPlan, plan_rows
 from .paths import is_hub_id, names_local_path
 from .pixels import PixelImages
-from .preparation import Prepared, PrepareOptions
 from .prepare import packed_rows, packed_stream, prepare
+from .prepared_rows import Prepared, PrepareOptions
 from .readers import load_rows
 from .records import read_json_lines
 from .rows import (

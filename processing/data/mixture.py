@@ -1,7 +1,7 @@
 """Several sources in one run: how many rows of each an epoch has, and which.
 
 A draw depends on the numbers of rows, the shares and the seed alone, so that every process draws the same rows and a
-resumed run goes on with them. Each source is read, prepared and kept by itself (`preparation.py`).
+resumed run goes on with them. Each source is read, prepared and kept by itself (`prepared_rows.py`).
 """
 
 import logging
@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from .checks import CheckReport
 from .packing import RowPlan, plan_rows
 from .paths import is_hub_id
-from .preparation import PrepareOptions
+from .prepared_rows import PrepareOptions
 from .rows import Origins
 
 

@@ -1,6 +1,6 @@
 """`prepare`: from a data source to rows for [`JnanaCollator`] - read, check, tokenise, plan, pack.
 
-A map-style data set is checked and tokenised as a whole (`preparation.py`) and packed by a plan of all its rows. A
+A map-style data set is checked and tokenised as a whole (`prepared_rows.py`) and packed by a plan of all its rows. A
 stream is packed while it is read; its bad rows are found by the collator.
 """
 
@@ -37,7 +37,7 @@ from .mixture import (
     source_names,
 )
 from .packing import RowPlan, plan_rows
-from .preparation import Prepared, PrepareOptions, RowPreparation, read_source
+from .prepared_rows import Prepared, PrepareOptions, RowPreparation, read_source
 from .readers import load_rows
 from .rows import (
     BadSampleError,

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset, Value, interleave_datas
 from packaging.version import Version
 
 from .mixture import DataSource, check_streams, source_names, weights
-from .preparation import PrepareOptions, StreamReaders
+from .prepared_rows import PrepareOptions, StreamReaders
 from .rows import ORIGIN, ROW_FEATURES
 
 

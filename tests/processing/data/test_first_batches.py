@@ -16,7 +16,7 @@ from jnana.modeling import normalize_pixels
 from jnana.processing import JnanaProcessor
 from jnana.processing.data import JnanaCollator, PrepareOptions, prepare
 from tests.processing.data.test_pixels import picture, stock
-from tests.processing.data.test_preparation import batches, forbid_tokenising, options_for, processes, raw, same
+from tests.processing.data.test_prepared_rows import batches, forbid_tokenising, options_for, processes, raw, same
 
 
 __all__ = ["processes"]  # a fixture

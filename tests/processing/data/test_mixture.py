@@ -11,7 +11,7 @@ import torch
 
 from jnana.processing.data import JnanaCollator, PrepareOptions, prepare
 from jnana.processing.data.mixture import DataSource, draw, rows_an_epoch, source_names
-from jnana.processing.data.preparation import StreamReaders
+from jnana.processing.data.prepared_rows import StreamReaders
 from jnana.processing.data.streams import describe_fewest, parts_are_dealt
 
 

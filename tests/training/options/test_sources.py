@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from jnana.processing.data.mixture import DataSource
-from jnana.processing.data.preparation import PrepareOptions
+from jnana.processing.data.prepared_rows import PrepareOptions
 from jnana.training.options.arguments import DataArguments, TextDataArguments
 from jnana.training.options.option_checks import check_best_model, check_data
 from jnana.training.options.recipe_record import recipe_options

@@ -31,10 +31,10 @@ from jnana.processing.data import (
     load_rows,
     packed_rows,
     plan_rows,
-    preparation,
     prepare,
+    prepared_rows,
 )
-from jnana.processing.data.preparation import RowPreparation
+from jnana.processing.data.prepared_rows import RowPreparation
 from jnana.processing.data.progress import Progress, duration
 from jnana.processing.data.rows import viewed_rows
 from jnana.processing.image_geometry_jnana import set_image_geometry
@@ -350,7 +350,7 @@ def test_small_files_are_kept_only_where_a_directory_is_named(records, processor
     options = options_for(tmp_path, data_cache=None)
     prepare(records, processor, options)
     assert not (tmp_path / "hub").exists()
-    monkeypatch.setattr(preparation, "KEPT_BYTES", 100)
+    monkeypatch.setattr(prepared_rows, "KEPT_BYTES", 100)
     prepare(records, processor, options)
     assert len(entries(tmp_path / "hub" / "jnana")) == 1
 
@@ -667,8 +667,8 @@ def test_an_image_that_could_not_be_read_for_a_moment(records, processor, tmp_pa
 def test_a_default_cache_that_cannot_be_written_stops_no_run(records, processor, tmp_path, monkeypatch, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setattr(preparation, "KEPT_BYTES", 0)
-    monkeypatch.setattr(preparation, "default_data_cache", lambda: blocked / "jnana")
+    monkeypatch.setattr(prepared_rows, "KEPT_BYTES", 0)
+    monkeypatch.setattr(prepared_rows, "default_data_cache", lambda: blocked / "jnana")
     assert len(prepare(records, processor, options_for(tmp_path, data_cache=None))) > 25
     assert "prepared at every start" in caplog.text
     with pytest.raises(ValueError, match="name another directory: data_cache"):

@@ -163,8 +163,8 @@ def planned_steps(trainer: Trainer) -> int:
 def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState) -> None:
     """Copy the files of a run's last (or best) checkpoint to `output_dir`, because nothing is left to train.
 
-    `Trainer.train` would take one step too many from there. Checkpoints beyond `save_total_limit` are deleted: the
-    run may have been killed before it did so.
+    `Trainer.train` would take one step too many from there. Checkpoints beyond the run's `save_total_limit` are
+    deleted: it may have been killed before it did so.
 
     Raises:
         ValueError: if the checkpoint holds sharded weights only.
@@ -192,13 +192,7 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
                 if shared and ".safetensors" in file.name:
                     continue
                 shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
-        rotate_finished_run(
-            trainer.args.output_dir,
-            checkpoint,
-            trainer.args.save_total_limit,
-            state.best_model_checkpoint,
-            with_optimizer=not trainer.args.save_only_model,
-        )
+        rotate_finished_run(trainer.args.output_dir, checkpoint, state.best_model_checkpoint)
     trainer.accelerator.wait_for_everyone()
 
 

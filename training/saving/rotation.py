@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from jnana.training.distributed import run_on_main_process
 from jnana.training.monitoring import LossCurveCallback
+from jnana.training.options.recipe_record import read_record
 
 from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
 from .interruption import StopSignalCallback
@@ -103,19 +104,19 @@ def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bo
         remove_checkpoint(folder)
 
 
-def rotate_finished_run(
-    output_dir: str, checkpoint: str, limit: int | None, best: str | None, with_optimizer: bool = True
-) -> None:
+def rotate_finished_run(output_dir: str, checkpoint: str, best: str | None) -> None:
     """Delete what a run would have deleted had it not been killed after its last checkpoint was written.
+
+    By the `save_total_limit` that the run trained with: a start that trains nothing deletes nothing for its own.
 
     Args:
         output_dir (`str`): The run's directory.
         checkpoint (`str`): The end of the run. One that lies elsewhere is another run's: no checkpoint is deleted.
-        limit (`int`, *optional*): As in [`rotate`], and so are `best` and `with_optimizer`.
         best (`str`, *optional*): The best checkpoint.
     """
     if Path(checkpoint).resolve().parent == Path(output_dir).resolve():
-        rotate(Path(checkpoint), limit, best, with_optimizer)
+        limit = (read_record(checkpoint) or {}).get("save_total_limit")
+        rotate(Path(checkpoint), limit, best, with_optimizer=False)
     else:
         remove_leftovers(output_dir)
 

@@ -10,10 +10,16 @@ import pytest
 from transformers import TrainerCallback
 
 from jnana.training.monitoring import LossCurveCallback
+from jnana.training.options.recipe_record import write_record
 from jnana.training.saving import run_lock
 from jnana.training.saving.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
 from jnana.training.saving.manifests import MANIFEST, write_manifest
-from jnana.training.saving.rotation import FinishedCheckpointCallback, finished_checkpoints, rotate
+from jnana.training.saving.rotation import (
+    FinishedCheckpointCallback,
+    finished_checkpoints,
+    rotate,
+    rotate_finished_run,
+)
 from jnana.training.saving.run_lock import LOCK, LostDirectory, hold_directory, release_directories
 from tests.training.saving.test_interruption import make_trainer
 from tests.training.saving.test_manifests import flip, write_checkpoint
@@ -73,6 +79,30 @@ def test_an_interrupted_deletion_is_recognised(run, monkeypatch):
     assert steps(run) == [4, 6, 8] and (run / f"{DELETED}2").is_dir()
     rotate(run / "checkpoint-8", 3, None)
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize(("limit", "best", "left"), [(2, None, [6, 8]), (2, 4, [4, 8]), (None, None, [2, 4, 6, 8])])
+def test_a_finished_run_by_the_limit_that_it_trained_with(limit, best, left, run):
+    write_record(str(run), {}, None, limit)
+    (run / f"{DELETED}1").mkdir()
+    rotate_finished_run(str(run), str(run / "checkpoint-8"), best and f"/elsewhere/checkpoint-{best}")
+    assert steps(run) == left and not (run / f"{DELETED}1").exists()
+
+
+@pytest.mark.parametrize("what", ["no record", "another run's checkpoint", "no optimizers"])
+def test_of_a_finished_run_nothing_is_deleted_for_the_start_that_trains_nothing(what, run, tmp_path_factory):
+    output_dir = run
+    if what == "no optimizers":
+        for folder in list_checkpoints(str(run)):
+            (folder / "optimizer.pt").unlink()
+            write_manifest(folder)
+    if what != "no record":
+        write_record(str(run), {}, None, 4)
+    if what == "another run's checkpoint":
+        output_dir = tmp_path_factory.mktemp("other")
+        write_record(str(run), {}, None, 1)
+    rotate_finished_run(str(output_dir), str(run / "checkpoint-8"), None)
+    assert steps(run) == [2, 4, 6, 8]
 
 
 class SetClockBack(TrainerCallback):

@@ -171,6 +171,10 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
     """
     best = moved_checkpoint(state, trainer.args) if trainer.args.load_best_model_at_end else None
     source = best or checkpoint
+    run_on_main_process(check_directories)
+    if trainer.args.should_save:
+        limit = trainer.args.save_total_limit
+        rotate_finished_run(trainer.args.output_dir, checkpoint, limit, state.best_model_checkpoint)
     if not list(Path(source).glob("*.safetensors")):
         raise ValueError(
             f"{checkpoint} is the end of this run, but {source} holds sharded weights only, which training alone can "
@@ -182,7 +186,6 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
         "num_train_epochs` unless the learning rate is constant)"
     )
     trainer.state = state
-    run_on_main_process(check_directories)
     if trainer.args.should_save:
         with explain_full_disk(trainer.args):
             shared = shares_frozen_weights(source)
@@ -192,7 +195,6 @@ def restore_finished_run(trainer: Trainer, checkpoint: str, state: TrainerState)
                 if shared and ".safetensors" in file.name:
                     continue
                 shutil.copyfile(file, Path(trainer.args.output_dir) / file.name)
-        rotate_finished_run(trainer.args.output_dir, checkpoint, state.best_model_checkpoint)
     trainer.accelerator.wait_for_everyone()
 
 

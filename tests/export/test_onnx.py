@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import LlavaProcessor
 
 from jnana.export import ExportFailedError, ExportOptions, export_model, onnx_graphs, probe_chats
 from jnana.export.comparison import Agreement, ask, encode
@@ -73,6 +75,19 @@ def test_every_family(tmp_path, case):
         pytest.skip("JNANA_ONNX=1 exports every family, ten seconds and more each")
     agreement = export_model(save(tmp_path, **CASES[case]), tmp_path / "out", ONNX)
     assert agreement.max_logit_difference < 1e-4 and agreement.same_answers == agreement.answers
+
+
+@pytest.mark.parametrize("case", ["pixel_shuffle", "avg_pool", "perceiver", "pooled"])
+def test_image_tokens_that_are_not_the_patches(tmp_path, case):
+    model, processor = load_model(save(tmp_path, **CASES[case]))
+    onnx_graphs.check_fits_onnx(model.config)
+    onnx_graphs.counting_processor(model.config, processor).save_pretrained(tmp_path / "stock")
+    stock = LlavaProcessor.from_pretrained(tmp_path / "stock")
+    assert (stock.num_additional_image_tokens < 0) == (case != "perceiver")  # its 64 latents are more than the patches
+    image = Image.new("RGB", (50, 40))
+    (ids,) = stock(text=f"{stock.image_token} a", images=image)["input_ids"]
+    vectors = onnx_graphs.VisionEncoder(model)(torch.zeros(1, 3, *model.config.image_height_and_width)).shape[1]
+    assert ids.count(processor.image_token_id) == model.config.image_seq_length == vectors
 
 
 @needs_packages

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import random
 import signal
 import sys
@@ -121,8 +122,11 @@ def kill_at_file_operation(number: int) -> None:
 
 
 def kill_before(event: str, path: str) -> None:
-    """SIGKILL just before a file operation, as Python's audit hooks call it, on a path that ends so (with `{pid}`)."""
-    path = path.format(pid=os.getpid())
+    """SIGKILL just before a file operation, named as by Python's audit hooks, on a path that ends so.
+
+    `{pid}` and `{host}` in it are those of the process.
+    """
+    path = path.format(pid=os.getpid(), host=platform.node())
 
     def watch(seen: str, args: tuple) -> None:
         if seen == event and str(args[0]).endswith(path):

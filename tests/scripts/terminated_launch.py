@@ -24,25 +24,37 @@ from tests.scripts.launching import LONGEST
 
 
 class Scheduler(TrainerCallback):
-    """Sends a signal as a step begins; the first process does it, for all."""
+    """Sends a signal as a step begins, and waits until it has come; the first process does it, for all."""
 
     def __init__(self, name: str, to: str, step: int):
         self.number, self.to, self.step = getattr(signal, name), to, step
+        self.stopping: interruption.StopSignalCallback | None = None
+        begin = interruption.StopSignalCallback.on_train_begin
+
+        def begun(callback, *args, **kwargs):
+            self.stopping = callback
+            begin(callback, *args, **kwargs)
+
+        interruption.StopSignalCallback.on_train_begin = begun
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step != self.step or not state.is_world_process_zero:
             return
-        launcher = os.getppid()
+        self.send(os.getppid(), args.world_size)
+        end = time.monotonic() + LONGEST
+        # A busy launcher may take longer than the rest of a tiny run; what is ignored (SIGHUP under nohup) never comes
+        comes = self.number in self.stopping.previous
+        while ("STAY" in os.environ or (comes and not self.stopping.asked())) and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def send(self, launcher: int, processes: int) -> None:
         if self.to == "group":
             os.killpg(os.getpgid(launcher), self.number)
             return
         workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-        assert len(workers) == args.world_size, workers
+        assert len(workers) == processes, workers
         for process in [launcher, *(map(int, workers) if self.to == "all" else ())]:
             os.kill(process, self.number)
-        end = time.monotonic() + LONGEST
-        while "STAY" in os.environ and time.monotonic() < end:
-            time.sleep(0.1)
 
 
 if __name__ == "__main__":

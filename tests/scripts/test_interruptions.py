@@ -1,6 +1,7 @@
 """Runs each line of the table in docs/interruptions.md, and compares the resumed run with an uninterrupted one.
 
-The file of final weights must be equal byte for byte, and so must the loss of every step.
+The file of final weights must be equal byte for byte, and so must the loss of every step. The run must leave the same
+files.
 """
 
 import json
@@ -165,6 +166,14 @@ CHANGED = Case(
 SECOND_RUN = Case("two runs at once", "the second in step 4 of the first", ALIGN, (), (FAILED,), None, 0, "refused")
 CASES = [
     Case("SIGKILL", "before the first checkpoint", ALIGN, (partial(kill, "on_step_end", 1),), (KILLED,), None),
+    Case(
+        "SIGKILL",
+        "while it takes the lock of `output_dir`",
+        ALIGN,
+        (partial(kill_before, "os.remove", "/run/run.lock.{host}.{pid}"),),
+        (KILLED,),
+        None,
+    ),
     Case(
         "SIGKILL",
         "while the record of its options is written",

@@ -12,13 +12,14 @@ from pathlib import Path
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 
+from jnana.processing.data.files import file_stamp
 from jnana.training.distributed import run_on_main_process
 from jnana.training.monitoring import LossCurveCallback
 from jnana.training.options.recipe_record import read_record
 
 from .checkpoints import checkpoint_problem, list_checkpoints, remove_checkpoint, remove_leftovers, step_of
 from .interruption import StopSignalCallback
-from .manifests import PassingProblem, write_manifest
+from .manifests import MANIFEST, PassingProblem, write_manifest
 from .run_lock import check_directories
 
 
@@ -104,21 +105,32 @@ def rotate(newest: Path, limit: int | None, best: str | None, with_optimizer: bo
         remove_checkpoint(folder)
 
 
-def rotate_finished_run(output_dir: str, checkpoint: str, best: str | None) -> None:
+def rotate_finished_run(output_dir: str, checkpoint: str, limit: int | None, best: str | None) -> None:
     """Delete what a run would have deleted had it not been killed after its last checkpoint was written.
 
-    By the `save_total_limit` that the run trained with: a start that trains nothing deletes nothing for its own.
+    By the larger of two `save_total_limit`s, that of the last start that trained and that of this one, which trains
+    nothing. None is deleted of a run that was resumed from an earlier step and has written checkpoints after its end.
 
     Args:
         output_dir (`str`): The run's directory.
-        checkpoint (`str`): The end of the run. One that lies elsewhere is another run's: no checkpoint is deleted.
+        checkpoint (`str`): The end of the run, perhaps a copy under another name or another run's.
+        limit (`int`, *optional*): As in [`rotate`], of this start.
         best (`str`, *optional*): The best checkpoint.
     """
-    if Path(checkpoint).resolve().parent == Path(output_dir).resolve():
-        limit = (read_record(checkpoint) or {}).get("save_total_limit")
-        rotate(Path(checkpoint), limit, best, with_optimizer=False)
-    else:
-        remove_leftovers(output_dir)
+    remove_leftovers(output_dir)
+    folders = list_checkpoints(output_dir)
+    end = next((folder for folder in folders if folder.resolve() == Path(checkpoint).resolve()), None)
+    if end is None or any(written_after(folder, end) for folder in folders if step_of(folder) < step_of(end)):
+        return
+    limits = [limit or 0, (read_record(str(end)) or {}).get("save_total_limit") or 0]
+    if min(limits) > 0:
+        rotate(end, max(limits), best, with_optimizer=False)
+
+
+def written_after(folder: Path, other: Path) -> bool:
+    """Whether the manifest of a checkpoint is newer than that of another one, by their times."""
+    stamps = [file_stamp(str(each / MANIFEST)) for each in (folder, other)]
+    return None not in stamps and stamps[0][1] > stamps[1][1]
 
 
 def damage_of(folder: Path, with_optimizer: bool = True) -> str | None:

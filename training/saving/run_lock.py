@@ -71,6 +71,7 @@ def hold_directory(output_dir: str) -> None:
             )
         logger.info(f"{lock} was left by process {owner.get('pid')} on host {owner.get('host')!r}, which has ended")
         _remove_stale(lock, content)
+    _remove_leftovers(lock)
     stop = threading.Event()
     _held[lock] = text, stop
     threading.Thread(target=_touch, args=(lock, text, stop), daemon=True).start()
@@ -229,6 +230,16 @@ def _remove_stale(lock: Path, content: str) -> None:
     if _read(taken) != content and not lock.exists():
         os.replace(taken, lock)
     taken.unlink(missing_ok=True)
+
+
+def _remove_leftovers(lock: Path) -> None:
+    """Delete what killed starts left beside a lock that this process holds.
+
+    Another start that is just trying to take it may lose its temporary file to this, and finds the lock taken.
+    """
+    for left in lock.parent.glob(f"{LOCK}.*"):
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
 
 
 def _glance(lock: Path) -> str | None:

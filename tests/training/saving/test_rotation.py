@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from jnana.training.monitoring import LossCurveCallback
-from jnana.training.options.recipe_record import write_record
+from jnana.training.options.recipe_record import RECORD_FILE, write_record
 from jnana.training.saving import run_lock
 from jnana.training.saving.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
 from jnana.training.saving.manifests import MANIFEST, write_manifest
@@ -81,27 +81,60 @@ def test_an_interrupted_deletion_is_recognised(run, monkeypatch):
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
-@pytest.mark.parametrize(("limit", "best", "left"), [(2, None, [6, 8]), (2, 4, [4, 8]), (None, None, [2, 4, 6, 8])])
-def test_a_finished_run_by_the_limit_that_it_trained_with(limit, best, left, run):
+def finish(run: Path, limit: int | None) -> None:
+    """Make the checkpoints those of a finished run, written one after another."""
     write_record(str(run), {}, None, limit)
+    for folder in list_checkpoints(str(run)):
+        write_manifest(folder)
+        os.utime(folder / MANIFEST, (step_of(folder), step_of(folder)))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "limit", "best", "left"),
+    [
+        (2, 2, None, [6, 8]),
+        (2, 2, 4, [4, 8]),
+        (1, 3, None, [4, 6, 8]),  # the start that recorded 1 may have been killed before it trained
+        (3, 1, None, [4, 6, 8]),
+        (None, 1, None, [2, 4, 6, 8]),
+        (1, None, None, [2, 4, 6, 8]),
+        (1, 0, None, [2, 4, 6, 8]),
+    ],
+)
+def test_a_finished_run_by_the_larger_limit(recorded, limit, best, left, run):
+    finish(run, recorded)
     (run / f"{DELETED}1").mkdir()
-    rotate_finished_run(str(run), str(run / "checkpoint-8"), best and f"/elsewhere/checkpoint-{best}")
+    rotate_finished_run(str(run), str(run / "checkpoint-8"), limit, best and f"/elsewhere/checkpoint-{best}")
     assert steps(run) == left and not (run / f"{DELETED}1").exists()
 
 
-@pytest.mark.parametrize("what", ["no record", "another run's checkpoint", "no optimizers"])
-def test_of_a_finished_run_nothing_is_deleted_for_the_start_that_trains_nothing(what, run, tmp_path_factory):
-    output_dir = run
-    if what == "no optimizers":
+@pytest.mark.parametrize("name", ["end", "checkpoint-best"])
+def test_the_end_of_a_finished_run_under_another_name(name, run, tmp_path_factory):
+    finish(run, 1)
+    link, copy = tmp_path_factory.mktemp("links") / name, run / name
+    shutil.copytree(run / "checkpoint-8", copy)
+    rotate_finished_run(str(run), str(copy), 1, None)
+    assert steps(run) == [2, 4, 6, 8]
+    link.symlink_to(run / "checkpoint-8")
+    rotate_finished_run(str(run), str(link), 1, None)
+    assert steps(run) == [8]
+
+
+@pytest.mark.parametrize("case", ["no record", "another run's", "no optimizers", "resumed from an earlier step"])
+def test_of_a_finished_run_that_trains_nothing_no_other_checkpoint_is_deleted(case, run, tmp_path_factory):
+    limit, output_dir = 4 if case == "no optimizers" else 1, run
+    finish(run, limit)
+    if case == "no record":
+        (run / RECORD_FILE).unlink()
+    elif case == "another run's":
+        output_dir = tmp_path_factory.mktemp("other")
+    elif case == "no optimizers":
         for folder in list_checkpoints(str(run)):
             (folder / "optimizer.pt").unlink()
-            write_manifest(folder)
-    if what != "no record":
-        write_record(str(run), {}, None, 4)
-    if what == "another run's checkpoint":
-        output_dir = tmp_path_factory.mktemp("other")
-        write_record(str(run), {}, None, 1)
-    rotate_finished_run(str(output_dir), str(run / "checkpoint-8"), None)
+        finish(run, limit)
+    else:
+        os.utime(run / "checkpoint-6" / MANIFEST, (9, 9))
+    rotate_finished_run(str(output_dir), str(run / "checkpoint-8"), limit, None)
     assert steps(run) == [2, 4, 6, 8]
 
 

@@ -23,6 +23,7 @@ from .startup import add_options, find_host_names, load_assistant, read_limits
 
 
 logger = logging.getLogger(__name__)
+STOP_SECONDS = 5  # that a stopped server waits for its requests; container engines kill it after 10
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -60,7 +61,11 @@ def main(argv: list[str]) -> None:
     logger.info(assistant.describe())
     limit_connections()
     uvicorn.run(
-        build_server(assistant, host_names, key), host=arguments.host, port=arguments.port, log_level="warning"
+        build_server(assistant, host_names, key),
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        timeout_graceful_shutdown=STOP_SECONDS,
     )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from jnana.chat.api import Api  # noqa: E402
 from jnana.chat.api_request import HONOURED, NEUTRAL, ApiError, check_size  # noqa: E402
 from jnana.chat.assistant import Assistant, Turns  # noqa: E402
 from jnana.chat.completions import Written  # noqa: E402
+from jnana.chat.gate import STALL_SECONDS  # noqa: E402
 from jnana.chat.interface import build_interface, launch_options  # noqa: E402
 from jnana.chat.serve import build_server  # noqa: E402
 
@@ -415,7 +417,7 @@ def test_a_client_that_leaves_stops_its_answer(client, monkeypatch):
 
     monkeypatch.setattr(ChatSession, "answer", slow)
     stream = ask(client, user("go on"), stream=True, max_tokens=12)
-    next(iter(stream))
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
     stream.close()
     deadline = time.monotonic() + SECONDS
     while not JOBS[0].cancelled.is_set() and time.monotonic() < deadline:
@@ -473,7 +475,7 @@ def test_the_command_serves_a_checkpoint(pair, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, "-m", "jnana.chat.serve", str(tmp_path / "checkpoint"), "--port", str(port)]
     process = subprocess.Popen([*command, "--device", "cpu", "--new_tokens", "8"], cwd=tmp_path, env=environment)
     try:
@@ -488,6 +490,18 @@ def test_the_command_serves_a_checkpoint(pair, tmp_path):
         assert [model.id for model in served.data] == ["checkpoint"]
         reply = ask(client, user(part("red"), WORDS), model="checkpoint")
         assert text_of(reply) == session_answer(pair, (WORDS, picture("red")))[0]
+        with socket.create_connection(("127.0.0.1", port)) as half:  # a request whose body never comes
+            half.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{port}\r\n".encode())
+            half.sendall(b"Content-Type: application/json\r\nContent-Length: 10\r\n\r\n{")
+            client.models.list()  # so that the other one has come
+            began = time.monotonic()
+            process.terminate()
+            process.wait(timeout=SECONDS)
+        assert time.monotonic() - began < STALL_SECONDS  # the gate would give it up then
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # it writes what each thread does
+        process.wait(timeout=SECONDS)
+        raise
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()
+        process.wait()

@@ -8,6 +8,8 @@ import os
 import signal
 import tempfile
 
+import pytest
+
 
 # A forked test process waits forever for threads that OpenMP started in its parent; read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,3 +23,16 @@ for _name in ("SIGINT", "SIGHUP", "SIGQUIT"):
     _signal = getattr(signal, _name, None)  # Windows has the first only
     if _signal is not None and signal.getsignal(_signal) == signal.SIG_IGN:
         signal.signal(_signal, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
+
+
+_BLOCK = getattr(signal, "pthread_sigmask", None)  # not on Windows
+_MASK = _BLOCK(signal.SIG_BLOCK, ()) if _BLOCK else set()
+
+
+@pytest.fixture(autouse=True)
+def no_signal_stays_blocked():
+    """A process that a later test starts would inherit the block, and SIGTERM would not end it."""
+    yield
+    if _BLOCK:
+        left = _BLOCK(signal.SIG_SETMASK, _MASK)
+        assert left == _MASK, f"the test leaves signals blocked: {sorted(left - _MASK)}; see restored_signals"

@@ -13,6 +13,7 @@ from jnana.training.monitoring import LossCurveCallback
 from jnana.training.options.recipe_record import RECORD_FILE, write_record
 from jnana.training.saving import run_lock
 from jnana.training.saving.checkpoints import DELETED, checkpoint_problem, list_checkpoints, remove_checkpoint, step_of
+from jnana.training.saving.interruption import restored_signals
 from jnana.training.saving.manifests import MANIFEST, write_manifest
 from jnana.training.saving.rotation import (
     FinishedCheckpointCallback,
@@ -223,7 +224,8 @@ def test_a_run_that_lost_its_directory_stops(tmp_path, monkeypatch, event, step,
     hold_directory(str(tmp_path))
     try:
         message = "is gone: another run took it" if deleted else "now belongs to process .* on host 'another'"
-        with pytest.raises(LostDirectory, match=f"{LOCK} {message}"), finished_checkpoints(trainer):
+        stops = pytest.raises(LostDirectory, match=f"{LOCK} {message}")
+        with stops, restored_signals(trainer), finished_checkpoints(trainer):
             trainer.train()
     finally:
         release_directories()
@@ -252,7 +254,8 @@ def test_the_limit_is_restored_after_an_error(tmp_path):
             raise RuntimeError("an error in training")
 
     trainer = make_trainer(tmp_path, Fail(), save_total_limit=3)
-    with pytest.raises(RuntimeError, match="an error in training"), finished_checkpoints(trainer):
+    error = pytest.raises(RuntimeError, match="an error in training")
+    with error, restored_signals(trainer), finished_checkpoints(trainer):
         trainer.train()
     assert trainer.args.save_total_limit == 3
 

@@ -90,8 +90,8 @@ def make_data(folder: Path, kind: str, scale: float) -> Path:
 # ---------------------------------------------------------------------- one start, in a process of its own
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The processor, and the arguments and the function with which a training script loads the data."""
+def make_inputs(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The processor and the data arguments of a training script."""
     from jnana.processing import JnanaProcessor, read_chat_template
     from jnana.training.options.arguments import DataArguments
 
@@ -104,13 +104,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         max_length=1024,
         max_row_tokens=1024,
     )
-
-    def read() -> Any:
-        from jnana.training.data import load_conversations
-
-        return load_conversations(data_args, processor, str(args.folder / "out"), seed=0, should_write=False)
-
-    return processor, data_args, read
+    return processor, data_args
 
 
 def start(args: argparse.Namespace) -> None:
@@ -118,18 +112,18 @@ def start(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from jnana.processing.data import JnanaCollator
-    from jnana.training.data import collator_options
+    from jnana.training.data import collator_options, load_conversations
 
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if args.processes > 1:
         store = dist.FileStore(str(args.folder / "store"), args.processes)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=args.processes)
-    processor, data_args, read = load(args)
+    processor, data_args = make_inputs(args)
     before, memory = cpu_seconds(), pss()
     resident_before = resident()
     watch = Watch()
     begun = time.perf_counter()
-    rows = read()
+    rows = load_conversations(data_args, processor, str(args.folder / "out"), seed=0, should_write=False)
     wall = time.perf_counter() - begun
     cpu = [now - then for now, then in zip(cpu_seconds(), before, strict=True)]
     peak = watch.stop()
@@ -153,16 +147,14 @@ def collate(args: argparse.Namespace) -> None:
     import torch
 
     from jnana.processing.data import JnanaCollator
-    from jnana.training.data import collator_options
+    from jnana.training.data import collator_options, load_conversations
 
     torch.set_num_threads(1)  # as the dataloader does in its workers
-    processor, data_args, read = load(args)
-    rows = read()
-    as_bytes = "normalize_on_device" in inspect.signature(JnanaCollator).parameters
-    options = {
-        **collator_options(data_args, str(args.folder / "out")),
-        **({"normalize_on_device": True} if as_bytes else {}),
-    }
+    processor, data_args = make_inputs(args)
+    rows = load_conversations(data_args, processor, str(args.folder / "out"), seed=0, should_write=False)
+    options = collator_options(data_args, str(args.folder / "out"))
+    if "normalize_on_device" in inspect.signature(JnanaCollator).parameters:  # not in the oldest checkouts
+        options["normalize_on_device"] = True
     collator = JnanaCollator(processor, **options)
     collator([rows[0]])
     chosen = [rows[index] for index in range(min(COLLATED_ROWS, len(rows)))]

@@ -28,5 +28,7 @@ def test_all_starts_are_measured(tmp_path):
     assert len({values["rows"] for values in measured}) == 1 and measured[0]["rows"] > 10
     assert len({values["first_batches"] for values in measured}) == 1
     assert all(values["wall_s"] > 0 for values in measured)
-    assert [len(result["collator_images_s"][name]) for name in ("now", "before")] == [TURNS, TURNS]
+    rates = result["collator_images_s"]
+    assert [len(rates[name]) for name in ("now", "before", "Pillow alone")] == [TURNS, TURNS, 2 * TURNS]
+    assert all(rate > 0 for values in rates.values() for rate in values)
     assert "collator, now over before: " in printed
